@@ -1,0 +1,314 @@
+"""The networks, in plain torch: Bert (post-LN, as DNABERT and RandomMask use it) and its Hugging Face import / export.
+
+Bert is bert-base's architecture over a k-mer vocabulary: 12 layers of 768 give DNABERT's 89,196,549 parameters,
+4 of 256 RandomMask's BERT-mini, 2 of 256 (n_head 8, n_inner 3072) LOGO as GeneMask runs it: sizes are numbers.
+"""
+import dataclasses
+import itertools
+import json
+import math
+import os
+import shutil
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+
+PAD = 0
+EPS = 1e-12                                                  # LayerNorm epsilon of BERT and DNABERT (config.json)
+
+
+@dataclasses.dataclass
+class BertConfig:
+    """Defaults: DNABERT's config.json (bert-base at k = 6). ValueError where the sizes do not fit together."""
+    vocab_size: int = 4101                                   # 4**6 k-mers + 5 specials
+    block_size: int = 512                                    # positions, [CLS] and [SEP] included
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    n_inner: int = 3072
+    dropout: float = 0.1                                     # of hidden states and of attention weights
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}; change one of them")
+
+    @property
+    def k(self):
+        k = round(math.log(self.vocab_size - 5, 4))
+        if 4 ** k + 5 != self.vocab_size:
+            raise ValueError(f"vocabulary of {self.vocab_size} tokens: not 4**k k-mers and 5 specials")
+        return k
+
+
+def attend(q, k, v, mask, dropout, need_weights):
+    """Softmax attention over (B, H, T, D): (output, weights or None). mask: bool (B, T), True = real token.
+
+    SDPA, except where it is the slower way: on a CPU under bf16 autocast (1.5x) or with dropout (3x), both measured.
+    """
+    if mask is not None:
+        mask = mask[:, None, None, :]
+    slow = q.device.type == "cpu" and (dropout > 0 or torch.is_autocast_enabled("cpu"))
+    if not (slow or need_weights):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout), None
+    scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)                   # (B, H, T, T)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    weights = scores.softmax(-1)
+    return F.dropout(weights, dropout) @ v, weights if need_weights else None
+
+
+class Block(nn.Module):
+    """One transformer layer, LayerNorm after each residual sum (post-LN)."""
+
+    def __init__(self, config):
+        super().__init__()
+        C = config.n_embd
+        self.n_head, self.p = config.n_head, config.dropout
+        self.qkv, self.proj, self.ln_attn = nn.Linear(C, 3 * C), nn.Linear(C, C), nn.LayerNorm(C, EPS)
+        self.fc, self.fc_out, self.ln_mlp = nn.Linear(C, config.n_inner), nn.Linear(config.n_inner, C), nn.LayerNorm(C, EPS)
+
+    def forward(self, x, mask=None, need_weights=False):
+        B, T, C = x.shape
+        p = self.p if self.training else 0.0
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        y, weights = attend(q, k, v, mask, p, need_weights)
+        x = self.ln_attn(x + F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, C)), p))
+        return self.ln_mlp(x + F.dropout(self.fc_out(F.gelu(self.fc(x))), p)), weights
+
+
+class Bert(nn.Module):
+    """bert(tokens) -> logits (B, T, V); bert(inputs, labels) -> (loss sum over the labelled positions, their count)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C, V = config.n_embd, config.vocab_size
+        self.tok_emb = nn.Embedding(V, C, padding_idx=PAD)   # also the decoder of the masked-LM head
+        self.pos_emb = nn.Embedding(config.block_size, C)
+        self.type_emb = nn.Embedding(2, C)                   # BERT's segments; DNA has one, always row 0
+        self.ln_emb = nn.LayerNorm(C, EPS)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.head, self.ln_head = nn.Linear(C, C), nn.LayerNorm(C, EPS)
+        self.head_bias = nn.Parameter(torch.zeros(V))
+        for name, p in self.named_parameters():              # N(0, 0.02), biases 0, LayerNorm 1 (DNABERT config.json)
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        with torch.no_grad():
+            self.tok_emb.weight[PAD] = 0
+
+    def encode(self, tokens, mask=None, need_weights=False):
+        """tokens (B, T) -> hidden states (B, T, C); with need_weights also a list of attention weights (B, H, T, T).
+
+        mask: bool (B, T), True = real token; None where no row is padded (the fast path).
+        """
+        T, p = tokens.shape[1], self.config.dropout if self.training else 0.0
+        if T > self.config.block_size:
+            raise ValueError(f"{T} tokens, but the model has {self.config.block_size} positions; use shorter windows")
+        x = self.tok_emb(tokens) + self.pos_emb.weight[:T] + self.type_emb.weight[0]
+        x, all_weights = F.dropout(self.ln_emb(x), p), []
+        for block in self.blocks:
+            x, weights = block(x, mask, need_weights)
+            all_weights.append(weights)
+        return (x, all_weights) if need_weights else x
+
+    def decode(self, x):
+        """Hidden states (N, C) -> logits (N, V'), V' = V rounded up to 64 (fast GEMMs); the extra ones are -inf."""
+        x = self.ln_head(F.gelu(self.head(x)))
+        extra = -len(self.head_bias) % 64
+        return F.linear(x, F.pad(self.tok_emb.weight, (0, 0, 0, extra)), F.pad(self.head_bias, (0, extra), value=-math.inf))
+
+    def forward(self, inputs, labels=None, mask=None, capacity=None):
+        """Logits, or (loss_sum, count) where labels (B, T) are given (-100 = no loss).
+
+        Only labelled positions reach the decoder. capacity: how many at most, as a static shape (see
+        mask_capacity): on a GPU this avoids a synchronisation. More of them than that give a NaN loss, never a wrong one.
+        """
+        x = self.encode(inputs, mask)                        # (B, T, C)
+        if labels is None:
+            return self.decode(x)[..., :self.config.vocab_size]
+        at, wanted = labelled_positions(labels, capacity)
+        loss_sum = F.cross_entropy(self.decode(x.flatten(0, 1)[at]), wanted, reduction="sum")
+        count = (labels != -100).sum()
+        if capacity is not None:
+            loss_sum = loss_sum + torch.where(count > capacity, math.nan, 0.0)
+        return loss_sum, count
+
+    def flops_per_token(self, T, masked):
+        """Matmul FLOPs of a training step per token: 6 a weight, attention, the decoder on the `masked` share."""
+        c = self.config
+        dense = c.n_layer * (4 * c.n_embd ** 2 + 2 * c.n_embd * c.n_inner)
+        return 6 * (dense + masked * c.n_embd * (c.n_embd + c.vocab_size)) + 12 * c.n_layer * T * c.n_embd
+
+
+def copy_weights(model, config, weights, source):
+    """Starts `model` from pretrained weights. ValueError naming the sizes in which their config (a dict) differs."""
+    ours = dataclasses.asdict(model.config) | {"dropout": None}
+    differ = [f"{name} {config.get(name)}" for name in ours if name != "dropout" and config.get(name) != ours[name]]
+    if differ:
+        raise ValueError(f"--init {source}: weights of a network with {', '.join(differ)}; give the flags that match")
+    model.load_state_dict(weights)
+
+
+def labelled_positions(labels, capacity=None):
+    """labels (B, T) -> flat indices (N,) of the positions with a label, in order, and their labels (N,).
+
+    With a capacity, N = capacity whatever the labels: the rest is filled up with index 0 and label -100.
+    """
+    flat = labels.flatten()
+    wanted = flat != -100
+    if capacity is None:
+        at = wanted.nonzero().squeeze(1)
+        return at, flat[at]
+    number = wanted.cumsum(0) - 1
+    slot = torch.where(wanted & (number < capacity), number, capacity)
+    at = flat.new_zeros(capacity + 1).scatter(0, slot, torch.arange(len(flat), device=flat.device))[:capacity]
+    used = torch.arange(capacity, device=flat.device) <= number[-1]
+    return at, torch.where(used, flat[at], -100)
+
+
+def mask_capacity(n_tokens, share, span):
+    """Room for the masked tokens of n_tokens when a share is masked in spans: the mean + 6 standard deviations."""
+    return min(n_tokens, math.ceil(n_tokens * share + 6 * math.sqrt(share * (1 - share) * span * n_tokens)))
+
+
+def vocabulary(k):
+    """Token names in id order: 5 specials, then the 4**k k-mers as base-4 numbers of A,T,C,G (DNABERT's vocab.txt)."""
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map("".join, itertools.product("ATCG", repeat=k))]
+
+
+def hf_names(config):
+    """Our parameter name -> its name or names (q, k, v: stacked in ours) in the stock `bert` layout."""
+    names = {"tok_emb.weight": ["bert.embeddings.word_embeddings.weight"],
+             "pos_emb.weight": ["bert.embeddings.position_embeddings.weight"],
+             "type_emb.weight": ["bert.embeddings.token_type_embeddings.weight"],
+             "head_bias": ["cls.predictions.bias"]}
+    layers = {"ln_emb": ["bert.embeddings.LayerNorm"], "head": ["cls.predictions.transform.dense"],
+              "ln_head": ["cls.predictions.transform.LayerNorm"]}
+    for i in range(config.n_layer):
+        theirs = f"bert.encoder.layer.{i}."
+        layers |= {f"blocks.{i}.qkv": [f"{theirs}attention.self.{n}" for n in ("query", "key", "value")],
+                   f"blocks.{i}.proj": [theirs + "attention.output.dense"],
+                   f"blocks.{i}.ln_attn": [theirs + "attention.output.LayerNorm"],
+                   f"blocks.{i}.fc": [theirs + "intermediate.dense"],
+                   f"blocks.{i}.fc_out": [theirs + "output.dense"],
+                   f"blocks.{i}.ln_mlp": [theirs + "output.LayerNorm"]}
+    return names | {f"{ours}.{p}": [f"{t}.{p}" for t in theirs] for ours, theirs in layers.items() for p in ("weight", "bias")}
+
+
+def save_hf(model, folder):
+    """Writes config.json, model.safetensors, vocab.txt, tokenizer.json and tokenizer_config.json for transformers.
+
+    Its tokenizer takes k-mers separated by blanks (upper case). The pooler is the identity: it was never trained.
+    ValueError if the folder exists and is not empty.
+    """
+    c = model.config
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise ValueError(f"{folder}: already exists; give the folder of a new export")
+    tensors = {}
+    for ours, theirs in hf_names(c).items():
+        parts = model.state_dict()[ours].detach().cpu().chunk(len(theirs))
+        tensors |= {name: part.clone() for name, part in zip(theirs, parts)}
+    tensors |= {"bert.pooler.dense.weight": torch.eye(c.n_embd), "bert.pooler.dense.bias": torch.zeros(c.n_embd)}
+    config = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": c.vocab_size,
+              "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
+              "intermediate_size": c.n_inner, "max_position_embeddings": c.block_size, "type_vocab_size": 2,
+              "hidden_act": "gelu", "layer_norm_eps": EPS, "hidden_dropout_prob": c.dropout, "initializer_range": 0.02,
+              "attention_probs_dropout_prob": c.dropout, "pad_token_id": PAD, "torch_dtype": "float32"}
+    words = vocabulary(c.k)
+    tmp = str(folder).rstrip("/") + ".tmp"
+    shutil.rmtree(tmp, ignore_errors=True)
+    os.makedirs(tmp)
+    save_file(tensors, os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
+    with open(os.path.join(tmp, "vocab.txt"), "w") as f:
+        f.write("\n".join(words) + "\n")
+    for name, content in {"config": config, **hf_tokenizer(words, c.block_size)}.items():
+        with open(os.path.join(tmp, name + ".json"), "w") as f:
+            json.dump(content, f, indent=1)
+    os.replace(tmp, folder)
+
+
+def hf_tokenizer(words, block_size):
+    """tokenizer.json and tokenizer_config.json of a word-level tokenizer over k-mers separated by blanks."""
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    added = [{"id": i, "content": w, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
+              "special": True} for i, w in enumerate(words[:5])]
+    one, two = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
+    cls, sep, sep2 = ({"SpecialToken": {"id": w, "type_id": t}} for w, t in (("[CLS]", 0), ("[SEP]", 0), ("[SEP]", 1)))
+    frame = {"type": "TemplateProcessing", "single": [cls, one, sep], "pair": [cls, one, sep, two, sep2],
+             "special_tokens": {w: {"id": w, "ids": [i], "tokens": [w]} for w, i in (("[CLS]", 2), ("[SEP]", 3))}}
+    return {"tokenizer": {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
+                          "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": frame, "decoder": None,
+                          "model": {"type": "WordLevel", "unk_token": "[UNK]",
+                                    "vocab": {w: i for i, w in enumerate(words)}}},
+            "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False,
+                                 "model_max_length": block_size, **special}}
+
+
+def load_hf(folder):
+    """A Bert from a folder in stock `bert` layout: config.json and model.safetensors or pytorch_model.bin.
+
+    Old names (gamma/beta, a `decoder` copy of the tied weights, position_ids) are understood; the pooler is left out.
+    ValueError, in one line, for other architectures, another vocabulary order, missing or unknown weights.
+    """
+    path = os.path.join(folder, "config.json")
+    try:
+        with open(path) as f:
+            theirs = json.load(f)
+        want = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": EPS, "type_vocab_size": 2}
+        for key, value in want.items():
+            if theirs.get(key, value) != value:
+                raise ValueError(f"{path}: {key} is {theirs[key]!r}; only stock BERT ({key} {value!r}) can be loaded")
+        config = BertConfig(theirs["vocab_size"], theirs["max_position_embeddings"], theirs["num_hidden_layers"],
+                            theirs["num_attention_heads"], theirs["hidden_size"], theirs["intermediate_size"],
+                            theirs["hidden_dropout_prob"])
+    except (OSError, KeyError, AttributeError, json.JSONDecodeError) as e:
+        raise ValueError(f"{path}: not a BERT config ({e!r:.80}); give a folder with config.json and weights") from None
+    check_vocabulary(os.path.join(folder, "vocab.txt"), config.k)
+    tensors, path = hf_tensors(folder)
+    state = {}
+    for ours, names in hf_names(config).items():
+        missing = [name for name in names if name not in tensors]
+        if missing:
+            raise ValueError(f"{path}: no weights {missing[0]!r}; a BERT with its masked-LM head is needed")
+        state[ours] = torch.cat([tensors.pop(name) for name in names]).float()
+    if tensors:
+        raise ValueError(f"{path}: weights of no use to a BERT: {', '.join(sorted(tensors))[:80]}; is it another model?")
+    model = Bert(config)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"{path}: {str(e).splitlines()[-1].strip()}; config.json and weights disagree") from None
+    return model
+
+
+def check_vocabulary(path, k):
+    """ValueError unless vocab.txt lists the k-mers in the order A,T,C,G; without the file that order is assumed."""
+    if not os.path.exists(path):
+        print(f"{path} is missing: taking k-mer order A,T,C,G (DNABERT's)", flush=True)
+        return
+    with open(path) as f:
+        words = f.read().split()
+    if words != vocabulary(k):
+        raise ValueError(f"{path}: not the {k}-mers in the order A,T,C,G behind 5 specials; such weights would be misread")
+
+
+def hf_tensors(folder):
+    """(tensors by stock name, file) of a Hugging Face folder: old names renewed, what Bert does not have left out."""
+    path = next((p for n in ("model.safetensors", "pytorch_model.bin") if os.path.exists(p := os.path.join(folder, n))), None)
+    if path is None:
+        raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; download the weights, too")
+    try:
+        raw = load_file(path) if path.endswith("safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        raw = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
+               for n, t in raw.items()}
+    except Exception as e:                                   # foreign bytes: whatever they raise, they cannot be read
+        raise ValueError(f"{path}: cannot be read ({e!r:.80}); download it again") from None
+    decoder, tied = raw.pop("cls.predictions.decoder.weight", None), raw.get("bert.embeddings.word_embeddings.weight")
+    if decoder is not None and (tied is None or not torch.equal(decoder, tied)):
+        raise ValueError(f"{path}: the decoder is not tied to the embeddings; such models are not supported")
+    unused = ("cls.predictions.decoder.bias", "bert.embeddings.position_ids", "bert.pooler.", "cls.seq_relationship.")
+    return {name: t for name, t in raw.items() if not name.startswith(unused)}, path
