@@ -31,7 +31,7 @@ DEMO_MOTIF = "TGACTCAGCATG"                                  # planted in the de
 
 
 def encode(text):
-    """DNA text (any case) -> uint8 codes (L,), A,T,C,G,N = 0..4; IUPAC codes become N. ValueError on other letters."""
+    """DNA text, any case -> uint8 codes (L,): A,T,C,G,N = 0..4, IUPAC codes are N. ValueError on the rest."""
     bases = CODE[np.frombuffer(text.encode("ascii", "replace"), np.uint8)]
     if bases.size and bases.max() > 4:
         at = int(np.argmax(bases > 4))
@@ -53,7 +53,7 @@ def reverse_complement(bases):
 def kmer_tokens(bases, k, stride):
     """Codes (B, L) uint8 -> k-mer ids (B, (L - k) // stride + 1) int64; a k-mer with an N is [UNK].
 
-    stride 1 is DNABERT's overlapping tokenization, stride k the non-overlapping one (a rest of < k bases is dropped).
+    stride 1: DNABERT's overlapping tokens; stride k: non-overlapping ones (a rest of < k bases is dropped).
     """
     if bases.shape[1] < k:
         return bases.new_zeros((len(bases), 0), dtype=torch.int64)
@@ -64,7 +64,7 @@ def kmer_tokens(bases, k, stride):
         if bit == "1":
             ids, width = torch.add(codes[:, width:], ids[:, :-1], alpha=4), width + 1
     tokens = (ids[:, ::stride] + 5).to(torch.int64)
-    if bases.is_cuda or (bases > 3).any():                   # the test would make a GPU wait; training windows have no N
+    if bases.is_cuda or (bases > 3).any():                   # asking a GPU would make it wait
         seen = F.pad((bases > 3).cumsum(1), (1, 0))
         tokens = tokens.masked_fill((seen[:, k:] != seen[:, :-k])[:, ::stride], UNK)
     return tokens
@@ -111,7 +111,7 @@ def span_mask(centers, maskable, left, right):
 
 
 def corrupt(tokens, masked, n_vocab):
-    """BERT's 80/10/10: of the masked tokens 80 % become [MASK], 10 % a random k-mer (id 5..n_vocab-1), 10 % stay.
+    """80/10/10: of the masked tokens 80 % become [MASK], 10 % a random k-mer (5..n_vocab-1), 10 % stay.
 
     tokens (B, T), masked bool (B, T) -> inputs (B, T), labels (B, T) with -100 where nothing is predicted.
     """
@@ -123,7 +123,7 @@ def corrupt(tokens, masked, n_vocab):
 
 
 class Genome:
-    """One or more FASTA files, packed once into a validated cache of base codes (1 byte a base, memory-mapped).
+    """One or more FASTA files, packed once into a validated, memory-mapped cache of base codes (1 byte each).
 
     bases        uint8 memmap of all contigs, end to end
     contigs      {name: length}; offsets {name: first position in bases}
@@ -148,13 +148,17 @@ class Genome:
 
     def __str__(self):
         n = len(self.bases) - int(np.diff(self.intervals).sum())
-        return (f"{len(self.contigs)} contigs, {len(self.bases):,} bases, {n:,} N ({self.n_ambiguous:,} of them other "
-                f"IUPAC codes), fingerprint {self.fingerprint}")
+        return (f"{len(self.contigs)} contigs, {len(self.bases):,} bases, {n:,} N ({self.n_ambiguous:,} were "
+                f"other IUPAC codes), fingerprint {self.fingerprint}")
+
+    def names(self, n):
+        """The first n contig names, for a message."""
+        return ", ".join(list(self.contigs)[:n]) + (" ..." if len(self.contigs) > n else "")
 
     def fetch(self, contig, start, end, strand="+"):
         """Text of contig[start:end], 0-based half-open; strand '-' gives the reverse complement."""
         if contig not in self.contigs:
-            raise ValueError(f"contig {contig!r} is not in the genome; it has {', '.join(list(self.contigs)[:5])} ...")
+            raise ValueError(f"contig {show(contig)}: not in the genome, which has {self.names(5)}")
         if not 0 <= start < end <= self.contigs[contig]:
             raise ValueError(f"{contig}:{start}-{end}: outside the contig (length {self.contigs[contig]}); "
                              f"coordinates are 0-based, half-open")
@@ -170,8 +174,7 @@ class Genome:
         """
         unknown = [name for name in val_contigs if name not in self.contigs]
         if unknown:
-            raise ValueError(f"--val_contigs: {', '.join(unknown)} not in the genome; "
-                             f"it has {', '.join(list(self.contigs)[:8])} ...")
+            raise ValueError(f"--val_contigs: {show(unknown[0])} is not in the genome: {self.names(8)}")
         sizes = np.array(list(self.contigs.values()))
         if val_contigs:
             held = np.where([name in val_contigs for name in self.contigs], sizes, 0)
@@ -180,26 +183,27 @@ class Genome:
         ends = np.cumsum(sizes)
         contig = np.searchsorted(ends, self.intervals[:, 0], side="right")
         start, end = self.intervals.T
-        cut = np.clip((ends - held)[contig], start, end)     # each interval: training up to here, validation behind
+        cut = np.clip((ends - held)[contig], start, end)     # training up to here, validation behind it
         train, val = np.stack([start, cut], 1), np.stack([cut, end], 1)
         train, val = train[cut - start >= length], val[end - cut >= length]
         for part, name in ((train, "training"), (val, "validation")):
             if not len(part):
-                raise ValueError(f"genome too small: no window of {length} bases without N is left for {name} (longest "
-                                 f"contig {sizes.max()} bases, longest stretch without N {(end - start).max()}; "
-                                 f"validation is the last 1 % of a contig); use shorter windows or --val_contigs")
+                raise ValueError(
+                    f"genome too small: no window of {length} bases without N is left for {name} (longest "
+                    f"contig {sizes.max()}, stretch without N {(end - start).max()}; validation is the last 1 % "
+                    f"of a contig); lower --block_size or use --val_contigs")
         return train, val
 
 
 def open_genome(names, data_dir, cache=None):
-    """The Genome of --genome: FASTA paths, or hg38 (chr1-22, X, Y of data_dir/hg38.fa.gz), or demo (written there)."""
+    """The Genome of --genome: FASTA paths; or hg38 (chr1-22, X, Y of data_dir/hg38.fa.gz); or demo."""
     if "demo" in names or "hg38" in names:
         if len(names) > 1:
             raise ValueError(f"--genome {' '.join(names)}: hg38 and demo stand alone; name FASTA files")
         path = os.path.join(data_dir, {"demo": "demo.fa", "hg38": "hg38.fa.gz"}[names[0]])
         if names[0] == "hg38" and not os.path.exists(path):
-            raise ValueError(f"{path}: no such file; get it (1 GB) with: mkdir -p {data_dir} && curl -L -o {path} {HG38_URL} "
-                             f"(or give --genome YOUR.fa, or --demo)")
+            raise ValueError(f"{path}: no such file; get it (1 GB): mkdir -p {data_dir} && curl -L -o {path} "
+                             f"{HG38_URL} (or use --genome YOUR.fa, or --demo)")
         if names[0] == "demo" and not os.path.exists(path):
             write_demo_genome(path)
         return Genome(path, cache, HG38_CONTIGS if names[0] == "hg38" else None)
@@ -217,7 +221,7 @@ def check_file(path):
 
 
 def file_fingerprint(path):
-    """[name, size, mtime, hash of 64 sampled 4-KiB blocks]: all of a file up to 256 KiB, a sample of a larger one."""
+    """[name, size, mtime, hash of 64 blocks of 4 KiB]: all of a small file, a sample of a larger one."""
     stat, digest = os.stat(path), hashlib.sha256()
     with open(path, "rb") as f:
         for at in np.linspace(0, max(0, stat.st_size - 4096), 64).astype(int):
@@ -227,7 +231,7 @@ def file_fingerprint(path):
 
 
 def open_cache(paths, cache, keep):
-    """Finds the cache of these FASTA files or builds it in the first folder that can be written: (index, folder)."""
+    """Finds the cache of these FASTA files or builds it where that can be written: (index, folder)."""
     home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanodna")
     roots = [cache] if cache else [os.path.dirname(os.path.abspath(paths[0])), home]
     source = [file_fingerprint(p) for p in paths] + [keep]
@@ -254,7 +258,7 @@ def open_cache(paths, cache, keep):
 
 
 def read_index(folder, source):
-    """The index of a cache that is whole and belongs to these sources; else None, and says why it is rebuilt."""
+    """The index of a cache that is whole and of these sources; else None, and says why it is built again."""
     if not os.path.exists(os.path.join(folder, "index.json")):
         return None
     try:
@@ -267,11 +271,11 @@ def read_index(folder, source):
         sound = False
     if sound and index["source"] == source:
         return index
-    print(f"genome cache {folder}: {'its FASTA has changed' if sound else 'damaged'}, building it again", flush=True)
+    print(f"genome cache {folder}: {'FASTA changed' if sound else 'damaged'}, building it again", flush=True)
 
 
 def build_cache(paths, keep, source, folder):
-    """Validates and packs the FASTA files into folder/bases.u8 + index.json (temp name, then rename). Returns the index."""
+    """Validates and packs the FASTA files: bases.u8, index.json (temp names, renamed). Returns the index."""
     contigs, intervals, size, crc, n_ambiguous = [], [], 0, 0, 0
     target = os.path.join(folder, "bases.u8")
     try:
@@ -282,21 +286,23 @@ def build_cache(paths, keep, source, folder):
                         continue
                     contigs.append((path, name, len(codes)))
                     intervals += (n_free(codes) + size).tolist()
-                    size, crc, n_ambiguous = size + len(codes), zlib.crc32(codes, crc), n_ambiguous + ambiguous
+                    size, crc = size + len(codes), zlib.crc32(codes, crc)
+                    n_ambiguous += ambiguous
                     out.write(codes)
         if not intervals:
-            raise ValueError(f"{', '.join(paths)}: no base A, C, G or T{' in ' + ', '.join(keep) if keep else ''}; "
-                             f"is it the right genome?")
+            where = f" in {', '.join(keep)}" if keep else ""
+            raise ValueError(f"{', '.join(paths)}: no A, C, G or T{where}; is it the right file?")
         contigs = contig_names(contigs)
+        fingerprint = hashlib.sha256(json.dumps([contigs, crc]).encode()).hexdigest()[:12]
         index = {"source": source, "contigs": contigs, "intervals": intervals, "n_ambiguous": n_ambiguous,
-                 "crc_bases": crc, "fingerprint": hashlib.sha256(json.dumps([contigs, crc]).encode()).hexdigest()[:12]}
+                 "crc_bases": crc, "fingerprint": fingerprint}
         with open(os.path.join(folder, "index.json.tmp"), "w") as f:
             json.dump(index | {"crc_index": zlib.crc32(json.dumps(index).encode())}, f)
         os.replace(target + ".tmp", target)
         os.replace(os.path.join(folder, "index.json.tmp"), os.path.join(folder, "index.json"))
     except OSError as e:
         shutil.rmtree(folder, ignore_errors=True)
-        raise ValueError(f"{folder}: cannot write the genome cache ({e.strerror}); free space or --cache FOLDER") from e
+        raise ValueError(f"{folder}: cannot write the genome cache ({e.strerror}); use --cache FOLDER") from e
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -321,12 +327,12 @@ def n_free(codes):
     return stretches[~is_n[edges[:-1]]]
 
 
-NOT_FASTA = ((b"BZh", "bzip2; unpack it"), (b"PK", "a zip or xlsx archive; unpack it"), (b"@", "FASTQ; convert it"),
+NOT_FASTA = ((b"BZh", "bzip2; unpack it"), (b"PK", "a zip archive; unpack it"), (b"@", "FASTQ; convert it"),
              (b"<", "an HTML page; download the file again"), (b";", "a ';' comment; remove it"),
-             (b"version https://git-lfs", "a git-LFS pointer; run git lfs pull"), (b"LOCUS", "GenBank; convert it"),
+             (b"version https://git-lfs", "a git-LFS pointer"), (b"LOCUS", "GenBank; convert it"),
              (b"\xff\xfe", "UTF-16; save it as plain text"), (b"\xfe\xff", "UTF-16; save it as plain text"))
 BAD_LETTER = {b"U": "RNA? replace U by T", b"u": "RNA? replace U by T", b"-": "a gap; remove alignment gaps",
-              b".": "a gap; remove alignment gaps", b"*": "a stop codon: protein?", b"\r": "old Mac line ends; convert them",
+              b".": "a gap; remove alignment gaps", b"*": "a stop: protein?", b"\r": "old Mac line ends",
               b">": "a header must start on its own line", b" ": "a blank inside a line; remove it",
               b"\t": "a tab inside a line; remove it", b"\0": "a NUL byte: the file is damaged"}
 
@@ -339,7 +345,7 @@ def show(text):
 def fasta_records(path):
     """Yields (name, base codes uint8 (L,), number of IUPAC codes other than N) of each record, validated.
 
-    Plain, gzip and bgzip; CRLF, blank lines, lower case and uneven lines are fine. ValueError: file, line, what.
+    Plain, gzip, bgzip; CRLF, blank lines, lower case, uneven lines are fine. ValueError: file, line, what.
     """
     with open(path, "rb") as f:
         opened = gzip.open if f.read(2) == b"\x1f\x8b" else open
@@ -351,9 +357,9 @@ def fasta_records(path):
                     continue
                 if not record.startswith(b">"):
                     line += record.count(b"\n", 0, len(record) - len(record.lstrip()))
-                    kind = next((what for magic, what in NOT_FASTA if record.lstrip().startswith(magic)), None)
-                    raise ValueError(f"{path}: line {line}: not a FASTA header ({kind or show(record.strip()[:40])}); "
-                                     f"a FASTA file starts with '>name'")
+                    text = record[:4096].strip()
+                    kind = [what for magic, what in NOT_FASTA if text.startswith(magic)] or [show(text[:40])]
+                    raise ValueError(f"{path}: line {line}: not a FASTA header ({kind[0]}); write '>name'")
                 header, _, body = record.partition(b"\n")
                 yield contig_name(header, seen, path, line), *contig_codes(body, path, line)
         except (EOFError, zlib.error, gzip.BadGzipFile) as e:
@@ -363,7 +369,7 @@ def fasta_records(path):
 
 
 def raw_records(f):
-    """Yields (line number, text as bytearray) of each '>' record of a stream; text before the first one is one, too."""
+    """Yields (line number, bytearray) of each '>' record of a stream, and of what precedes the first."""
     buffer, line, searched = bytearray(), 1, 0
     while chunk := f.read(CHUNK):
         buffer += chunk.removeprefix(b"\xef\xbb\xbf") if line == 1 and not buffer else chunk
@@ -395,15 +401,15 @@ def contig_name(header, seen, path, line):
 
 
 def contig_codes(body, path, line):
-    """Sequence lines of the record whose header is at `line` -> (codes (L,), number of IUPAC codes other than N)."""
+    """Sequence lines under the header at `line` -> (codes (L,), number of IUPAC codes other than N)."""
     if b"\r" in body:
         body = body.replace(b"\r\n", b"\n").rstrip(b"\r")
     codes = np.frombuffer(body.translate(CODE.tobytes(), b"\n"), np.uint8)
-    if codes.size and codes.max() > 4:                       # blanks at line ends are fine, anything else is not
+    if codes.size and codes.max() > 4:                       # blanks at line ends are fine, all else is not
         body = re.sub(rb"[ \t]+(?=\n|\Z)", b"", body)
         codes = np.frombuffer(body.translate(CODE.tobytes(), b"\n"), np.uint8)
     if not codes.size:
-        raise ValueError(f"{path}: line {line}: contig without a sequence; remove the header or complete the file")
+        raise ValueError(f"{path}: line {line}: contig without a sequence; remove it or complete the file")
     if codes.max() > 4:
         bad = re.search(rb"[^\nATCGatcg" + AMBIGUOUS + rb"]", body)
         line += 1 + body.count(b"\n", 0, bad.start())
@@ -415,7 +421,7 @@ def contig_codes(body, path, line):
 
 
 def window_table(intervals, length):
-    """What draw_starts needs: for each interval, the shift from window number to start, and windows up to its end."""
+    """What draw_starts needs, per interval: the shift from window number to start; windows up to its end."""
     counts = intervals[:, 1] - intervals[:, 0] - length + 1
     upto = np.cumsum(counts)
     return intervals[:, 0] - (upto - counts), upto
@@ -429,7 +435,7 @@ def draw_starts(table, n, rng):
 
 
 def take_windows(bases, starts, length):
-    """bases[start:start + length] for each start -> uint8 tensor (n, length), on the device that holds the bases."""
+    """bases[start:start + length] for each start -> uint8 tensor (n, length), where the bases are."""
     if torch.is_tensor(bases):
         starts = torch.from_numpy(starts).pin_memory().to(bases.device, non_blocking=True)
         return bases[starts[:, None] + torch.arange(length, device=bases.device)]
@@ -437,7 +443,7 @@ def take_windows(bases, starts, length):
 
 
 def resident(bases, device):
-    """The bases as a tensor on a GPU with room for them (a quarter of its memory at most), else as they are."""
+    """The bases as a tensor on a GPU where they take a quarter of its memory at most, else as they are."""
     if device.type == "cuda" and bases.nbytes < torch.cuda.get_device_properties(device).total_memory / 4:
         return torch.from_numpy(bases).to(device)
     return bases
@@ -446,8 +452,8 @@ def resident(bases, device):
 def write_demo_genome(path, seed=42):
     """Writes the synthetic genome of the demos: 4 contigs of 250 kb, the same on every machine.
 
-    Order-3 Markov background; 15 % of it overwritten by copies of 3 interspersed repeats of 300 bases (10 % of their
-    bases mutated); a copy of DEMO_MOTIF about every 500 bases.
+    Order-3 Markov background; 15 % of it overwritten by copies of 3 interspersed repeats of 300 bases (10 %
+    of them mutated); a copy of DEMO_MOTIF about every 500 bases.
     """
     rng = np.random.default_rng(seed)
     rows, length = 64, 4 * 250_000 // 64

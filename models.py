@@ -1,7 +1,7 @@
-"""The networks, in plain torch: Bert (post-LN, as DNABERT and RandomMask use it) and its Hugging Face import / export.
+"""The networks, in plain torch: Bert (post-LN, as in DNABERT and RandomMask); Hugging Face import and export.
 
-Bert is bert-base's architecture over a k-mer vocabulary: 12 layers of 768 give DNABERT's 89,196,549 parameters,
-4 of 256 RandomMask's BERT-mini, 2 of 256 (n_head 8, n_inner 3072) LOGO as GeneMask runs it: sizes are numbers.
+Bert is bert-base's architecture over a k-mer vocabulary; sizes are numbers: 12 layers of 768 give DNABERT's
+89,196,549 parameters, 4 of 256 RandomMask's BERT-mini, 2 of 256 with n_head 8, n_inner 3072 LOGO (GeneMask).
 """
 import dataclasses
 import itertools
@@ -16,12 +16,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
 PAD = 0
-EPS = 1e-12                                                  # LayerNorm epsilon of BERT and DNABERT (config.json)
+EPS = 1e-12                                                  # of LayerNorm (DNABERT's config.json)
 
 
 @dataclasses.dataclass
 class BertConfig:
-    """Defaults: DNABERT's config.json (bert-base at k = 6). ValueError where the sizes do not fit together."""
+    """Defaults: DNABERT's config.json (bert-base, k = 6). ValueError where the sizes do not fit together."""
     vocab_size: int = 4101                                   # 4**6 k-mers + 5 specials
     block_size: int = 512                                    # positions, [CLS] and [SEP] included
     n_layer: int = 12
@@ -32,7 +32,7 @@ class BertConfig:
 
     def __post_init__(self):
         if self.n_embd % self.n_head:
-            raise ValueError(f"--n_embd {self.n_embd} is not a multiple of --n_head {self.n_head}; change one of them")
+            raise ValueError(f"--n_embd {self.n_embd}: not a multiple of --n_head {self.n_head}; change one")
 
     @property
     def k(self):
@@ -45,7 +45,7 @@ class BertConfig:
 def attend(q, k, v, mask, dropout, need_weights):
     """Softmax attention over (B, H, T, D): (output, weights or None). mask: bool (B, T), True = real token.
 
-    SDPA, except where it is the slower way: on a CPU under bf16 autocast (1.5x) or with dropout (3x), both measured.
+    SDPA, but for where it is slower: on a CPU under bf16 autocast (1.5x) or with dropout (3x), as measured.
     """
     if mask is not None:
         mask = mask[:, None, None, :]
@@ -67,19 +67,21 @@ class Block(nn.Module):
         C = config.n_embd
         self.n_head, self.p = config.n_head, config.dropout
         self.qkv, self.proj, self.ln_attn = nn.Linear(C, 3 * C), nn.Linear(C, C), nn.LayerNorm(C, EPS)
-        self.fc, self.fc_out, self.ln_mlp = nn.Linear(C, config.n_inner), nn.Linear(config.n_inner, C), nn.LayerNorm(C, EPS)
+        self.fc, self.fc_out = nn.Linear(C, config.n_inner), nn.Linear(config.n_inner, C)
+        self.ln_mlp = nn.LayerNorm(C, EPS)
 
     def forward(self, x, mask=None, need_weights=False):
         B, T, C = x.shape
         p = self.p if self.training else 0.0
-        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # (B, H, T, D) each
+        qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # (B, H, T, D) each
         y, weights = attend(q, k, v, mask, p, need_weights)
         x = self.ln_attn(x + F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, C)), p))
         return self.ln_mlp(x + F.dropout(self.fc_out(F.gelu(self.fc(x))), p)), weights
 
 
 class Bert(nn.Module):
-    """bert(tokens) -> logits (B, T, V); bert(inputs, labels) -> (loss sum over the labelled positions, their count)."""
+    """bert(tokens) -> logits (B, T, V); bert(inputs, labels) -> (loss sum over labelled positions, count)."""
 
     def __init__(self, config):
         super().__init__()
@@ -92,7 +94,7 @@ class Bert(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head, self.ln_head = nn.Linear(C, C), nn.LayerNorm(C, EPS)
         self.head_bias = nn.Parameter(torch.zeros(V))
-        for name, p in self.named_parameters():              # N(0, 0.02), biases 0, LayerNorm 1 (DNABERT config.json)
+        for name, p in self.named_parameters():              # N(0, 0.02), biases 0 (DNABERT's config.json)
             if p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
@@ -101,13 +103,13 @@ class Bert(nn.Module):
             self.tok_emb.weight[PAD] = 0
 
     def encode(self, tokens, mask=None, need_weights=False):
-        """tokens (B, T) -> hidden states (B, T, C); with need_weights also a list of attention weights (B, H, T, T).
+        """tokens (B, T) -> hidden states (B, T, C); with need_weights also the attention of each layer.
 
-        mask: bool (B, T), True = real token; None where no row is padded (the fast path).
+        mask: bool (B, T), True = real token; None where no row is padded (the fast path). Attention (B, H, T, T).
         """
         T, p = tokens.shape[1], self.config.dropout if self.training else 0.0
         if T > self.config.block_size:
-            raise ValueError(f"{T} tokens, but the model has {self.config.block_size} positions; use shorter windows")
+            raise ValueError(f"{T} tokens for {self.config.block_size} positions; use shorter sequences")
         x = self.tok_emb(tokens) + self.pos_emb.weight[:T] + self.type_emb.weight[0]
         x, all_weights = F.dropout(self.ln_emb(x), p), []
         for block in self.blocks:
@@ -116,16 +118,17 @@ class Bert(nn.Module):
         return (x, all_weights) if need_weights else x
 
     def decode(self, x):
-        """Hidden states (N, C) -> logits (N, V'), V' = V rounded up to 64 (fast GEMMs); the extra ones are -inf."""
+        """Hidden states (N, C) -> logits (N, V'): V' = V rounded up to 64 for fast GEMMs, the rest -inf."""
         x = self.ln_head(F.gelu(self.head(x)))
-        extra = -len(self.head_bias) % 64
-        return F.linear(x, F.pad(self.tok_emb.weight, (0, 0, 0, extra)), F.pad(self.head_bias, (0, extra), value=-math.inf))
+        extra = -self.config.vocab_size % 64
+        bias = F.pad(self.head_bias, (0, extra), value=-math.inf)
+        return F.linear(x, F.pad(self.tok_emb.weight, (0, 0, 0, extra)), bias)
 
     def forward(self, inputs, labels=None, mask=None, capacity=None):
         """Logits, or (loss_sum, count) where labels (B, T) are given (-100 = no loss).
 
-        Only labelled positions reach the decoder. capacity: how many at most, as a static shape (see
-        mask_capacity): on a GPU this avoids a synchronisation. More of them than that give a NaN loss, never a wrong one.
+        Only labelled positions reach the decoder. capacity: how many at most, as a static shape, so that a GPU
+        need not wait for their number (mask_capacity); if there are more the loss is NaN, never a wrong one.
         """
         x = self.encode(inputs, mask)                        # (B, T, C)
         if labels is None:
@@ -138,18 +141,19 @@ class Bert(nn.Module):
         return loss_sum, count
 
     def flops_per_token(self, T, masked):
-        """Matmul FLOPs of a training step per token: 6 a weight, attention, the decoder on the `masked` share."""
+        """Matmul FLOPs of training per token: 6 a weight, attention, the decoder for the `masked` share."""
         c = self.config
         dense = c.n_layer * (4 * c.n_embd ** 2 + 2 * c.n_embd * c.n_inner)
         return 6 * (dense + masked * c.n_embd * (c.n_embd + c.vocab_size)) + 12 * c.n_layer * T * c.n_embd
 
 
 def copy_weights(model, config, weights, source):
-    """Starts `model` from pretrained weights. ValueError naming the sizes in which their config (a dict) differs."""
-    ours = dataclasses.asdict(model.config) | {"dropout": None}
-    differ = [f"{name} {config.get(name)}" for name in ours if name != "dropout" and config.get(name) != ours[name]]
+    """Starts `model` from pretrained weights. ValueError naming the sizes in which their config differs."""
+    ours = dataclasses.asdict(model.config)
+    sizes = [name for name in ours if name != "dropout"]
+    differ = [f"{name} {config.get(name)}" for name in sizes if config.get(name) != ours[name]]
     if differ:
-        raise ValueError(f"--init {source}: weights of a network with {', '.join(differ)}; give the flags that match")
+        raise ValueError(f"--init {source}: a network with {', '.join(differ)}; give the flags that match")
     model.load_state_dict(weights)
 
 
@@ -171,12 +175,12 @@ def labelled_positions(labels, capacity=None):
 
 
 def mask_capacity(n_tokens, share, span):
-    """Room for the masked tokens of n_tokens when a share is masked in spans: the mean + 6 standard deviations."""
+    """Room for the masked ones of n_tokens, a share of them masked in spans: mean + 6 standard deviations."""
     return min(n_tokens, math.ceil(n_tokens * share + 6 * math.sqrt(share * (1 - share) * span * n_tokens)))
 
 
 def vocabulary(k):
-    """Token names in id order: 5 specials, then the 4**k k-mers as base-4 numbers of A,T,C,G (DNABERT's vocab.txt)."""
+    """Token names in id order: 5 specials, then the k-mers as base-4 numbers of A,T,C,G (DNABERT's order)."""
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map("".join, itertools.product("ATCG", repeat=k))]
 
 
@@ -196,13 +200,19 @@ def hf_names(config):
                    f"blocks.{i}.fc": [theirs + "intermediate.dense"],
                    f"blocks.{i}.fc_out": [theirs + "output.dense"],
                    f"blocks.{i}.ln_mlp": [theirs + "output.LayerNorm"]}
-    return names | {f"{ours}.{p}": [f"{t}.{p}" for t in theirs] for ours, theirs in layers.items() for p in ("weight", "bias")}
+    return names | {f"{ours}.{kind}": [f"{name}.{kind}" for name in theirs]
+                    for ours, theirs in layers.items() for kind in ("weight", "bias")}
+
+
+def show(value):
+    """A foreign value for a message: repr, at most 80 characters."""
+    return repr(value)[:80]
 
 
 def save_hf(model, folder):
-    """Writes config.json, model.safetensors, vocab.txt, tokenizer.json and tokenizer_config.json for transformers.
+    """Writes config, model.safetensors, vocab.txt and the tokenizer files that transformers loads.
 
-    Its tokenizer takes k-mers separated by blanks (upper case). The pooler is the identity: it was never trained.
+    Its tokenizer takes k-mers (upper case) between blanks. The pooler is the identity: it was never trained.
     ValueError if the folder exists and is not empty.
     """
     c = model.config
@@ -212,12 +222,14 @@ def save_hf(model, folder):
     for ours, theirs in hf_names(c).items():
         parts = model.state_dict()[ours].detach().cpu().chunk(len(theirs))
         tensors |= {name: part.clone() for name, part in zip(theirs, parts)}
-    tensors |= {"bert.pooler.dense.weight": torch.eye(c.n_embd), "bert.pooler.dense.bias": torch.zeros(c.n_embd)}
+    tensors |= {"bert.pooler.dense.weight": torch.eye(c.n_embd),
+                "bert.pooler.dense.bias": torch.zeros(c.n_embd)}
     config = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": c.vocab_size,
               "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
               "intermediate_size": c.n_inner, "max_position_embeddings": c.block_size, "type_vocab_size": 2,
-              "hidden_act": "gelu", "layer_norm_eps": EPS, "hidden_dropout_prob": c.dropout, "initializer_range": 0.02,
-              "attention_probs_dropout_prob": c.dropout, "pad_token_id": PAD, "torch_dtype": "float32"}
+              "hidden_act": "gelu", "layer_norm_eps": EPS, "hidden_dropout_prob": c.dropout,
+              "attention_probs_dropout_prob": c.dropout, "initializer_range": 0.02, "pad_token_id": PAD,
+              "torch_dtype": "float32"}
     words = vocabulary(c.k)
     tmp = str(folder).rstrip("/") + ".tmp"
     shutil.rmtree(tmp, ignore_errors=True)
@@ -233,25 +245,25 @@ def save_hf(model, folder):
 
 def hf_tokenizer(words, block_size):
     """tokenizer.json and tokenizer_config.json of a word-level tokenizer over k-mers separated by blanks."""
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    added = [{"id": i, "content": w, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-              "special": True} for i, w in enumerate(words[:5])]
+    added = [{"id": i, "content": word, "single_word": False, "lstrip": False, "rstrip": False,
+              "normalized": False, "special": True} for i, word in enumerate(words[:5])]
     one, two = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
-    cls, sep, sep2 = ({"SpecialToken": {"id": w, "type_id": t}} for w, t in (("[CLS]", 0), ("[SEP]", 0), ("[SEP]", 1)))
-    frame = {"type": "TemplateProcessing", "single": [cls, one, sep], "pair": [cls, one, sep, two, sep2],
-             "special_tokens": {w: {"id": w, "ids": [i], "tokens": [w]} for w, i in (("[CLS]", 2), ("[SEP]", 3))}}
-    return {"tokenizer": {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "normalizer": None,
-                          "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": frame, "decoder": None,
-                          "model": {"type": "WordLevel", "unk_token": "[UNK]",
-                                    "vocab": {w: i for i, w in enumerate(words)}}},
+    cls, sep = ({"SpecialToken": {"id": word, "type_id": 0}} for word in ("[CLS]", "[SEP]"))
+    frame = {"type": "TemplateProcessing", "single": [cls, one, sep], "pair": [cls, one, sep, two, sep],
+             "special_tokens": {w: {"id": w, "ids": [words.index(w)], "tokens": [w]} for w in words[2:4]}}
+    model = {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {word: i for i, word in enumerate(words)}}
+    names = {f"{word[1:-1].lower()}_token": word for word in words[:5]}        # "pad_token": "[PAD]", ...
+    return {"tokenizer": {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+                          "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
+                          "post_processor": frame, "decoder": None, "model": model},
             "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False,
-                                 "model_max_length": block_size, **special}}
+                                 "model_max_length": block_size, **names}}
 
 
 def load_hf(folder):
     """A Bert from a folder in stock `bert` layout: config.json and model.safetensors or pytorch_model.bin.
 
-    Old names (gamma/beta, a `decoder` copy of the tied weights, position_ids) are understood; the pooler is left out.
+    Old names (gamma/beta, a decoder copy of the tied weights, position_ids) are understood; no pooler is read.
     ValueError, in one line, for other architectures, another vocabulary order, missing or unknown weights.
     """
     path = os.path.join(folder, "config.json")
@@ -261,12 +273,12 @@ def load_hf(folder):
         want = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": EPS, "type_vocab_size": 2}
         for key, value in want.items():
             if theirs.get(key, value) != value:
-                raise ValueError(f"{path}: {key} is {theirs[key]!r}; only stock BERT ({key} {value!r}) can be loaded")
-        config = BertConfig(theirs["vocab_size"], theirs["max_position_embeddings"], theirs["num_hidden_layers"],
-                            theirs["num_attention_heads"], theirs["hidden_size"], theirs["intermediate_size"],
-                            theirs["hidden_dropout_prob"])
+                raise ValueError(f"{path}: {key} {show(theirs[key])}; only stock BERT ({value!r}) loads")
+        config = BertConfig(*(theirs[name] for name in (
+            "vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads",
+            "hidden_size", "intermediate_size", "hidden_dropout_prob")))
     except (OSError, KeyError, AttributeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path}: not a BERT config ({e!r:.80}); give a folder with config.json and weights") from None
+        raise ValueError(f"{path}: not a BERT config ({show(e)}); give a Hugging Face folder") from None
     check_vocabulary(os.path.join(folder, "vocab.txt"), config.k)
     tensors, path = hf_tensors(folder)
     state = {}
@@ -276,39 +288,41 @@ def load_hf(folder):
             raise ValueError(f"{path}: no weights {missing[0]!r}; a BERT with its masked-LM head is needed")
         state[ours] = torch.cat([tensors.pop(name) for name in names]).float()
     if tensors:
-        raise ValueError(f"{path}: weights of no use to a BERT: {', '.join(sorted(tensors))[:80]}; is it another model?")
+        raise ValueError(f"{path}: weights a BERT has not: {show(sorted(tensors))}; is it another model?")
     model = Bert(config)
     try:
         model.load_state_dict(state)
     except RuntimeError as e:
-        raise ValueError(f"{path}: {str(e).splitlines()[-1].strip()}; config.json and weights disagree") from None
+        raise ValueError(f"{path}: {show(str(e).splitlines()[-1])}; config and weights disagree") from None
     return model
 
 
 def check_vocabulary(path, k):
-    """ValueError unless vocab.txt lists the k-mers in the order A,T,C,G; without the file that order is assumed."""
+    """ValueError unless vocab.txt has the k-mers in the order A,T,C,G; says so where that must be assumed."""
     if not os.path.exists(path):
         print(f"{path} is missing: taking k-mer order A,T,C,G (DNABERT's)", flush=True)
         return
     with open(path) as f:
         words = f.read().split()
     if words != vocabulary(k):
-        raise ValueError(f"{path}: not the {k}-mers in the order A,T,C,G behind 5 specials; such weights would be misread")
+        raise ValueError(f"{path}: not 5 specials and the {k}-mers in order A,T,C,G; only that order loads")
 
 
 def hf_tensors(folder):
-    """(tensors by stock name, file) of a Hugging Face folder: old names renewed, what Bert does not have left out."""
-    path = next((p for n in ("model.safetensors", "pytorch_model.bin") if os.path.exists(p := os.path.join(folder, n))), None)
+    """(tensors by stock name, file) of a Hugging Face folder: old names renewed, what Bert has not removed."""
+    files = [os.path.join(folder, name) for name in ("model.safetensors", "pytorch_model.bin")]
+    path = next(filter(os.path.exists, files), None)
     if path is None:
         raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; download the weights, too")
     try:
-        raw = load_file(path) if path.endswith("safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        raw = load_file(path) if path == files[0] else torch.load(path, map_location="cpu", weights_only=True)
         raw = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
                for n, t in raw.items()}
-    except Exception as e:                                   # foreign bytes: whatever they raise, they cannot be read
-        raise ValueError(f"{path}: cannot be read ({e!r:.80}); download it again") from None
-    decoder, tied = raw.pop("cls.predictions.decoder.weight", None), raw.get("bert.embeddings.word_embeddings.weight")
+    except Exception as e:                                   # foreign bytes, whatever they raise
+        raise ValueError(f"{path}: cannot be read ({show(e)}); download it again") from None
+    decoder = raw.pop("cls.predictions.decoder.weight", None)
+    tied = raw.get("bert.embeddings.word_embeddings.weight")
     if decoder is not None and (tied is None or not torch.equal(decoder, tied)):
         raise ValueError(f"{path}: the decoder is not tied to the embeddings; such models are not supported")
-    unused = ("cls.predictions.decoder.bias", "bert.embeddings.position_ids", "bert.pooler.", "cls.seq_relationship.")
+    unused = ("cls.predictions.decoder.bias", "bert.embeddings.position_ids", "bert.pooler.", "cls.seq_rel")
     return {name: t for name, t in raw.items() if not name.startswith(unused)}, path

@@ -1,12 +1,12 @@
-"""RandomMask: BERT on overlapping 6-mers whose masked spans grow in five phases (Liang et al., "Rethinking the
-BERT-like Pretraining for DNA Sequences"). Longer spans hide more nucleotides, so the task cannot become trivial.
+"""RandomMask: BERT on overlapping 6-mers, masked in spans that grow in five phases (Liang et al., "Rethinking
+the BERT-like Pretraining for DNA Sequences"). Longer spans hide more bases, so that the task stays a task.
 
-    python randommask.py --demo                                             two minutes on a laptop, no data needed
-    python randommask.py --genome my.fa.gz                                  one GPU, your own genome
-    torchrun --nproc_per_node 8 randommask.py                               the paper's run: hg38, 480,000 steps of 512
+    python randommask.py --demo                              two minutes on a laptop, no data needed
+    python randommask.py --genome my.fa.gz                   one GPU, your own genome
+    torchrun --nproc_per_node 8 randommask.py                the paper's run: hg38, 480,000 steps of 512
     torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 randommask.py
-    python randommask.py --mask dnabert                                     baseline: six-token spans throughout
-    python randommask.py --mask single --stride 6                           baseline: non-overlapping 6-mers
+    python randommask.py --mask dnabert                      baseline: six-token spans throughout
+    python randommask.py --mask single --stride 6            baseline: non-overlapping 6-mers
 """
 import argparse
 import contextlib
@@ -15,8 +15,8 @@ import math
 import sys
 import time
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -28,10 +28,11 @@ from training import number
 PAPER_STEPS = 480_000                                        # Algorithm 1
 EDGES = (30_000, 60_000, 100_000, 150_000)                   # Algorithm 1: last steps of phases 1 to 4
 MILESTONES = (1_000, 30_000, 300_000)                        # checkpoints behind Figs 2, 3, 6, 7
-MASK_RATE = 0.15                                             # section 5.1; 0.15 / 6 = Algorithm 1's P of 2.5 % a center
+MASK_RATE = 0.15                                             # section 5.1; / 6 = the P of Algorithm 1
 BETAS, EPS = (0.9, 0.98), 1e-6                               # DNABERT's run_pretrain.py: the paper gives none
-DEMO = dict(genome=["demo"], k=3, block_size=128, n_layer=2, n_head=4, n_embd=64, dropout=0.0, lr=3e-3, batch_size=32,
-            micro_batch_size=16, steps=1500, out="out/demo", eval_every=250, eval_windows=128, save_every=500)
+DEMO = dict(genome=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64, dropout=0.0, lr=3e-3,
+            batch_size=64, micro_batch_size=32, steps=4000, out="out/demo", log_every=200, eval_every=1000,
+            eval_windows=512, save_every=1000)
 
 
 def phase_edges(steps):
@@ -39,16 +40,16 @@ def phase_edges(steps):
     return [round(edge * steps / PAPER_STEPS) for edge in EDGES]
 
 
-def phase_at(step, steps):
-    """Phase 1..5 of step 1..steps; an edge belongs to the phase it ends (Algorithm 1: S <= 30k)."""
-    return 1 + sum(step > edge for edge in phase_edges(steps))
+def phase_at(step, edges):
+    """Phase of step 1..: 1 to 5; an edge belongs to the phase it ends (Algorithm 1: S <= 30k)."""
+    return 1 + sum(step > edge for edge in edges)
 
 
 def random_mask(tokens, phase, p, span=6):
     """Algorithm 1: tokens (B, T) -> masked bool (B, T).
 
-    Each sequence draws its span m from span, span + 2, ... (`phase` of them); every k-mer is a center with probability
-    p and hides tokens c - m/2 + 1 .. c + m/2. Phase 1 is DNABERT's masking; span 1 masks single tokens.
+    Each sequence draws its span m from span, span + 2, ... (`phase` of them); every k-mer is a center with
+    probability p and hides tokens c - m/2 + 1 .. c + m/2. Phase 1 is DNABERT's masking; span 1 masks tokens.
     """
     centers = torch.rand(tokens.shape, device=tokens.device) < p
     m = span + 2 * torch.randint(phase, (len(tokens),), device=tokens.device)
@@ -56,21 +57,24 @@ def random_mask(tokens, phase, p, span=6):
 
 
 def base_entropies(bases):
-    """Entropies in nats of a base: order 0 (frequencies alone), and order 3 from both sides (given 3 + 3 neighbours)."""
-    counts = torch.bincount(data.kmer_tokens(torch.from_numpy(bases)[None], 7, 1)[0], minlength=4 ** 7 + 5)[5:]
-    joint = counts.double().view(64, 4, 64) / counts.sum()   # left neighbours, base, right neighbours
-    order0, flanks, all7 = (torch.special.entr(p).sum().item() for p in (joint.sum((0, 2)), joint.sum(1), joint))
+    """Entropies of a base in nats: order 0 (its frequency), order 3 (given three bases on either side)."""
+    seven = data.kmer_tokens(torch.from_numpy(bases)[None], 7, 1)[0]
+    joint = torch.bincount(seven, minlength=4 ** 7 + 5)[5:].double().view(64, 4, 64)      # left, base, right
+    joint /= joint.sum()
+    parts = joint.sum((0, 2)), joint.sum(1), joint
+    order0, flanks, all7 = (torch.special.entr(p).sum().item() for p in parts)
     return order0, all7 - flanks
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add, positive = parser.add_argument, number(int, 1)
     add("--genome", nargs="+", default=["hg38"], help="FASTA files (plain or gzip), or hg38, or demo")
     add("--data_dir", default="data", help="where hg38.fa.gz lies")
     add("--cache", help="folder of the packed genome (default: beside the FASTA)")
-    add("--val_contigs", help="held-out contigs, comma-separated (default: the last 1 %% of each contig)")
+    add("--val_contigs", type=lambda text: text.split(","), default=[],
+        help="held-out contigs, comma-separated (default: the last 1 %% of each contig)")
     add("--k", type=number(int, 1, 9), default=6, help="k-mer length, 1 to 8")
     add("--stride", type=positive, default=1, help="1: overlapping k-mers; k: non-overlapping")
     add("--block_size", type=number(int, 3), default=512, help="tokens of a sequence with [CLS] and [SEP]")
@@ -90,7 +94,7 @@ def parse_args():
     add("--grad_clip", type=number(float, 1e-30), default=1.0)
     add("--out", default="out/randommask", help="run folder")
     add("--resume", action="store_true", help="continue the run in --out")
-    add("--keep", type=positive, nargs="+", help="steps whose checkpoint is kept (default: 1/480, 30/480, 300/480)")
+    add("--keep", type=positive, nargs="+", help="steps whose checkpoint stays (default 1/480, 30/480, 300/480)")
     add("--log_every", type=positive, default=100)
     add("--eval_every", type=positive, default=5000)
     add("--eval_windows", type=positive, default=512, help="number of fixed validation windows")
@@ -110,7 +114,7 @@ def complete_args(args):
     """Fills in the defaults that depend on other flags. ValueError for flags that contradict each other."""
     single = args.mask == "single"
     if args.stride != (args.k if single else 1):
-        raise ValueError(f"--mask {args.mask} --stride {args.stride}: needs --stride {args.k if single else 1}")
+        raise ValueError(f"--stride {args.stride}: --mask {args.mask} needs {args.k if single else 1}")
     if args.p is None:
         args.p = MASK_RATE if single else MASK_RATE / args.k
     if args.warmup is None:
@@ -121,160 +125,165 @@ def complete_args(args):
         args.keep = [max(1, round(step * args.steps / PAPER_STEPS)) for step in MILESTONES]
 
 
+def build_model(args):
+    """The network of the flags, started from --init where given: a checkpoint of ours, or hf:FOLDER."""
+    config = models.BertConfig(4 ** args.k + 5, args.block_size, args.n_layer, args.n_head, args.n_embd,
+                               4 * args.n_embd, args.dropout)
+    training.seed(args.seed)
+    model = models.Bert(config)
+    if args.init and args.init.startswith("hf:"):
+        source = models.load_hf(args.init[3:])
+        models.copy_weights(model, dataclasses.asdict(source.config), source.state_dict(), args.init)
+    elif args.init:
+        source = training.load(args.init)
+        models.copy_weights(model, source["config"], source["model"], args.init)
+    return model
+
+
 if __name__ == "__main__":
     with training.user_errors():
         args = parse_args()
         complete_args(args)
+        training.check_out(args.out, args.resume)
         device, args.dtype, rank, world = training.set_up(args.device, args.dtype)
+        say = print if rank == 0 else lambda *_, **__: None
         n_micro = math.ceil(args.batch_size / args.micro_batch_size)
         if n_micro < world:
-            raise ValueError(f"--batch_size {args.batch_size}: {n_micro} micro-batches of {args.micro_batch_size} for "
-                             f"{world} ranks; lower --micro_batch_size to {args.batch_size // world}")
-        say = print if rank == 0 else lambda *_: None
+            raise ValueError(f"--batch_size {args.batch_size}: {n_micro} micro-batches for {world} ranks; "
+                             f"lower --micro_batch_size to {args.batch_size // world}")
+        model = build_model(args).to(device)
+        optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
 
-        # genome, windows, masks
-        length = (args.block_size - 2) * args.stride + args.k - args.stride    # bases of a window
-        span, n_phases = (1 if args.mask == "single" else args.k), (5 if args.mask == "randommask" else 1)
-        edges = phase_edges(args.steps)[:n_phases - 1]
+        single = args.mask == "single"
+        span = 1 if single else args.k
+        edges = phase_edges(args.steps) if args.mask == "randommask" else []
+        length = (args.block_size - 3) * args.stride + args.k                  # bases of a window
         genome = data.open_genome(args.genome, args.data_dir, args.cache)
-        train, val = (data.window_table(part, length) for part in
-                      genome.split(length, args.val_contigs.split(",") if args.val_contigs else ()))
+        train, val = (data.window_table(part, length) for part in genome.split(length, args.val_contigs))
         bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
 
-        def get_batch(table, n, phase, *key):
-            """n windows and their masks, a function of the key alone: inputs, labels (n, T)."""
-            starts = data.draw_starts(table, n, training.seed(args.seed, *key))
-            windows = data.take_windows(bases, starts, length).to(device)      # (n, length)
-            tokens = data.with_specials(data.kmer_tokens(windows, args.k, args.stride))
-            return data.corrupt(tokens, random_mask(tokens, phase, args.p, span), n_vocab)
-
-        if args.show_masks:
-            for phase in range(1, n_phases + 1):
-                for n, labels in enumerate(get_batch(train, args.show_masks, phase, 0, 0)[1]):
-                    say(f"phase {phase}, sequence {n}: {(labels >= 0).float().mean():.1%} masked (#)\n"
-                        + "".join(".#"[label >= 0] for label in labels[1:-1]))
-            training.finish()
-
-        # model, optimizer, run folder, resume
-        config = models.BertConfig(n_vocab, args.block_size, args.n_layer, args.n_head, args.n_embd, 4 * args.n_embd,
-                                   args.dropout)
-        training.seed(args.seed)
-        model = models.Bert(config)
-        if args.init and args.resume:
-            raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
-        if args.init and args.init.startswith("hf:"):
-            source = models.load_hf(args.init[3:])
-            models.copy_weights(model, dataclasses.asdict(source.config), source.state_dict(), args.init)
-        elif args.init:
-            source = training.load(args.init)
-            models.copy_weights(model, source["config"], source["model"], args.init)
-        model.to(device)
-        optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
-        lock, start = training.open_run(args.out, args.resume, rank), 0
-        run = {"method": "randommask", "config": dataclasses.asdict(config), "data": genome.fingerprint, "args": vars(args)}
+        run = {"method": "randommask", "config": dataclasses.asdict(model.config), "data": genome.fingerprint,
+               "args": vars(args)}
+        start = 0
         if args.resume:
             state = training.load_run(args.out, run)
             start = state["step"]
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
-        if rank == 0:
-            training.describe_run(args.out, args, start)
+        if rank == 0 and not args.show_masks:
+            lock = training.open_run(args.out, args, start)
+
+    def get_batch(table, n, phase, *key):
+        """n windows and their masks, a function of the key alone: inputs, labels (n, T)."""
+        starts = data.draw_starts(table, n, training.seed(args.seed, *key))
+        windows = data.take_windows(bases, starts, length).to(device)          # (n, length)
+        tokens = data.with_specials(data.kmer_tokens(windows, args.k, args.stride))
+        return data.corrupt(tokens, random_mask(tokens, phase, args.p, span), n_vocab)
+
+    if args.show_masks:
+        for phase in range(1, len(edges) + 2):
+            for n, labels in enumerate(get_batch(train, args.show_masks, phase, 0, 0)[1]):
+                marks = "".join(".#"[label >= 0] for label in labels[1:-1])
+                say(f"phase {phase}, sequence {n}: {marks.count('#') / len(marks):.1%} masked (#)\n{marks}")
+        training.finish()
 
     # what this run is
-    n_params, tokens_per_step = sum(p.numel() for p in model.parameters()), args.batch_size * args.block_size
-    passes = args.steps * args.batch_size * length / int(sum(genome.intervals[:, 1] - genome.intervals[:, 0]))
-    say(f"model    {n_params:,} parameters, {device} {args.dtype}, {world} rank(s), {n_micro} micro-batches a step"
-        + (f", shares of {n_micro // world} and {n_micro // world + 1} a rank" if n_micro % world else ""))
-    say(f"genome   {', '.join(args.genome)}: {genome}")
-    say(f"tokens   {tokens_per_step:,} a step, {tokens_per_step * args.steps:,} in all: {passes:.2g} passes over the genome")
-    say(f"phases   spans {', '.join(f'{span}-{span + 2 * i}' for i in range(n_phases))}, the last steps of each: "
+    tokens_per_step = args.batch_size * args.block_size
+    passes = args.steps * args.batch_size * length / int(np.diff(genome.intervals).sum())
+    n_params = sum(p.numel() for p in model.parameters())
+    say(f"model    {n_params:,} parameters, {args.dtype}, {world} x {device.type}, {n_micro} micro-batches a step"
+        f"{' in uneven shares' if n_micro % world else ''}")
+    say(f"genome   {' '.join(args.genome)}: {genome}")
+    say(f"tokens   {tokens_per_step:,} a step, {tokens_per_step * args.steps:,} in all: "
+        f"{passes:.2g} passes over the genome")
+    say(f"phases   spans {', '.join(f'{span}..{span + 2 * i}' for i in range(len(edges) + 1))}; last steps "
         f"{', '.join(map(str, [*edges, args.steps]))}")
     if start:
-        say(f"resume   {args.out} after step {start}")
+        say(f"resume   after step {start}")
+
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
     net = model
     if world > 1:
         net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                       broadcast_buffers=False, gradient_as_bucket_view=True)
-    # a GPU gets a fixed number of slots for masked tokens, for the longest span in every row: no synchronisation
-    share = 1 - (1 - args.p) ** (span + 2 * (n_phases - 1))
-    slots = models.mask_capacity(args.micro_batch_size * args.block_size, share, span + 2 * n_phases)
-    capacity = slots if device.type == "cuda" else None
+    longest, capacity = span + 2 * len(edges), None
+    if device.type == "cuda":                                # slots for masked tokens, were all spans the longest
+        n_tokens = args.micro_batch_size * args.block_size
+        capacity = models.mask_capacity(n_tokens, 1 - (1 - args.p) ** longest, longest)
 
-    def forward(network, table, n, phase, *key):
-        """(loss sum, count) of one micro-batch."""
-        inputs, labels = get_batch(table, n, phase, *key)
+    def forward(network, table, i, size, phase, key):
+        """(loss sum, count) of micro-batch i of `size` sequences in all."""
+        n = min(args.micro_batch_size, size - i * args.micro_batch_size)
+        inputs, labels = get_batch(table, n, phase, key, i)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             return network(inputs, labels, capacity=capacity)
 
     @torch.no_grad()
     def evaluate(phase):
-        """Mean loss under the masks of `phase`: the same windows and masks at every call, shared by the ranks."""
+        """Mean loss under the masks of `phase`: the same windows and masks each time, shared by the ranks."""
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=device)
         for i in range(rank, math.ceil(args.eval_windows / args.micro_batch_size), world):
-            n = min(args.micro_batch_size, args.eval_windows - i * args.micro_batch_size)
-            total += torch.stack(forward(model, val, n, phase, 0, i))          # key 0: training steps count from 1
+            total += torch.stack(forward(model, val, i, args.eval_windows, phase, 0))     # steps count from 1
         model.train()
         loss_sum, count = training.all_reduce(total).tolist()
         return loss_sum / max(count, 1)
 
-    def validate(step):
-        """Masks of the phase in force; DNABERT's spans, comparable across runs; at an edge also the next phase's masks."""
-        row = {"val_loss": evaluate(phase := phase_at(step, args.steps) if n_phases > 1 else 1)}
-        if args.mask != "single":
+    def validate(step, phase):
+        """Loss under this phase's masks, DNABERT's (comparable across runs), and at an edge the next phase's."""
+        row = {"val_loss": evaluate(phase)}
+        if not single:
             row[f"val_loss_span{args.k}"] = evaluate(1) if phase > 1 else row["val_loss"]
         return row | ({"val_loss_next_phase": evaluate(phase + 1)} if step in edges else {})
 
-    unread, clock, timed = [], time.perf_counter(), start    # numbers of steps that the host has not looked at yet
-    with training.user_errors(OSError), training.user_errors(torch.OutOfMemoryError, advice="; lower --micro_batch_size"):
+    unread, clock, timed = [], time.perf_counter(), start    # unread: numbers the host has not looked at yet
+    advice = "; lower --micro_batch_size"
+    with training.user_errors(OSError), training.user_errors(torch.OutOfMemoryError, advice=advice):
         for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step",
                          disable=rank > 0 or not sys.stderr.isatty()):
-            lr = args.lr * training.linear(step, args.steps, args.warmup)
+            phase, lr = phase_at(step, edges), args.lr * training.linear(step, args.steps, args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            phase = phase_at(step, args.steps) if n_phases > 1 else 1
-            numbers = torch.zeros(4, dtype=torch.float64, device=device)       # loss sum, count, stop, gradient norm
+            numbers = torch.zeros(4, dtype=torch.float64, device=device)       # loss sum, count, stop, norm
             for i in range(rank, n_micro, world):
-                n = min(args.micro_batch_size, args.batch_size - i * args.micro_batch_size)
                 with net.no_sync() if world > 1 and i + world < n_micro else contextlib.nullcontext():
-                    loss_sum, count = forward(net, train, n, phase, step, i)
+                    loss_sum, count = forward(net, train, i, args.batch_size, phase, step)
                     loss_sum.backward()
                 numbers[:2] += torch.stack([loss_sum.detach(), count])
             numbers[2] = training.stop_requested()
-            training.all_reduce(numbers)                     # 32 bytes; the gradients went with the last backward
-            # DDP has divided the gradient sums by world; the loss is the mean over all masked tokens of the batch
+            training.all_reduce(numbers)                     # 32 bytes; gradients went with the last backward
+            # from DDP's average over ranks of sums to the mean over all masked tokens of the batch
             numbers[3] = training.scale_gradients(model, world / numbers[1].clamp(min=1), args.grad_clip)
-            optimizer.found_inf = 1 - numbers[[0, 3]].isfinite().all().float()  # not finite: fused AdamW skips the update
+            optimizer.found_inf = 1 - numbers.isfinite().all().float()         # 1: AdamW changes nothing
             optimizer.step()
             optimizer.zero_grad()
 
-            # the host reads a step's numbers one step late, so that a GPU never waits for it, and now where they are due
-            unread.append((step, numbers))
-            to_log, to_eval = step % args.log_every == 0 or step == args.steps, step % args.eval_every == 0
-            to_eval |= step in edges or step == args.steps
-            to_save = step % args.save_every == 0 or step in args.keep or step == args.steps
+            # the host reads these numbers while the device works on the next step, or now where they are due
+            last, at_edge = step == args.steps, step in edges
+            to_eval = step % args.eval_every == 0 or at_edge or last
+            to_save = step % args.save_every == 0 or step in args.keep or last
+            to_log = step % args.log_every == 0 or to_eval
+            unread.append(numbers)
             stop = False
-            while unread and (len(unread) > 1 or to_log or to_eval or to_save or stop or step == start + 20):
-                at, numbers = unread.pop(0)
-                loss_sum, count, stop, norm = numbers.tolist()
+            while unread and (len(unread) > 1 or to_log or to_save or stop or step == start + 20):
+                loss_sum, count, stop, norm = unread.pop(0).tolist()
                 if not math.isfinite(loss_sum + norm):
-                    print(f"error: step {at}: loss sum {loss_sum}, gradient norm {norm}; nothing was updated, the last "
-                          f"checkpoint is in {args.out}; lower --lr and go on from it with --init", file=sys.stderr)
+                    say(f"error: step {step - len(unread)}: loss sum {loss_sum}, gradient norm {norm}: not finite; "
+                        f"nothing updated, last checkpoint in {args.out}; lower --lr", file=sys.stderr)
                     training.finish(3)
-            seconds, steps_done = time.perf_counter() - clock, step - timed
+            speed = (step - timed) * tokens_per_step / (time.perf_counter() - clock)
             if step == start + 20:
-                say(f"speed    {20 * tokens_per_step / seconds:,.0f} tokens/s, {training.memory(device)}, "
-                    f"{(args.steps - step) * seconds / 20 / 3600:.2g} h left")
-            if to_log or to_eval or stop:
-                row = {"step": step, "loss": loss_sum / max(count, 1), "lr": lr, "grad_norm": norm, "phase": phase,
-                       "masked": count / (args.batch_size * (args.block_size - 2)),
-                       "tokens_per_s": steps_done * tokens_per_step / seconds}
+                say(f"speed    {speed:,.0f} tokens/s, {training.memory(device)}, "
+                    f"{(args.steps - step) * tokens_per_step / speed / 3600:.2g} h left")
+            if to_log or stop:
+                row = {"step": step, "loss": loss_sum / max(count, 1), "lr": lr, "grad_norm": norm,
+                       "phase": phase, "masked": count / (args.batch_size * (args.block_size - 2)),
+                       "tokens_per_s": speed}
                 if training.peak_flops(device):
                     flops = model.flops_per_token(args.block_size, row["masked"])
-                    row["mfu"] = row["tokens_per_s"] * flops / world / training.peak_flops(device)
-                row |= validate(step) if to_eval else {}
+                    row["mfu"] = speed * flops / world / training.peak_flops(device)
+                row |= validate(step, phase) if to_eval else {}
                 if rank == 0:
                     training.log(args.out, row)
             if (to_save or stop) and rank == 0:
@@ -283,18 +292,20 @@ if __name__ == "__main__":
             if stop:
                 say(f"stopped  by a signal after step {step}; continue with --resume")
                 training.finish(143)
-            if to_log or to_eval or to_save:
+            if to_log or to_save:
                 clock, timed = time.perf_counter(), step
 
     say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
     if args.demo:
         order0, order3 = base_entropies(genome.bases)
         loss = evaluate(1)
+        verdict = "has learnt the grammar of this DNA" if loss < order3 else \
+            "uses the neighbours, not yet all of the grammar" if loss < order0 else "has learnt little"
         say(f"""
 What it learnt, in nats per masked token on held-out DNA ({args.k}-token spans: each hides one base):
-  {math.log(4 ** args.k):.2f}  before training: any of the {4 ** args.k} {args.k}-mers
-  {order0:.2f}  order-0 entropy: the visible neighbours overlap the hidden base; guess it by its frequency
-  {order3:.2f}  order-3 entropy: guess it from the three bases on either side
-  {loss:.2f}  this model: {'it has learnt the grammar of the genome' if loss < order3 else 'above order 3: train longer'}
-Next: python randommask.py --genome YOUR.fa.gz""")
+  {math.log(4 ** args.k):.2f}  knowing nothing: any of the {4 ** args.k} {args.k}-mers
+  {order0:.2f}  order-0 entropy: all but the hidden base read off the neighbours, that one guessed
+  {order3:.2f}  order-3 entropy: the hidden base guessed from three bases on either side
+  {loss:.2f}  this model {verdict}
+Next, your own DNA: python randommask.py --genome YOUR.fa.gz""")
     training.finish()

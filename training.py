@@ -1,7 +1,7 @@
-"""What every training loop calls: devices and ranks, optimizer, schedules, run folder, log, checkpoint, stop signals.
+"""What every training loop calls: flag types, ranks, optimizer, schedules, run folder, checkpoint, stops.
 
-Functions only: no loop over steps, no flags, no method. The user's mistakes are ValueError and OSError with one clear
-line; `user_errors` prints it and exits with 2. Exit codes: 0 done, 2 user's mistake, 3 non-finite, 143 stopped.
+Functions only: no loop over steps, no flags, no method. A user's mistake is a ValueError or OSError whose
+text is one clear line: `user_errors` prints it and exits with 2. Other codes: 0 done, 3 not finite, 143 stopped.
 """
 import argparse
 import contextlib
@@ -20,11 +20,11 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-FORMAT = 1
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}                  # dense bf16, NVIDIA data sheets
-MAY_CHANGE = {"out", "resume", "genome", "data_dir", "cache", "device", "compile", "log_every", "save_every", "keep"}
-received = []                                                # stop signals so far
-parent = os.getppid()
+FORMAT = 1                                                   # of the checkpoint
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
+MAY_CHANGE = ("out", "resume", "genome", "data_dir", "cache", "device", "compile", "log_every", "save_every",
+              "keep")                                        # at a resume: nothing that the weights depend on
+signals, parent = [], os.getppid()                           # stop signals received; who started us
 
 
 @contextlib.contextmanager
@@ -44,49 +44,47 @@ def number(kind, low, high=math.inf):
         if not low <= value < high:
             raise argparse.ArgumentTypeError(f"{text} is outside [{low}, {high})")
         return value
-    parse.__name__ = kind.__name__                           # argparse: "invalid int value"
+    parse.__name__ = kind.__name__                           # argparse then says "invalid int value"
     return parse
 
 
 def set_up(device, dtype):
-    """Flags --device and --dtype -> (torch.device, 'float32' or 'bfloat16', rank, world).
+    """--device, --dtype -> (torch.device, 'float32' or 'bfloat16', rank, world). Now catches stop signals.
 
-    Under torchrun it joins the process group (nccl on GPUs, gloo on CPUs). Stop signals are caught from here on.
+    Under torchrun it joins the process group: nccl on GPUs, gloo on CPUs.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(device)
+        auto = "cuda" if torch.cuda.is_available() else "cpu"
+        device = torch.device(auto if device == "auto" else device)
     except RuntimeError:
         raise ValueError(f"--device {device}: unknown; use auto, cpu, cuda or cuda:N") from None
+    bf16 = True
     if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError("--device cuda: no CUDA GPU is visible here; use --device cpu")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device {device}: only {torch.cuda.device_count()} GPUs here; lower --nproc_per_node")
+            raise ValueError(f"--device {device}: {torch.cuda.device_count()} CUDA GPUs here; use another")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
-    bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if dtype == "bfloat16" and not bf16:
+        raise ValueError("--dtype bfloat16: this GPU has none; use --dtype float32")
     if dtype == "auto":
-        dtype = "bfloat16" if bf16 else "float32"
-    elif dtype == "bfloat16" and device.type == "cuda" and not bf16:
-        raise ValueError("--dtype bfloat16: this GPU has no bf16; use --dtype float32")
+        dtype = "bfloat16" if device.type == "cuda" and bf16 else "float32"
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, lambda number, frame: received.append(number))
+    for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(which, lambda which, frame: signals.append(which))
     return device, dtype, rank, world
 
 
 def stop_requested():
     """True after a stop signal, or when torchrun itself has died."""
-    return bool(received) or "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
+    return bool(signals) or "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
 
 
 def seed(*key):
-    """Seeds torch from the key, e.g. (seed, step, micro-batch), and returns a numpy generator of it."""
+    """Seeds torch from the key (seed, step, micro-batch) and returns a numpy generator of it."""
     rng = np.random.default_rng(key)
     torch.manual_seed(int(rng.integers(2 ** 63)))
     return rng
@@ -107,7 +105,7 @@ def memory(device):
 
 
 def peak_flops(device):
-    """Data-sheet bf16 FLOP/s of a GPU, 0 where unknown."""
+    """Data-sheet bf16 FLOP/s of the GPU; 0 where unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
 
@@ -126,50 +124,50 @@ def linear(step, steps, warmup):
 
 
 def cosine(step, steps, warmup):
-    """Share of the peak lr at step 1..steps: linear warm-up to 1, then a half cosine towards 0."""
-    return min(step / max(warmup, 1), 0.5 + 0.5 * math.cos(math.pi * max(step - warmup, 0) / (steps - warmup + 1)))
+    """Share of the peak lr at step 1..steps: linear warm-up to 1, then half a cosine towards 0."""
+    done = max(step - warmup, 0) / (steps - warmup + 1)
+    return min(step / max(warmup, 1), 0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def scale_gradients(model, scale, clip):
-    """Multiplies the gradients by the 0-dim tensor `scale`, clips their global norm; returns the norm before clipping."""
+    """Multiplies the gradients by the 0-dim tensor `scale`, clips them, returns the norm before clipping."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads) * scale
-    torch._foreach_mul_(grads, (scale * (clip / (norm + 1e-6)).clamp(max=1.0)).to(grads[0].dtype))
+    torch._foreach_mul_(grads, (scale * (clip / (norm + 1e-6)).clamp(max=1)).to(grads[0].dtype))
     return norm
 
 
-def open_run(out, resume, rank):
-    """Checks the run folder before anything is written. Rank 0 makes and locks it and returns the lock to hold on to."""
+def check_out(out, resume):
+    """ValueError unless --out and --resume fit what is there; writes nothing."""
     if os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out {out}: is a file; name a folder")
     exists = any(os.path.exists(os.path.join(out, name)) for name in ("last.pt", "prev.pt"))
     if exists and not resume:
-        raise ValueError(f"--out {out}: holds a run already; continue it with --resume or choose another --out")
+        raise ValueError(f"--out {out}: holds a run; continue it with --resume or choose another --out")
     if resume and not exists:
         raise ValueError(f"--resume: no checkpoint in {out}; start without --resume")
-    if rank > 0:
-        return None
+
+
+def open_run(out, args, start):
+    """Rank 0 makes and locks the run folder, writes args.json and the script, cuts log rows past `start`.
+
+    Returns the lock, to be held on to. ValueError when another process has it.
+    """
     os.makedirs(out, exist_ok=True)
     lock = open(os.path.join(out, "lock"), "w")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"--out {out}: in use by another run; wait for it or choose another --out") from None
-    return lock
-
-
-def describe_run(out, args, start):
-    """Writes args.json and a copy of the running script into the run folder; cuts log rows beyond step `start`."""
     with open(os.path.join(out, "args.json"), "w") as f:
         json.dump(vars(args), f, indent=1)
     shutil.copy(sys.argv[0], out)
-    path, rows = os.path.join(out, "log.jsonl"), []
-    if os.path.exists(path):
-        with open(path) as f:
-            rows = [line for line in f if line.endswith("\n") and start and json.loads(line)["step"] <= start]
+    path = os.path.join(out, "log.jsonl")
+    rows = open(path).readlines() if start and os.path.exists(path) else []
     with open(path + ".tmp", "w") as f:
-        f.writelines(rows)
+        f.writelines(row for row in rows if row.endswith("\n") and json.loads(row)["step"] <= start)
     os.replace(path + ".tmp", path)
+    return lock
 
 
 def log(out, row):
@@ -182,9 +180,9 @@ def log(out, row):
 
 
 def save(state, out, milestone=None):
-    """Writes out/last.pt (the one before becomes prev.pt), and a copy as milestone; never leaves a broken file.
+    """Writes out/last.pt (the one before becomes prev.pt) and a copy as milestone; none is ever half-written.
 
-    Temp file, fsync, re-opened as a loader would, renamed. OSError with one line when the disk is full.
+    Temp file, fsync, re-opened as a loader would, renamed. OSError in one line when it cannot be written.
     """
     tmp, last = os.path.join(out, "last.pt.tmp"), os.path.join(out, "last.pt")
     try:
@@ -193,23 +191,23 @@ def save(state, out, milestone=None):
             f.flush()
             os.fsync(f.fileno())
         torch.load(tmp, weights_only=True, mmap=True)
+        if milestone:
+            shutil.copy(tmp, os.path.join(out, "milestone.tmp"))
+            os.replace(os.path.join(out, "milestone.tmp"), os.path.join(out, milestone))
         if os.path.exists(last):
             os.replace(last, os.path.join(out, "prev.pt"))
         os.replace(tmp, last)
-        if milestone:
-            shutil.copy(last, os.path.join(out, milestone + ".tmp"))
-            os.replace(os.path.join(out, milestone + ".tmp"), os.path.join(out, milestone))
-    except (OSError, RuntimeError) as e:                     # torch hides "no space left" behind a RuntimeError
+    except (OSError, RuntimeError) as e:                     # torch hides a full disk behind a RuntimeError
         cause = e if isinstance(e, OSError) else e.__context__
-        with contextlib.suppress(OSError):
-            os.unlink(tmp)
         if not isinstance(cause, OSError):
             raise
-        raise OSError(f"cannot write {last}: {cause.strerror}; free space and continue with --resume") from None
+        with contextlib.suppress(OSError):
+            os.unlink(tmp)
+        raise OSError(f"cannot write {last}: {cause.strerror}; free space, go on with --resume") from None
 
 
 def load(path):
-    """A checkpoint of ours, on the CPU: every zip member stored and CRC-tested, then torch.load(weights_only=True)."""
+    """A checkpoint of ours, on the CPU: zip members stored and CRC-tested, then loaded with weights_only."""
     try:
         with zipfile.ZipFile(path) as z:
             stored = all(m.compress_type == zipfile.ZIP_STORED for m in z.infolist())
@@ -217,35 +215,34 @@ def load(path):
                 raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if state["format"] != FORMAT:
-            raise ValueError(f"format {state['format']!r:.20}, this code reads {FORMAT}")
+            raise ValueError(f"format {state['format']!r:.20}; this code reads {FORMAT}")
         return state
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; check the path") from None
-    except Exception as e:                                   # foreign bytes: whatever they raise, they cannot be read
+    except Exception as e:                                   # foreign bytes, whatever they raise
         raise ValueError(f"{path}: not a readable checkpoint ({e!r:.80}); use another one") from None
 
 
-def load_run(out, expected):
-    """The newest sound checkpoint of a run folder (last.pt, else prev.pt, and says so), to continue with.
+def load_run(out, run):
+    """The newest sound checkpoint of a run folder: last.pt, else prev.pt, and says so.
 
-    expected: what a resume must have in common with it: {'method', 'config', 'data', 'args'}.
+    ValueError unless it has the method, config, data and args of `run` (but for MAY_CHANGE).
     """
     try:
         state = load(os.path.join(out, "last.pt"))
     except ValueError as e:
-        print(f"{e}\ncontinuing from the one before, {os.path.join(out, 'prev.pt')}", flush=True)
+        print(f"{e}\ncontinuing from the one before it, {os.path.join(out, 'prev.pt')}", flush=True)
         state = load(os.path.join(out, "prev.pt"))
-    differ = [f"{name}: {state[name]!r} there, {value!r} now" for name, value in expected.items()
-              if name != "args" and state[name] != value]
-    differ += [f"--{name}: {state['args'].get(name)!r} there, {value!r} now" for name, value in expected["args"].items()
-               if name not in MAY_CHANGE and state["args"].get(name) != value]
+    there, now = (s["args"] | {name: s[name] for name in ("method", "config", "data")} for s in (state, run))
+    differ = [f"{name} {there.get(name)!r} there, {now[name]!r} now" for name in now
+              if name not in MAY_CHANGE and there.get(name) != now[name]]
     if differ:
-        raise ValueError(f"--resume: {out} is another run ({'; '.join(differ)[:400]}); give its flags, or another --out")
+        raise ValueError(f"--resume: {out} is another run ({'; '.join(differ)[:300]}); give its flags")
     return state
 
 
 def finish(code=0):
-    """Leaves the process group together, then exits."""
+    """All ranks leave together."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
