@@ -190,8 +190,8 @@ class Genome:
             if not len(part):
                 raise ValueError(
                     f"genome too small: no window of {length} bases without N is left for {name} (longest "
-                    f"contig {sizes.max()}, stretch without N {(end - start).max()}; validation is the last 1 % "
-                    f"of a contig); lower --block_size or use --val_contigs")
+                    f"contig {sizes.max()}, stretch without N {(end - start).max()}; validation is the last "
+                    f"1 % of a contig); lower --block_size or use --val_contigs")
         return train, val
 
 

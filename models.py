@@ -105,7 +105,7 @@ class Bert(nn.Module):
     def encode(self, tokens, mask=None, need_weights=False):
         """tokens (B, T) -> hidden states (B, T, C); with need_weights also the attention of each layer.
 
-        mask: bool (B, T), True = real token; None where no row is padded (the fast path). Attention (B, H, T, T).
+        mask: bool (B, T), True = real token; None where no row is padded (fast path). Attention (B, H, T, T).
         """
         T, p = tokens.shape[1], self.config.dropout if self.training else 0.0
         if T > self.config.block_size:
@@ -127,7 +127,7 @@ class Bert(nn.Module):
     def forward(self, inputs, labels=None, mask=None, capacity=None):
         """Logits, or (loss_sum, count) where labels (B, T) are given (-100 = no loss).
 
-        Only labelled positions reach the decoder. capacity: how many at most, as a static shape, so that a GPU
+        Only labelled positions reach the decoder. capacity: how many at most, as a static shape, so a GPU
         need not wait for their number (mask_capacity); if there are more the loss is NaN, never a wrong one.
         """
         x = self.encode(inputs, mask)                        # (B, T, C)
@@ -263,7 +263,7 @@ def hf_tokenizer(words, block_size):
 def load_hf(folder):
     """A Bert from a folder in stock `bert` layout: config.json and model.safetensors or pytorch_model.bin.
 
-    Old names (gamma/beta, a decoder copy of the tied weights, position_ids) are understood; no pooler is read.
+    Old names (gamma/beta, a decoder copy of the tied weights, position_ids) are read; the pooler is left out.
     ValueError, in one line, for other architectures, another vocabulary order, missing or unknown weights.
     """
     path = os.path.join(folder, "config.json")
@@ -309,7 +309,7 @@ def check_vocabulary(path, k):
 
 
 def hf_tensors(folder):
-    """(tensors by stock name, file) of a Hugging Face folder: old names renewed, what Bert has not removed."""
+    """(tensors by stock name, file) of a Hugging Face folder: old names renewed, no pooler."""
     files = [os.path.join(folder, name) for name in ("model.safetensors", "pytorch_model.bin")]
     path = next(filter(os.path.exists, files), None)
     if path is None:

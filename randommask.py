@@ -70,39 +70,39 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add, positive = parser.add_argument, number(int, 1)
-    add("--genome", nargs="+", default=["hg38"], help="FASTA files (plain or gzip), or hg38, or demo")
-    add("--data_dir", default="data", help="where hg38.fa.gz lies")
-    add("--cache", help="folder of the packed genome (default: beside the FASTA)")
+    add("--genome", nargs="+", default=["hg38"], help="FASTA files (plain or gzip), or hg38, or demo (hg38)")
+    add("--data_dir", default="data", help="where hg38.fa.gz lies (%(default)s)")
+    add("--cache", help="folder of the packed genome (beside the FASTA)")
     add("--val_contigs", type=lambda text: text.split(","), default=[],
-        help="held-out contigs, comma-separated (default: the last 1 %% of each contig)")
-    add("--k", type=number(int, 1, 9), default=6, help="k-mer length, 1 to 8")
-    add("--stride", type=positive, default=1, help="1: overlapping k-mers; k: non-overlapping")
-    add("--block_size", type=number(int, 3), default=512, help="tokens of a sequence with [CLS] and [SEP]")
-    add("--n_layer", type=positive, default=12)
-    add("--n_head", type=positive, default=12)
-    add("--n_embd", type=positive, default=768)
-    add("--dropout", type=number(float, 0, 1), default=0.1)
+        help="held-out contigs, comma-separated (the last 1 %% of each contig)")
+    add("--k", type=number(int, 1, 9), default=6, help="k-mer length, 1 to 8 (%(default)s)")
+    add("--stride", type=positive, default=1, help="1: overlapping k-mers; k: non-overlapping (%(default)s)")
+    add("--block_size", type=number(int, 3), default=512, help="tokens with [CLS] and [SEP] (%(default)s)")
+    add("--n_layer", type=positive, default=12, help="layers (%(default)s)")
+    add("--n_head", type=positive, default=12, help="attention heads (%(default)s)")
+    add("--n_embd", type=positive, default=768, help="width (%(default)s)")
+    add("--dropout", type=number(float, 0, 1), default=0.1, help="(%(default)s)")
     add("--init", help="start from these weights: a checkpoint, or hf:FOLDER")
-    add("--mask", choices=("randommask", "dnabert", "single"), default="randommask")
-    add("--p", type=number(float, 1e-9, 1), help="probability of a center (default 0.15 / k; single: 0.15)")
-    add("--batch_size", type=positive, default=512, help="sequences of an optimizer step, over all GPUs")
-    add("--micro_batch_size", type=positive, default=64, help="sequences of a forward pass")
-    add("--steps", type=positive, default=PAPER_STEPS, help="optimizer steps; the phases scale with them")
-    add("--lr", type=number(float, 1e-30), default=1e-4)
-    add("--warmup", type=number(int, 0), help="steps of linear warm-up (default 2 %% of the steps)")
-    add("--weight_decay", type=number(float, 0), default=0.01)
-    add("--grad_clip", type=number(float, 1e-30), default=1.0)
-    add("--out", default="out/randommask", help="run folder")
+    add("--mask", choices=("randommask", "dnabert", "single"), default="randommask", help="(%(default)s)")
+    add("--p", type=number(float, 1e-9, 1), help="probability of a center (0.15 / k; single: 0.15)")
+    add("--batch_size", type=positive, default=512, help="sequences of a step, over all GPUs (%(default)s)")
+    add("--micro_batch_size", type=positive, default=64, help="sequences of a forward pass (%(default)s)")
+    add("--steps", type=positive, default=PAPER_STEPS, help="steps; the phases scale along (%(default)s)")
+    add("--lr", type=number(float, 1e-30), default=1e-4, help="peak learning rate (%(default)s)")
+    add("--warmup", type=number(int, 0), help="steps of linear warm-up (2 %% of the steps)")
+    add("--weight_decay", type=number(float, 0), default=0.01, help="(%(default)s)")
+    add("--grad_clip", type=number(float, 1e-30), default=1.0, help="largest gradient norm (%(default)s)")
+    add("--out", default="out/randommask", help="run folder (%(default)s)")
     add("--resume", action="store_true", help="continue the run in --out")
-    add("--keep", type=positive, nargs="+", help="steps whose checkpoint stays (default 1/480, 30/480, 300/480)")
-    add("--log_every", type=positive, default=100)
-    add("--eval_every", type=positive, default=5000)
-    add("--eval_windows", type=positive, default=512, help="number of fixed validation windows")
-    add("--save_every", type=positive, default=5000)
-    add("--seed", type=number(int, 0, 2 ** 63), default=42)
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:N")
+    add("--keep", type=positive, nargs="+", help="steps whose checkpoint stays (1/480, 30/480, 300/480)")
+    add("--log_every", type=positive, default=100, help="steps (%(default)s)")
+    add("--eval_every", type=positive, default=5000, help="steps (%(default)s)")
+    add("--eval_windows", type=positive, default=512, help="fixed validation windows (%(default)s)")
+    add("--save_every", type=positive, default=5000, help="steps (%(default)s)")
+    add("--seed", type=number(int, 0, 2 ** 63), default=42, help="(%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on CUDA)")
     add("--show_masks", type=positive, metavar="N", help="print what is masked in N sequences, and stop")
     add("--demo", action="store_true", help="a tiny model on a synthetic genome")
     if parser.parse_args().demo:
@@ -170,6 +170,7 @@ if __name__ == "__main__":
             start = state["step"]
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
+            del state
         if rank == 0 and not args.show_masks:
             lock = training.open_run(args.out, args, start)
 
@@ -191,8 +192,8 @@ if __name__ == "__main__":
     tokens_per_step = args.batch_size * args.block_size
     passes = args.steps * args.batch_size * length / int(np.diff(genome.intervals).sum())
     n_params = sum(p.numel() for p in model.parameters())
-    say(f"model    {n_params:,} parameters, {args.dtype}, {world} x {device.type}, {n_micro} micro-batches a step"
-        f"{' in uneven shares' if n_micro % world else ''}")
+    say(f"model    {n_params:,} parameters, {args.dtype}, {world} x {device.type}, {n_micro} micro-batches a "
+        f"step{' in uneven shares' if n_micro % world else ''}")
     say(f"genome   {' '.join(args.genome)}: {genome}")
     say(f"tokens   {tokens_per_step:,} a step, {tokens_per_step * args.steps:,} in all: "
         f"{passes:.2g} passes over the genome")
@@ -208,7 +209,7 @@ if __name__ == "__main__":
         net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                       broadcast_buffers=False, gradient_as_bucket_view=True)
     longest, capacity = span + 2 * len(edges), None
-    if device.type == "cuda":                                # slots for masked tokens, were all spans the longest
+    if device.type == "cuda":                                # slots for masked tokens, all spans the longest
         n_tokens = args.micro_batch_size * args.block_size
         capacity = models.mask_capacity(n_tokens, 1 - (1 - args.p) ** longest, longest)
 
@@ -231,7 +232,7 @@ if __name__ == "__main__":
         return loss_sum / max(count, 1)
 
     def validate(step, phase):
-        """Loss under this phase's masks, DNABERT's (comparable across runs), and at an edge the next phase's."""
+        """Loss under this phase's masks, under DNABERT's (comparable), at an edge under the next phase's."""
         row = {"val_loss": evaluate(phase)}
         if not single:
             row[f"val_loss_span{args.k}"] = evaluate(1) if phase > 1 else row["val_loss"]
@@ -269,8 +270,8 @@ if __name__ == "__main__":
             while unread and (len(unread) > 1 or to_log or to_save or stop or step == start + 20):
                 loss_sum, count, stop, norm = unread.pop(0).tolist()
                 if not math.isfinite(loss_sum + norm):
-                    say(f"error: step {step - len(unread)}: loss sum {loss_sum}, gradient norm {norm}: not finite; "
-                        f"nothing updated, last checkpoint in {args.out}; lower --lr", file=sys.stderr)
+                    say(f"error: step {step - len(unread)}: loss {loss_sum}, gradient norm {norm}: not finite; not "
+                        f"updated, last checkpoint in {args.out}; lower --lr", file=sys.stderr)
                     training.finish(3)
             speed = (step - timed) * tokens_per_step / (time.perf_counter() - clock)
             if step == start + 20:

@@ -1,7 +1,7 @@
 """What every training loop calls: flag types, ranks, optimizer, schedules, run folder, checkpoint, stops.
 
 Functions only: no loop over steps, no flags, no method. A user's mistake is a ValueError or OSError whose
-text is one clear line: `user_errors` prints it and exits with 2. Other codes: 0 done, 3 not finite, 143 stopped.
+text is one clear line: `user_errors` prints it and exits with 2. Others: 0 done, 3 not finite, 143 stopped.
 """
 import argparse
 import contextlib
