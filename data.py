@@ -449,6 +449,16 @@ def resident(bases, device):
     return bases
 
 
+def base_entropies(bases):
+    """Entropies of a base in nats: order 0 (its frequency), order 3 (given three bases on either side)."""
+    seven = kmer_tokens(torch.from_numpy(bases)[None], 7, 1)[0]
+    joint = torch.bincount(seven, minlength=4 ** 7 + 5)[5:].double().view(64, 4, 64)      # left, base, right
+    joint /= joint.sum()
+    parts = joint.sum((0, 2)), joint.sum(1), joint
+    order0, flanks, all7 = (torch.special.entr(p).sum().item() for p in parts)
+    return order0, all7 - flanks
+
+
 def write_demo_genome(path, seed=42):
     """Writes the synthetic genome of the demos: 4 contigs of 250 kb, the same on every machine.
 

@@ -56,16 +56,6 @@ def random_mask(tokens, phase, p, span=6):
     return data.span_mask(centers, tokens > data.MASK, (m - 1) // 2, m // 2)
 
 
-def base_entropies(bases):
-    """Entropies of a base in nats: order 0 (its frequency), order 3 (given three bases on either side)."""
-    seven = data.kmer_tokens(torch.from_numpy(bases)[None], 7, 1)[0]
-    joint = torch.bincount(seven, minlength=4 ** 7 + 5)[5:].double().view(64, 4, 64)      # left, base, right
-    joint /= joint.sum()
-    parts = joint.sum((0, 2)), joint.sum(1), joint
-    order0, flanks, all7 = (torch.special.entr(p).sum().item() for p in parts)
-    return order0, all7 - flanks
-
-
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -270,8 +260,8 @@ if __name__ == "__main__":
             while unread and (len(unread) > 1 or to_log or to_save or stop or step == start + 20):
                 loss_sum, count, stop, norm = unread.pop(0).tolist()
                 if not math.isfinite(loss_sum + norm):
-                    say(f"error: step {step - len(unread)}: loss {loss_sum}, gradient norm {norm}: not finite; not "
-                        f"updated, last checkpoint in {args.out}; lower --lr", file=sys.stderr)
+                    say(f"error: step {step - len(unread)}: not finite (loss sum {loss_sum}, gradient norm "
+                        f"{norm}); not updated, last checkpoint in {args.out}; lower --lr", file=sys.stderr)
                     training.finish(3)
             speed = (step - timed) * tokens_per_step / (time.perf_counter() - clock)
             if step == start + 20:
@@ -298,7 +288,7 @@ if __name__ == "__main__":
 
     say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
     if args.demo:
-        order0, order3 = base_entropies(genome.bases)
+        order0, order3 = data.base_entropies(genome.bases)
         loss = evaluate(1)
         verdict = "has learnt the grammar of this DNA" if loss < order3 else \
             "uses the neighbours, not yet all of the grammar" if loss < order0 else "has learnt little"
