@@ -160,13 +160,13 @@ def copy_weights(model, config, weights, source):
 def labelled_positions(labels, capacity=None):
     """labels (B, T) -> flat indices (N,) of the positions with a label, in order, and their labels (N,).
 
-    With a capacity, N = capacity whatever the labels: the rest is filled up with index 0 and label -100.
+    N = capacity, whatever the labels: left-over slots hold index 0 and label -100. Without a capacity N is the next
+    multiple of 256: with a shape of its own in every step, a CPU's heap would fragment and grow for ever.
     """
     flat = labels.flatten()
     wanted = flat != -100
     if capacity is None:
-        at = wanted.nonzero().squeeze(1)
-        return at, flat[at]
+        capacity = -(-int(wanted.sum()) // 256) * 256
     number = wanted.cumsum(0) - 1
     slot = torch.where(wanted & (number < capacity), number, capacity)
     at = flat.new_zeros(capacity + 1).scatter(0, slot, torch.arange(len(flat), device=flat.device))[:capacity]
@@ -269,31 +269,33 @@ def load_hf(folder):
     path = os.path.join(folder, "config.json")
     try:
         with open(path) as f:
-            theirs = json.load(f)
-        want = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": EPS, "type_vocab_size": 2}
-        for key, value in want.items():
-            if theirs.get(key, value) != value:
-                raise ValueError(f"{path}: {key} {show(theirs[key])}; only stock BERT ({value!r}) loads")
-        config = BertConfig(*(theirs[name] for name in (
-            "vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads",
-            "hidden_size", "intermediate_size", "hidden_dropout_prob")))
-    except (OSError, KeyError, AttributeError, json.JSONDecodeError) as e:
-        raise ValueError(f"{path}: not a BERT config ({show(e)}); give a Hugging Face folder") from None
+            theirs = dict(json.load(f))
+    except (OSError, ValueError, TypeError) as e:
+        raise ValueError(f"{path}: not a config ({show(e)}); give a Hugging Face folder") from None
+    want = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": EPS, "type_vocab_size": 2}
+    for key, value in want.items():
+        if theirs.get(key, value) != value:
+            raise ValueError(f"{path}: {key} {show(theirs[key])}; only stock BERT ({value!r}) loads")
+    sizes = {name: theirs.get(name) for name in (
+        "vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size",
+        "intermediate_size")}
+    for name, size in sizes.items():
+        if type(size) is not int or size < 1:
+            raise ValueError(f"{path}: {name} {show(size)}; a BERT config has a positive number there")
+    config = BertConfig(*sizes.values(), theirs.get("hidden_dropout_prob", 0.1))
     check_vocabulary(os.path.join(folder, "vocab.txt"), config.k)
     tensors, path = hf_tensors(folder)
-    state = {}
-    for ours, names in hf_names(config).items():
-        missing = [name for name in names if name not in tensors]
-        if missing:
-            raise ValueError(f"{path}: no weights {missing[0]!r}; a BERT with its masked-LM head is needed")
-        state[ours] = torch.cat([tensors.pop(name) for name in names]).float()
-    if tensors:
-        raise ValueError(f"{path}: weights a BERT has not: {show(sorted(tensors))}; is it another model?")
+    missing = [name for names in hf_names(config).values() for name in names if name not in tensors]
+    if missing:
+        raise ValueError(f"{path}: no weights {show(missing[0])}; a BERT with its masked-LM head is needed")
     model = Bert(config)
     try:
+        state = {ours: torch.cat([tensors.pop(n) for n in names]) for ours, names in hf_names(config).items()}
         model.load_state_dict(state)
     except RuntimeError as e:
         raise ValueError(f"{path}: {show(str(e).splitlines()[-1])}; config and weights disagree") from None
+    if tensors:
+        raise ValueError(f"{path}: weights a BERT has not: {show(sorted(tensors))}; is it another model?")
     return model
 
 
@@ -302,7 +304,7 @@ def check_vocabulary(path, k):
     if not os.path.exists(path):
         print(f"{path} is missing: taking k-mer order A,T,C,G (DNABERT's)", flush=True)
         return
-    with open(path) as f:
+    with open(path, errors="replace") as f:
         words = f.read().split()
     if words != vocabulary(k):
         raise ValueError(f"{path}: not 5 specials and the {k}-mers in order A,T,C,G; only that order loads")

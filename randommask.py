@@ -134,7 +134,8 @@ if __name__ == "__main__":
     with training.user_errors():
         args = parse_args()
         complete_args(args)
-        training.check_out(args.out, args.resume)
+        if not args.show_masks:
+            training.check_out(args.out, args.resume)
         device, args.dtype, rank, world = training.set_up(args.device, args.dtype)
         say = print if rank == 0 else lambda *_, **__: None
         n_micro = math.ceil(args.batch_size / args.micro_batch_size)

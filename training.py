@@ -21,6 +21,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 FORMAT = 1                                                   # of the checkpoint
+KEYS = {"format", "method", "step", "model", "optimizer", "config", "args", "data"}       # it has at least these
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
 MAY_CHANGE = ("out", "resume", "genome", "data_dir", "cache", "device", "compile", "log_every", "save_every",
               "keep")                                        # at a resume: nothing that the weights depend on
@@ -214,8 +215,8 @@ def load(path):
             if not stored or sum(m.file_size for m in z.infolist()) > os.path.getsize(path) or z.testzip():
                 raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["format"] != FORMAT:
-            raise ValueError(f"format {state['format']!r:.20}; this code reads {FORMAT}")
+        if KEYS - state.keys() or state["format"] != FORMAT:
+            raise ValueError(f"without {KEYS - state.keys()}" if KEYS - state.keys() else "of another format")
         return state
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; check the path") from None

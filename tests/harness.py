@@ -1,0 +1,148 @@
+"""Runs randommask.py in forks of the test process, whole or up to a fault; makes and reads its files."""
+import importlib
+import json
+import multiprocessing
+import os
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def fork(function):
+    """Starts function() in a fork, with its output in files."""
+    files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
+
+    def main():
+        for fd, file in enumerate(files, 1):
+            os.dup2(file.fileno(), fd)
+        sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
+        function()
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    process.files = files
+    return process
+
+
+def wait(*processes):
+    """Exit codes of forks (-9: killed), and what the first one printed; one that hangs fails the test."""
+    for process in processes:
+        process.join(120)
+        if process.is_alive():
+            process.kill()
+            raise AssertionError("the process hung")
+    out, err = (file.seek(0) or file.read().decode() for file in processes[0].files)
+    codes = [process.exitcode for process in processes]
+    return SimpleNamespace(code=codes[0], codes=codes, out=out, err=err)
+
+
+def start(args, patches={}, ranks=1):
+    """Starts randommask.py in a fork, or as torchrun would in one a rank; patches[rank]() goes first."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(ranks)}
+
+    def main(rank):
+        for name in ("data", "models", "training"):          # fresh, as in a new process
+            sys.modules.pop(name, None)
+        os.environ.update(env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+        sys.argv = [str(ROOT / "randommask.py"), *map(str, args)]
+        patches.get(rank, lambda: None)()
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    return [fork(lambda: main(rank)) for rank in range(ranks)]
+
+
+def run(*args, **kwargs):
+    return wait(*start(*args, **kwargs))
+
+
+def at_call(module, name, n, fault, only=lambda *args: True):
+    """Patch: fault(real, *args) in place of the n-th call of module.name (of those that `only` accepts)."""
+    def patch():
+        owner, calls = importlib.import_module(module), []
+        real = getattr(owner, name)
+
+        def wrapped(*args, **kwargs):
+            calls.extend([1] * only(*args))
+            return fault(real, *args, **kwargs) if only(*args) and len(calls) == n else real(*args, **kwargs)
+        setattr(owner, name, wrapped)
+    return patch
+
+
+def die(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def slow():
+    """Patch: at least 40 ms a step, so that a test can act in the middle of a run."""
+    training = importlib.import_module("training")
+    asked = training.stop_requested
+    training.stop_requested = lambda: time.sleep(0.04) or asked()
+
+
+def wait_rows(process, out, n):
+    """Waits until the log of a running fork has n rows."""
+    while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < n:
+        assert process.is_alive(), "the run ended too early"
+        time.sleep(0.003)
+
+
+def random_dna(n, rng, letters="ACGT"):
+    return "".join(np.array(list(letters))[rng.integers(len(letters), size=n)])
+
+
+def write_fasta(path, contigs):
+    path.write_text("".join(f">{name}\n{text}\n" for name, text in contigs.items()))
+    return path
+
+
+def cases(name):
+    return json.loads((ROOT / "tests" / "cases" / name).read_text())
+
+
+def expand(spec):
+    """Text of a case table: a string, or a list of [string, times]."""
+    return spec if isinstance(spec, str) else "".join(text * times for text, times in spec)
+
+
+def write_case(case, path):
+    path.write_bytes(bytes.fromhex(case["hex"]) if "hex" in case else expand(case["text"]).encode("latin-1"))
+    return path
+
+
+def equal(a, b):
+    """AssertionError unless two nested structures of tensors and numbers are the same, bit for bit."""
+    torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def checkpoint(path):
+    state = torch.load(path, weights_only=True)
+    return {key: state[key] for key in ("step", "model", "optimizer")}
+
+
+def log_rows(out):
+    """Rows of log.jsonl without their timing."""
+    rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in rows]
+
+
+def contents(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(result):
+    """The message of a run with exit code 2 and one line: 'error: ...', or argparse's behind the usage."""
+    *usage, last = result.err.strip().splitlines() or [""]
+    assert set(result.codes) == {2} and "error: " in last and len(last) < 500, result
+    assert "error: " not in "".join(usage) and (not usage or usage[0].startswith("usage: ")), result
+    return last

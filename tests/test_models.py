@@ -1,0 +1,147 @@
+"""models.Bert against transformers' BERT, and the two ways between their folders and ours."""
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
+
+import data
+import models
+from harness import cases, equal, random_dna
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def hf(tmp_path_factory):
+    """transformers' model with random weights everywhere, our model read from its folder, and the folder."""
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=69, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=48, max_position_embeddings=24, attn_implementation="eager")
+    theirs, folder = BertForMaskedLM(config).eval(), tmp_path_factory.mktemp("hf")
+    with torch.no_grad():
+        for p in theirs.parameters():                        # biases and LayerNorms, too
+            p += 0.3 * torch.randn_like(p)
+    theirs.save_pretrained(folder)
+    return theirs, models.load_hf(folder).eval(), folder
+
+
+@pytest.fixture
+def batch():
+    """inputs, labels (5, 24), and a mask of rows of 7 to 23 tokens."""
+    torch.manual_seed(1)
+    tokens = data.with_specials(torch.randint(5, 69, (5, 22)))
+    inputs, labels = data.corrupt(tokens, (torch.rand(5, 24) < 0.3) & (tokens > 4), 69)
+    return inputs, labels, torch.arange(24) < 7 + 4 * torch.arange(5)[:, None]
+
+
+def test_logits_loss_and_gradients_equal_transformers(hf, batch, tmp_path):
+    (theirs, ours, folder), (inputs, labels, _) = hf, batch
+    close(ours(inputs), theirs(inputs).logits)
+    want, (loss_sum, count) = theirs(inputs, labels=labels).loss, ours(inputs, labels)
+    assert count == (labels != -100).sum() > 20
+    close(loss_sum / count, want)
+    want.backward(), (loss_sum / count).backward()
+    gradients = models.load_hf(folder)
+    gradients.load_state_dict({name: p.grad for name, p in ours.named_parameters()})
+    models.save_hf(gradients, tmp_path / "gradients")        # an export renames them as it does weights
+    renamed = load_file(tmp_path / "gradients" / "model.safetensors")
+    for name, p in theirs.named_parameters():
+        close(renamed[name], p.grad)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in models.Bert(models.BertConfig()).parameters()) == 89_196_549
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_equals_transformers_and_sdpa(hf, batch, padded):
+    (theirs, ours, _), (tokens, _, mask) = hf, batch
+    tokens, mask, real = (tokens * mask, mask, mask) if padded else (tokens, None, tokens > 0)
+    want = theirs.bert(tokens, attention_mask=mask, output_attentions=True)
+    x, weights = ours.encode(tokens, mask, need_weights=True)
+    assert len(weights) == 2
+    for w, v in zip(weights, want.attentions):
+        close(w.transpose(1, 2)[real], v.transpose(1, 2)[real])                  # (real tokens, heads, T)
+    close(x[real], want.last_hidden_state[real])
+    close(x[real], ours.encode(tokens, mask)[real])          # SDPA
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    mean = sum(models.attend(q, k, v, None, 0.3, False)[0] for _ in range(4000)) / 4000
+    want = models.attend(q, k, v, None, 0.0, False)[0]       # dropout: another one, the same in the mean
+    assert 1e-4 < (mean - want).abs().max() < 0.1
+
+
+def test_padding_changes_nothing(hf, batch):
+    (_, ours, _), (inputs, labels, mask) = hf, batch
+    inputs, labels, alone = inputs * mask, labels.masked_fill(~mask, -100), 0
+    logits, (loss_sum, count) = ours(inputs, mask=mask), ours(inputs, labels, mask=mask)
+    for row, n in enumerate(mask.sum(1)):
+        close(logits[row, :n], ours(inputs[row:row + 1, :n])[0])
+        alone += ours(inputs[row:row + 1, :n], labels[row:row + 1, :n])[0]
+    assert count == (labels >= 0).sum() and loss_sum.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+def test_capacity(hf, batch):
+    (_, ours, _), (inputs, labels, _) = hf, batch
+    flat = labels.flatten()
+    at = (flat != -100).nonzero()[:, 0]
+    wanted = flat[at]
+    at1, wanted1 = models.labelled_positions(labels)         # the next multiple of 256
+    assert len(at1) == 256 and (wanted1[len(at):] == -100).all()
+    equal([at1[:len(at)], wanted1[:len(at)]], [at, wanted])
+    for extra in (0, 1, len(flat) - len(at)):
+        at2, wanted2 = models.labelled_positions(labels, len(at) + extra)
+        equal([at2[:len(at)], wanted2], [at, torch.cat([wanted, torch.full((extra,), -100)])])
+        close(ours(inputs, labels, capacity=len(at) + extra), ours(inputs, labels))
+    assert ours(inputs, labels, capacity=len(at) - 1)[0].isnan()
+    for capacity in (None, 7):
+        assert [x.item() for x in ours(inputs, torch.full_like(labels, -100), capacity=capacity)] == [0, 0]
+
+
+def test_export_loads_in_transformers(hf, tmp_path):
+    ours, folder = hf[1], tmp_path / "export"
+    models.save_hf(ours, folder)
+    equal(dict(models.load_hf(folder).state_dict()), dict(ours.state_dict()))
+    tokenizer, text = AutoTokenizer.from_pretrained(folder), random_dna(24, np.random.default_rng(0))
+    tokens = tokenizer(" ".join(text[i:i + 3] for i in range(22)), return_tensors="pt")["input_ids"]
+    equal(tokens, data.tokenize([text], k=3))
+    assert tokenizer("[MASK] [PAD] ANT AAA", "GGG")["input_ids"] == [2, 4, 0, 1, 5, 3, 68, 3]
+    close(AutoModelForMaskedLM.from_pretrained(folder).eval()(tokens).logits, ours(tokens))
+    close(AutoModel.from_pretrained(folder).eval()(tokens).last_hidden_state, ours.encode(tokens))
+    with pytest.raises(ValueError, match="exists"):
+        models.save_hf(ours, folder)
+
+
+@pytest.mark.parametrize("case", cases("hf.json"), ids=lambda c: c["name"])
+def test_load_hf_refuses(hf, tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    folder = shutil.copytree(hf[2], tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | case.get("config", {})))
+    tensors = load_file(folder / "model.safetensors")
+    tensors |= {name: torch.ones(shape or 0) for name, shape in case.get("tensors", {}).items()}
+    save_file({name: t for name, t in tensors.items() if len(t)}, folder / "model.safetensors")
+    for name, text in case.get("files", {}).items():
+        (folder / name).unlink() if text is None else (folder / name).write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError) as e:
+        models.load_hf(folder)
+    assert case["word"] in str(e.value) and "\n" not in str(e.value) and len(str(e.value)) < 400
+    assert os.listdir(tmp_path) == ["hf"]                    # nothing was executed
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_load_hf_reads_old_files(hf, tmp_path, capsys, zipped):
+    theirs, ours, folder = hf
+    shutil.copy(folder / "config.json", tmp_path)
+    old = {n.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): p
+           for n, p in theirs.state_dict().items()}          # the decoder's copies among them
+    old |= {"bert.embeddings.position_ids": torch.arange(24)[None], "bert.pooler.dense.weight": torch.eye(32),
+            "cls.seq_relationship.weight": torch.ones(2, 32), "cls.seq_relationship.bias": torch.ones(2)}
+    assert {"bert.embeddings.LayerNorm.gamma", "cls.predictions.decoder.weight"} < old.keys()
+    torch.save(old, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    equal(dict(models.load_hf(tmp_path).state_dict()), dict(ours.state_dict()))
+    assert "A,T,C,G" in capsys.readouterr().out              # no vocab.txt: says which order it takes
