@@ -9,6 +9,7 @@ import fcntl
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -64,7 +65,7 @@ def kmer_tokens(bases, k, stride):
         if bit == "1":
             ids, width = torch.add(codes[:, width:], ids[:, :-1], alpha=4), width + 1
     tokens = (ids[:, ::stride] + 5).to(torch.int64)
-    if bases.is_cuda or (bases > 3).any():                   # asking a GPU would make it wait
+    if bases.is_cuda or bases.numel() and bases.max() > 3:   # asking a GPU would make it wait
         seen = F.pad((bases > 3).cumsum(1), (1, 0))
         tokens = tokens.masked_fill((seen[:, k:] != seen[:, :-k])[:, ::stride], UNK)
     return tokens
@@ -82,8 +83,8 @@ def tokenize(sequences, k=6, stride=1):
 
     A sequence shorter than k gives [CLS] [SEP]. ValueError names the sequence with a letter that is not DNA.
     """
-    lengths = torch.tensor([len(s) for s in sequences])
-    longest = int(lengths.max())
+    lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
+    longest = max(map(len, sequences), default=0)
     text = "".join(s.ljust(longest, "N") for s in sequences)
     bases = CODE[np.frombuffer(text.encode("ascii", "replace"), np.uint8)]
     if bases.size and bases.max() > 4:
@@ -104,10 +105,26 @@ def span_mask(centers, maskable, left, right):
     """
     left, right = (x[:, None] if torch.is_tensor(x) else x for x in (left, right))
     at = torch.arange(centers.shape[1], device=centers.device)
-    before = F.pad((centers & maskable).cumsum(1), (1, 0))   # before[:, i] = centers in [0, i)
-    first = (at - right).clamp(min=0).expand_as(centers)     # position i is hidden by any center in
-    end = (at + left + 1).clamp(max=len(at)).expand_as(centers)  # i - right .. i + left
-    return (before.gather(1, end) > before.gather(1, first)) & maskable
+    # before[:, i] = centers in [0, i), in 16 bits: only differences count
+    before = F.pad((centers & maskable).cumsum(1, dtype=torch.int16), (1, 0))
+    first = (at - right).clamp_(min=0).expand_as(centers)    # position i is hidden by any center in
+    end = (at + (left + 1)).clamp_(max=len(at)).expand_as(centers)             # i - right .. i + left
+    return (before.gather(1, end) - before.gather(1, first)).bool() & maskable
+
+
+def draw_centers(shape, p, device):
+    """bool (B, T): every position a center with probability p, independently of the others.
+
+    Drawn as the gaps between centers, which are geometric: far fewer random numbers than positions. There are
+    gaps for the mean + 10 standard deviations + 10 centers: never too few.
+    """
+    B, T = shape
+    n = math.ceil(T * p + 10 * math.sqrt(T * p) + 10)
+    gaps = torch.log1p(-torch.rand(B, n, device=device)).div_(math.log1p(-p)).floor_().add_(1)
+    at = gaps.cumsum(1).sub_(1).clamp_(max=T).long()         # position in the row; T = behind its end
+    at = torch.where(at < T, at + T * torch.arange(B, device=device)[:, None], B * T)
+    centers = torch.zeros(B * T + 1, dtype=torch.bool, device=device)
+    return centers.scatter_(0, at.flatten(), True)[:-1].view(B, T)
 
 
 def corrupt(tokens, masked, n_vocab):
@@ -115,10 +132,9 @@ def corrupt(tokens, masked, n_vocab):
 
     tokens (B, T), masked bool (B, T) -> inputs (B, T), labels (B, T) with -100 where nothing is predicted.
     """
-    u = torch.rand(tokens.shape, device=tokens.device)
-    random_ids = torch.randint(5, n_vocab, tokens.shape, device=tokens.device)
-    inputs = torch.where(masked & (u < 0.8), MASK, tokens)
-    inputs = torch.where(masked & (u >= 0.9), random_ids, inputs)
+    n = n_vocab - 5                                          # one draw: 8 n [MASK], n k-mers, n unchanged
+    draw = torch.randint(5 - 8 * n, 5 + 2 * n, tokens.shape, device=tokens.device)
+    inputs = torch.where(masked & (draw < 5 + n), draw.clamp_(min=MASK), tokens)
     return inputs, torch.where(masked, tokens, -100)
 
 
@@ -360,8 +376,10 @@ def fasta_records(path):
                     text = record[:4096].strip()
                     kind = [what for magic, what in NOT_FASTA if text.startswith(magic)] or [show(text[:40])]
                     raise ValueError(f"{path}: line {line}: not a FASTA header ({kind[0]}); write '>name'")
-                header, _, body = record.partition(b"\n")
-                yield contig_name(header, seen, path, line), *contig_codes(body, path, line)
+                end = record.find(b"\n") % (len(record) + 1)  # without a line end: all of it
+                name = contig_name(record[:end], seen, path, line)
+                del record[:end + 1]                         # in place: a contig is large
+                yield name, *contig_codes(record, path, line)
         except (EOFError, zlib.error, gzip.BadGzipFile) as e:
             raise ValueError(f"{path}: damaged gzip file ({e}); download it again") from None
     if not seen:
@@ -374,10 +392,11 @@ def raw_records(f):
     while chunk := f.read(CHUNK):
         buffer += chunk.removeprefix(b"\xef\xbb\xbf") if line == 1 and not buffer else chunk
         while (end := buffer.find(b"\n>", searched)) >= 0:
-            yield line, buffer[:end + 1]
-            line += buffer.count(b"\n", 0, end + 1)
+            record, searched = buffer[:end + 1], 0
             del buffer[:end + 1]
-            searched = 0
+            lines = record.count(b"\n")
+            yield line, record
+            line += lines
         searched = max(0, len(buffer) - 1)
         start = buffer[:4096].strip()
         if start and not start.startswith(b">"):             # no FASTA: stop before reading all of it
@@ -443,8 +462,8 @@ def take_windows(bases, starts, length):
 
 
 def resident(bases, device):
-    """The bases as a tensor on a GPU where they take a quarter of its memory at most, else as they are."""
-    if device.type == "cuda" and bases.nbytes < torch.cuda.get_device_properties(device).total_memory / 4:
+    """The bases as a tensor on a GPU where they take a third of its memory at most, else as they are."""
+    if device.type == "cuda" and bases.nbytes < torch.cuda.get_device_properties(device).total_memory / 3:
         return torch.from_numpy(bases).to(device)
     return bases
 

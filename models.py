@@ -154,14 +154,17 @@ def copy_weights(model, config, weights, source):
     differ = [f"{name} {config.get(name)}" for name in sizes if config.get(name) != ours[name]]
     if differ:
         raise ValueError(f"--init {source}: a network with {', '.join(differ)}; give the flags that match")
-    model.load_state_dict(weights)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as e:
+        raise ValueError(f"--init {source}: {show(str(e).splitlines()[-1])}; is it a Bert?") from None
 
 
 def labelled_positions(labels, capacity=None):
     """labels (B, T) -> flat indices (N,) of the positions with a label, in order, and their labels (N,).
 
-    N = capacity, whatever the labels: left-over slots hold index 0 and label -100. Without a capacity N is the next
-    multiple of 256: with a shape of its own in every step, a CPU's heap would fragment and grow for ever.
+    N = capacity, whatever the labels: left-over slots hold index 0 and label -100. Without one N is the next
+    multiple of 256: with a shape of its own in every step a CPU's heap fragments and grows for ever.
     """
     flat = labels.flatten()
     wanted = flat != -100
@@ -175,8 +178,8 @@ def labelled_positions(labels, capacity=None):
 
 
 def mask_capacity(n_tokens, share, span):
-    """Room for the masked ones of n_tokens, a share of them masked in spans: mean + 6 standard deviations."""
-    return min(n_tokens, math.ceil(n_tokens * share + 6 * math.sqrt(share * (1 - share) * span * n_tokens)))
+    """Room for the masked ones of n_tokens, a share of them masked in spans: mean + 10 sd."""
+    return min(n_tokens, math.ceil(n_tokens * share + 10 * math.sqrt(share * (1 - share) * span * n_tokens)))
 
 
 def vocabulary(k):

@@ -4,7 +4,8 @@ the BERT-like Pretraining for DNA Sequences"). Longer spans hide more bases, so 
     python randommask.py --demo                              two minutes on a laptop, no data needed
     python randommask.py --genome my.fa.gz                   one GPU, your own genome
     torchrun --nproc_per_node 8 randommask.py                the paper's run: hg38, 480,000 steps of 512
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 randommask.py
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 randommask.py \\
+        --micro_batch_size 32                                two nodes: 16 micro-batches for 16 GPUs
     python randommask.py --mask dnabert                      baseline: six-token spans throughout
     python randommask.py --mask single --stride 6            baseline: non-overlapping 6-mers
 """
@@ -31,8 +32,7 @@ MILESTONES = (1_000, 30_000, 300_000)                        # checkpoints behin
 MASK_RATE = 0.15                                             # section 5.1; / 6 = the P of Algorithm 1
 BETAS, EPS = (0.9, 0.98), 1e-6                               # DNABERT's run_pretrain.py: the paper gives none
 DEMO = dict(genome=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64, dropout=0.0, lr=3e-3,
-            batch_size=64, micro_batch_size=32, steps=4000, out="out/demo", log_every=200, eval_every=1000,
-            eval_windows=512, save_every=1000)
+            batch_size=64, micro_batch_size=32, steps=3600, out="out/demo", log_every=200, eval_every=1000)
 
 
 def phase_edges(steps):
@@ -51,7 +51,7 @@ def random_mask(tokens, phase, p, span=6):
     Each sequence draws its span m from span, span + 2, ... (`phase` of them); every k-mer is a center with
     probability p and hides tokens c - m/2 + 1 .. c + m/2. Phase 1 is DNABERT's masking; span 1 masks tokens.
     """
-    centers = torch.rand(tokens.shape, device=tokens.device) < p
+    centers = data.draw_centers(tokens.shape, p, tokens.device)
     m = span + 2 * torch.randint(phase, (len(tokens),), device=tokens.device)
     return data.span_mask(centers, tokens > data.MASK, (m - 1) // 2, m // 2)
 
@@ -88,7 +88,7 @@ def parse_args():
     add("--log_every", type=positive, default=100, help="steps (%(default)s)")
     add("--eval_every", type=positive, default=5000, help="steps (%(default)s)")
     add("--eval_windows", type=positive, default=512, help="fixed validation windows (%(default)s)")
-    add("--save_every", type=positive, default=5000, help="steps (%(default)s)")
+    add("--save_every", type=positive, default=1000, help="steps (%(default)s)")
     add("--seed", type=number(int, 0, 2 ** 63), default=42, help="(%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
@@ -109,6 +109,8 @@ def complete_args(args):
         args.p = MASK_RATE if single else MASK_RATE / args.k
     if args.warmup is None:
         args.warmup = round(0.02 * args.steps)               # DNABERT: 10,000 of 500,000
+    if args.init and args.resume:
+        raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
     if args.warmup > args.steps:
         raise ValueError(f"--warmup {args.warmup}: more than --steps {args.steps}")
     if args.keep is None:
@@ -137,11 +139,13 @@ if __name__ == "__main__":
         if not args.show_masks:
             training.check_out(args.out, args.resume)
         device, args.dtype, rank, world = training.set_up(args.device, args.dtype)
+        if args.demo:
+            torch.set_num_threads(1)                         # so small a model gains nothing from more
         say = print if rank == 0 else lambda *_, **__: None
         n_micro = math.ceil(args.batch_size / args.micro_batch_size)
         if n_micro < world:
             raise ValueError(f"--batch_size {args.batch_size}: {n_micro} micro-batches for {world} ranks; "
-                             f"lower --micro_batch_size to {args.batch_size // world}")
+                             f"lower --micro_batch_size or raise --batch_size")
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
 
@@ -197,11 +201,10 @@ if __name__ == "__main__":
         model.compile()
     net = model
     if world > 1:
-        net = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                      broadcast_buffers=False, gradient_as_bucket_view=True)
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     longest, capacity = span + 2 * len(edges), None
     if device.type == "cuda":                                # slots for masked tokens, all spans the longest
-        n_tokens = args.micro_batch_size * args.block_size
+        n_tokens = min(args.micro_batch_size, args.batch_size) * args.block_size
         capacity = models.mask_capacity(n_tokens, 1 - (1 - args.p) ** longest, longest)
 
     def forward(network, table, i, size, phase, key):
@@ -230,8 +233,8 @@ if __name__ == "__main__":
         return row | ({"val_loss_next_phase": evaluate(phase + 1)} if step in edges else {})
 
     unread, clock, timed = [], time.perf_counter(), start    # unread: numbers the host has not looked at yet
-    advice = "; lower --micro_batch_size"
-    with training.user_errors(OSError), training.user_errors(torch.OutOfMemoryError, advice=advice):
+    training.catch_signals()
+    with training.user_errors(OSError, torch.OutOfMemoryError):
         for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step",
                          disable=rank > 0 or not sys.stderr.isatty()):
             phase, lr = phase_at(step, edges), args.lr * training.linear(step, args.steps, args.warmup)
@@ -243,7 +246,7 @@ if __name__ == "__main__":
                     loss_sum, count = forward(net, train, i, args.batch_size, phase, step)
                     loss_sum.backward()
                 numbers[:2] += torch.stack([loss_sum.detach(), count])
-            numbers[2] = training.stop_requested()
+            numbers[2].fill_(training.stop_requested())      # numbers[2] = ... would make a GPU wait
             training.all_reduce(numbers)                     # 32 bytes; gradients went with the last backward
             # from DDP's average over ranks of sums to the mean over all masked tokens of the batch
             numbers[3] = training.scale_gradients(model, world / numbers[1].clamp(min=1), args.grad_clip)
@@ -256,13 +259,15 @@ if __name__ == "__main__":
             to_eval = step % args.eval_every == 0 or at_edge or last
             to_save = step % args.save_every == 0 or step in args.keep or last
             to_log = step % args.log_every == 0 or to_eval
-            unread.append(numbers)
+            unread.append(training.read_later(numbers))
             stop = False
-            while unread and (len(unread) > 1 or to_log or to_save or stop or step == start + 20):
-                loss_sum, count, stop, norm = unread.pop(0).tolist()
+            timing = step in (start + 5, start + 20)         # the first steps compile and warm up
+            while unread and (len(unread) > (device.type == "cuda") or to_log or to_save or stop or timing):
+                loss_sum, count, stop, norm = unread.pop(0)()
                 if not math.isfinite(loss_sum + norm):
                     say(f"error: step {step - len(unread)}: not finite (loss sum {loss_sum}, gradient norm "
-                        f"{norm}); not updated, last checkpoint in {args.out}; lower --lr", file=sys.stderr)
+                        f"{norm}); the checkpoint in {args.out} is older: start anew from"
+                        f" it with --init and a lower --lr", file=sys.stderr)
                     training.finish(3)
             speed = (step - timed) * tokens_per_step / (time.perf_counter() - clock)
             if step == start + 20:
@@ -284,12 +289,12 @@ if __name__ == "__main__":
             if stop:
                 say(f"stopped  by a signal after step {step}; continue with --resume")
                 training.finish(143)
-            if to_log or to_save:
+            if to_log or to_save or step == start + 5:
                 clock, timed = time.perf_counter(), step
 
     say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
-    if args.demo:
-        order0, order3 = data.base_entropies(genome.bases)
+    if args.demo and not single:
+        order0, order3 = data.base_entropies(genome.bases[:10 ** 7])
         loss = evaluate(1)
         verdict = "has learnt the grammar of this DNA" if loss < order3 else \
             "uses the neighbours, not yet all of the grammar" if loss < order0 else "has learnt little"
@@ -299,5 +304,7 @@ What it learnt, in nats per masked token on held-out DNA ({args.k}-token spans: 
   {order0:.2f}  order-0 entropy: all but the hidden base read off the neighbours, that one guessed
   {order3:.2f}  order-3 entropy: the hidden base guessed from three bases on either side
   {loss:.2f}  this model {verdict}
-Next, your own DNA: python randommask.py --genome YOUR.fa.gz""")
+Next, your own DNA, at a size for a laptop (ten minutes; --help has the rest):
+  python randommask.py --genome YOUR.fa.gz --out out/mine --block_size 22 --n_layer 2 --n_head 2 \\
+      --n_embd 64 --dropout 0 --batch_size 256 --micro_batch_size 128 --lr 8e-3 --steps 3000""")
     training.finish()

@@ -159,7 +159,7 @@ def test_fetch_equals_pyfaidx(tmp_path, source):
 def test_windows(tmp_path, val_contigs):
     rng, length, offset, train, val = np.random.default_rng(5), 11, 0, set(), set()
     texts = {"a": random_dna(2100, rng, "ACGT" * 90 + "N"), "b": random_dna(1100, rng), "c": "ACGTACG",
-             "d": "NNN" + random_dna(1900, rng) + "N" + random_dna(11, rng) + "NNNN", "e": random_dna(900, rng)}
+             "d": "NNN" + random_dna(1900, rng) + "N" + random_dna(11, rng) + "NN", "e": random_dna(900, rng)}
     for name, text in texts.items():                         # every window, one by one
         held = len(text) * (name in val_contigs) if val_contigs else len(text) // 100
         cut = len(text) - (held if held >= length else 0)
@@ -227,3 +227,15 @@ def test_processes_build_the_cache_at_once_and_a_full_disk_leaves_nothing(tmp_pa
         shutil.rmtree(cache)
     assert "cannot write" in wait(fork(lambda: read(50_000))).err.splitlines()[-1]
     assert not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("p", (0.0136, 0.025, 0.15, 0.9))
+def test_centers_are_independent(p):
+    """Geometric gaps are Bernoulli trials: the same share at every position, neighbours independent."""
+    torch.manual_seed(3)
+    centers = data.draw_centers((20_000, 64), p, "cpu").numpy()
+    counts = centers.sum(0)
+    assert chisquare(counts, np.full(64, counts.sum() / 64)).pvalue > 1e-4 and counts.min() > 0
+    assert abs(centers.mean() - p) < 5 * (p * (1 - p) / centers.size) ** 0.5
+    pairs = (centers[:, 1:] & centers[:, :-1]).mean()
+    assert abs(pairs - p * p) < 6 * (p * p / centers.size) ** 0.5

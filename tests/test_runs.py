@@ -1,6 +1,5 @@
 """randommask.py as a user runs it, whole and through faults. What goes on must end, bit by bit, where the
 same run left alone ends: weights, Adam's moments and log."""
-import io
 import os
 import random
 import resource
@@ -80,6 +79,26 @@ def test_whole_run(out):
     assert contents(out) | {"args.json": 0} == contents(WHOLE) | {"args.json": 0}
 
 
+def test_schedule_clipping_and_decay():
+    rates = [training.linear(step, 20, 4) for step in range(1, 21)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1] + [n / 17 for n in range(16, 0, -1)])
+    model = models.Bert(models.BertConfig(69, 22, 1, 2, 16, 32))
+    for clip in (0.1, 1e9):
+        want = [torch.randn_like(p) for p in model.parameters()]
+        for p, grad in zip(model.parameters(), want, strict=True):
+            p.grad = grad / 0.25
+        norm = training.scale_gradients(model, torch.tensor(0.25), clip)
+        total = torch.cat([grad.flatten() for grad in want]).norm()
+        torch.testing.assert_close(norm, total)
+        want = [grad * min(1, clip / total) for grad in want]
+        torch.testing.assert_close([p.grad for p in model.parameters()], want)
+    groups = training.make_optimizer(model, 1, 0.1, (0.9, 0.98), 1e-6).param_groups
+    decays = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, p in model.named_parameters():                 # as DNABERT: none on biases and LayerNorm
+        assert decays.pop(id(p)) == (0 if "bias" in name or "ln_" in name else 0.1), name
+    assert not decays
+
+
 def test_resume_at_every_step(out):
     for step in range(1, STEPS):
         stopped(out, step)
@@ -89,7 +108,8 @@ def test_resume_at_every_step(out):
 
 @pytest.mark.parametrize("module, name, n, when, to", [
     ("torch", "save", 2, "before", ""), ("torch", "save", 2, "amid", ""),
-    ("os", "fsync", 2, "before", ""), ("os", "fsync", 2, "after", ""),
+    ("os", "fsync", 2, "before", ""), ("os", "fsync", 3, "before", ""), ("os", "fsync", 3, "after", ""),
+    ("os", "link", 1, "before", ""), ("os", "link", 1, "after", ""),
     ("os", "replace", 1, "before", "prev.pt"), ("os", "replace", 1, "after", "prev.pt"),
     ("os", "replace", 2, "after", "last.pt"), ("os", "replace", 1, "before", f"step_{STEPS}.pt")])
 def test_kill_inside_a_save(out, module, name, n, when, to):
@@ -142,7 +162,7 @@ def test_two_ranks_equal_one(out):
 
 @pytest.mark.parametrize("batch_size, tolerance", [(7, 0), (11, 1e-4)], ids=["4 + 3", "4 + 4 + 3"])
 def test_uneven_shares(out, batch_size, tolerance):
-    flags, two, none = dict(batch_size=batch_size, p=0.9999, lr=1e-3), out.with_name("2"), out.with_name("none")
+    flags, two, none = dict(batch_size=batch_size, p=0.999, lr=1e-3), out.with_name("2"), out.with_name("no")
     assert run(tiny(out, **flags)).code == 0 and run(tiny(two, **flags), ranks=2).codes == [0, 0]
     weights = [checkpoint(folder / "last.pt")["model"] for folder in (out, two)]
     torch.testing.assert_close(*weights, rtol=0, atol=tolerance)
@@ -249,7 +269,8 @@ def test_init(out, tmp_path):
     for init in (WHOLE / "last.pt", f"hf:{tmp_path / 'hf'}"):
         assert "n_embd" in refused(run(tiny(out, init=init, n_embd=32))) and not out.exists()
         args = tiny(out, init=init, steps=2, lr=1e-30, weight_decay=0, save_every=1, keep=1)
-        assert run(args).code == 0 and run([*args, "--resume"]).code == 0
+        assert run(args).code == 0 and "drop one" in refused(run([*args, "--resume"]))
+        assert run([a for a in args if a not in ("--init", init, str(init))] + ["--resume"]).code == 0
         torch.testing.assert_close(checkpoint(out / "last.pt")["model"], state["model"], rtol=0, atol=1e-25)
         shutil.rmtree(out)
 
@@ -266,13 +287,13 @@ def test_show_masks(mask, phases):
     assert 0.1 < shares[0] < 0.2 and (phases == 1 or shares[4] > 0.2)
 
 
-@pytest.mark.parametrize("mask, stride, p, share", [("dnabert", 1, 0.025, 0.141), ("single", 6, 0.15, 0.15),
+@pytest.mark.parametrize("mask, stride, p, share", [("dnabert", 1, 0.025, 0.125), ("single", 6, 0.15, 0.15),
                                                     ("randommask", 1, 1e-9, 0)])
 def test_maskings(out, mask, stride, p, share):
     flags = dict(k=6, stride=stride, block_size=14, batch_size=32, micro_batch_size=16, val_contigs="c")
     assert run(tiny(out, **flags, mask=mask, **({"p": p} if share == 0 else {}))).code == 0
     rows = log_rows(out)
-    assert np.mean([row["masked"] for row in rows]) == pytest.approx(share, abs=0.02)
+    assert np.mean([row["masked"] for row in rows]) == pytest.approx(share, abs=0.03)
     assert {row["phase"] for row in rows} == ({1, 2, 3, 4, 5} if mask == "randommask" else {1})
     assert ("val_loss_span6" in rows[-1]) == (mask != "single") and (rows[-1]["val_loss"] > 3) == (share > 0)
 
