@@ -86,15 +86,20 @@ def matmul_peak(device, dtype):
     return 2 * n ** 3 / min(interleave({"": lambda: a @ b}, 5)[""])
 
 
-def get_batch(bases, table, step):
-    """randommask.py's: windows, tokens, RandomMask, 80/10/10 -> inputs, labels (B, T), fixed by the step."""
+def get_masked(bases, table, step):
+    """randommask.py's windows, tokens and RandomMask: tokens, masked (B, T), fixed by the step."""
     starts = data.draw_starts(table, B, training.seed(42, step, 0))
     tokens = data.with_specials(data.kmer_tokens(data.take_windows(bases, starts, LENGTH), K, 1))
-    return data.corrupt(tokens, randommask.random_mask(tokens, len(SPANS), P), V)
+    return tokens, randommask.random_mask(tokens, len(SPANS), P)
 
 
-def loop_batch(tokens, centers, spans):
-    """DNABERT's masking as published: Python loops over centers and offsets, then 80/10/10 from two coins."""
+def get_batch(bases, table, step):
+    """The same and 80/10/10: inputs, labels (B, T)."""
+    return data.corrupt(*get_masked(bases, table, step), V)
+
+
+def loop_mask(tokens, centers, spans):
+    """DNABERT's masking as published, a Python loop over centers and offsets: masked (B, T)."""
     special = torch.tensor([[token <= data.MASK for token in ids] for ids in tokens.tolist()])
     masked = torch.zeros_like(centers)
     for row, m in enumerate(spans):
@@ -104,6 +109,12 @@ def loop_batch(tokens, centers, spans):
                 if 1 <= position <= end:
                     hidden.add(position)
         masked[row, list(hidden)] = True
+    return masked
+
+
+def loop_batch(tokens, centers, spans):
+    """The same and 80/10/10 from two coins, as there: inputs, labels."""
+    masked = loop_mask(tokens, centers, spans)
     inputs, kept = tokens.clone(), torch.bernoulli(torch.full(tokens.shape, 0.2)).bool()
     inputs[masked & ~kept] = data.MASK
     other = masked & kept & torch.bernoulli(torch.full(tokens.shape, 0.5)).bool()
@@ -162,21 +173,24 @@ def tokenize(rounds):
 
 
 def data_path(rounds):
-    """Windows -> ids -> RandomMask -> 80/10/10, one micro-batch after another, from 50 Mb in memory."""
+    """Windows -> ids -> RandomMask (and 80/10/10), one micro-batch after another, from 50 Mb in memory."""
     bases = np.random.randint(0, 4, 50_000_000, np.uint8)
     table, text = data.window_table(np.array([[0, len(bases)]]), LENGTH), data.decode(bases)
 
-    def peer(starts):                                        # as the items of a map-style dataset, collated
+    def peer(starts, masker):                                # as the items of a map-style dataset, collated
         items = []
         for start in starts:
             ids = [data.CLS, *[WORDS[text[i:i + K]] for i in range(start, start + T - 2)], data.SEP]
-            items.append(loop_batch(torch.tensor([ids]), torch.rand(1, T) < P, random.choices(SPANS)))
+            tokens = torch.tensor([ids])
+            items.append((tokens, *masker(tokens, torch.rand(1, T) < P, random.choices(SPANS))))
         return [torch.cat(part) for part in zip(*items)]
-    both = peer(data.draw_starts(table, B, training.seed(42, 7, 0)).tolist()), get_batch(bases, table, 7)
-    assert torch.equal(*(torch.where(labels < 0, inputs, labels) for inputs, labels in both))  # the tokens
-    theirs = (lambda: peer(random.choices(range(len(text) - LENGTH), k=B)), 40)
-    compare("data path", {"per-item Python": theirs}, lambda: get_batch(bases, table, random.getrandbits(20)),
-            rounds, B * T / 1e6, "Mtok/s", 50)
+    starts = data.draw_starts(table, B, training.seed(42, 7, 0)).tolist()
+    assert torch.equal(peer(starts, loop_batch)[0], get_masked(bases, table, 7)[0])
+    for name, masker, ours, goal in (("data path", lambda *x: [loop_mask(*x)], get_masked, (40, 50)),
+                                     ("and 80/10/10", loop_batch, get_batch, (None, ))):
+        theirs = (lambda: peer(random.choices(range(len(text) - LENGTH), k=B), masker), goal[0])
+        compare(name, {"per-item Python": theirs}, lambda: ours(bases, table, random.getrandbits(20)),
+                rounds, B * T / 1e6, "Mtok/s", *goal[1:])
 
 
 def mask(rounds):

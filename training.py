@@ -220,7 +220,10 @@ def save(state, out, milestone=None):
             if name and os.path.exists(source):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(os.path.join(out, "link.tmp"))
-                os.link(source, os.path.join(out, "link.tmp"))
+                try:
+                    os.link(source, os.path.join(out, "link.tmp"))
+                except OSError:                              # no hard links there (exFAT, some network folders)
+                    shutil.copy(source, os.path.join(out, "link.tmp"))
                 os.replace(os.path.join(out, "link.tmp"), os.path.join(out, name))
         os.replace(tmp, last)
         folder = os.open(out, os.O_RDONLY)
