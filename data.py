@@ -5,6 +5,7 @@ k-mer ids are 5 + the k-mer read as a base-4 number, behind [PAD] [UNK] [CLS] [S
 Coordinates are 0-based and half-open, as in BED. Mistakes in the input raise ValueError with one line that
 says where, what and what to do.
 """
+import contextlib
 import fcntl
 import gzip
 import hashlib
@@ -267,7 +268,8 @@ def open_cache(paths, cache, keep):
             error = e
             continue
         with lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)                 # ranks that start together build it once
+            with contextlib.suppress(OSError):               # some network file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)             # ranks that start together build it once
             os.makedirs(folder, exist_ok=True)               # the one before us may have failed and tidied up
             return read_index(folder, source) or build_cache(paths, keep, source, folder), folder
     raise ValueError(f"{folders[-1]}: cannot write the genome cache ({error.strerror}); give --cache FOLDER")
@@ -305,9 +307,11 @@ def build_cache(paths, keep, source, folder):
                     size, crc = size + len(codes), zlib.crc32(codes, crc)
                     n_ambiguous += ambiguous
                     out.write(codes)
+        missing = set(keep or ()) - {name for _, name, _ in contigs}
+        if missing:
+            raise ValueError(f"{', '.join(paths)}: without contig {min(missing)}; is it the right genome?")
         if not intervals:
-            where = f" in {', '.join(keep)}" if keep else ""
-            raise ValueError(f"{', '.join(paths)}: no A, C, G or T{where}; is it the right file?")
+            raise ValueError(f"{', '.join(paths)}: no A, C, G or T; is it the right file?")
         contigs = contig_names(contigs)
         fingerprint = hashlib.sha256(json.dumps([contigs, crc]).encode()).hexdigest()[:12]
         index = {"source": source, "contigs": contigs, "intervals": intervals, "n_ambiguous": n_ambiguous,

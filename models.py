@@ -8,7 +8,6 @@ import itertools
 import json
 import math
 import os
-import shutil
 
 import torch
 import torch.nn as nn
@@ -36,7 +35,7 @@ class BertConfig:
 
     @property
     def k(self):
-        k = round(math.log(self.vocab_size - 5, 4))
+        k = round(math.log(max(self.vocab_size - 5, 1), 4))
         if 4 ** k + 5 != self.vocab_size:
             raise ValueError(f"vocabulary of {self.vocab_size} tokens: not 4**k k-mers and 5 specials")
         return k
@@ -234,8 +233,7 @@ def save_hf(model, folder):
               "attention_probs_dropout_prob": c.dropout, "initializer_range": 0.02, "pad_token_id": PAD,
               "torch_dtype": "float32"}
     words = vocabulary(c.k)
-    tmp = str(folder).rstrip("/") + ".tmp"
-    shutil.rmtree(tmp, ignore_errors=True)
+    tmp = f"{str(folder).rstrip('/')}.{os.getpid()}.tmp"
     os.makedirs(tmp)
     save_file(tensors, os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
     with open(os.path.join(tmp, "vocab.txt"), "w") as f:
@@ -275,7 +273,8 @@ def load_hf(folder):
             theirs = dict(json.load(f))
     except (OSError, ValueError, TypeError) as e:
         raise ValueError(f"{path}: not a config ({show(e)}); give a Hugging Face folder") from None
-    want = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": EPS, "type_vocab_size": 2}
+    want = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": EPS, "type_vocab_size": 2,
+            "is_decoder": False, "position_embedding_type": "absolute"}
     for key, value in want.items():
         if theirs.get(key, value) != value:
             raise ValueError(f"{path}: {key} {show(theirs[key])}; only stock BERT ({value!r}) loads")
@@ -285,7 +284,10 @@ def load_hf(folder):
     for name, size in sizes.items():
         if type(size) is not int or size < 1:
             raise ValueError(f"{path}: {name} {show(size)}; a BERT config has a positive number there")
-    config = BertConfig(*sizes.values(), theirs.get("hidden_dropout_prob", 0.1))
+    dropout = theirs.get("hidden_dropout_prob", 0.1)
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"{path}: hidden_dropout_prob {show(dropout)}; it is a share")
+    config = BertConfig(*sizes.values(), dropout)
     check_vocabulary(os.path.join(folder, "vocab.txt"), config.k)
     tensors, path = hf_tensors(folder)
     missing = [name for names in hf_names(config).values() for name in names if name not in tensors]

@@ -183,6 +183,8 @@ def open_run(out, args, start):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"--out {out}: in use by another run; wait for it or choose another --out") from None
+    except OSError as e:
+        raise ValueError(f"--out {out}: cannot be locked ({e.strerror}); choose another file system") from None
     with open(os.path.join(out, "args.json"), "w") as f:
         json.dump(vars(args), f, indent=1)
     shutil.copy(sys.argv[0], out)
