@@ -182,9 +182,9 @@ def open_run(out, args, start):
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"--out {out}: in use by another run; wait for it or choose another --out") from None
+        raise ValueError(f"--out {out}: in use by another run; wait or choose another --out") from None
     except OSError as e:
-        raise ValueError(f"--out {out}: cannot be locked ({e.strerror}); choose another file system") from None
+        raise ValueError(f"--out {out}: cannot be locked ({e.strerror}); choose another place") from None
     with open(os.path.join(out, "args.json"), "w") as f:
         json.dump(vars(args), f, indent=1)
     shutil.copy(sys.argv[0], out)
@@ -224,7 +224,7 @@ def save(state, out, milestone=None):
                     os.unlink(os.path.join(out, "link.tmp"))
                 try:
                     os.link(source, os.path.join(out, "link.tmp"))
-                except OSError:                              # no hard links there (exFAT, some network folders)
+                except OSError:                              # no hard links there (exFAT, some networks)
                     shutil.copy(source, os.path.join(out, "link.tmp"))
                 os.replace(os.path.join(out, "link.tmp"), os.path.join(out, name))
         os.replace(tmp, last)
