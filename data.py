@@ -1,20 +1,27 @@
-"""DNA in, integer tensors out: base codes, genomes, k-mer tokens, span masks.
+"""DNA in, integer tensors out: base codes, genomes, k-mer tokens, span masks, benchmark sets.
 
 Bases are uint8 codes A,T,C,G,N = 0,1,2,3,4 (DNABERT's vocabulary order, so the complement is code XOR 1);
 k-mer ids are 5 + the k-mer read as a base-4 number, behind [PAD] [UNK] [CLS] [SEP] [MASK] = 0..4.
 Coordinates are 0-based and half-open, as in BED. Mistakes in the input raise ValueError with one line that
-says where, what and what to do.
+says where, what and what to do. `python data.py TASK...` reports on benchmark sets (TASKS, GROUPS).
 """
+import argparse
 import contextlib
+import csv
 import fcntl
+import glob
 import gzip
 import hashlib
+import io
+import itertools
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import zlib
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -232,7 +239,7 @@ def check_file(path):
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file; check the path")
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: not a regular file; give a FASTA file (plain or gzip)")
+        raise ValueError(f"{path}: not a regular file; give a plain or gzip file")
     if not os.access(path, os.R_OK):
         raise ValueError(f"{path}: no permission to read it; chmod +r it or copy it")
 
@@ -247,10 +254,14 @@ def file_fingerprint(path):
     return [os.path.basename(path), stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
 
 
+def cache_home():
+    """The user's cache folder."""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanodna")
+
+
 def open_cache(paths, cache, keep):
     """Finds the cache of these FASTA files or builds it where that can be written: (index, folder)."""
-    home = os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanodna")
-    roots = [cache] if cache else [os.path.dirname(os.path.abspath(paths[0])), home]
+    roots = [cache] if cache else [os.path.dirname(os.path.abspath(paths[0])), cache_home()]
     source = [file_fingerprint(p) for p in paths] + [keep]
     folders = []
     for root in roots:
@@ -510,3 +521,604 @@ def write_demo_genome(path, seed=42):
         for c, contig in enumerate(genome.reshape(4, -1), 1):
             f.write(f">demo{c}\n" + re.sub("(.{80})", r"\1\n", decode(contig)) + "\n")
     os.replace(f.name, path)
+
+
+class Task(NamedTuple):
+    """A benchmark set. classes: names in id order (targets of a regression); rows: published, by split."""
+    name: str
+    suite: str
+    classes: tuple
+    regression: bool
+    metric: str
+    length: str                                              # bases: one number, or from-to
+    rows: dict
+    folder: str                                              # under data_dir; holds the source's own layout
+    source: str
+    licence: str
+
+
+SOURCES = {                                                  # folder: suite, where from, licence as stated
+    "GUE": ("GUE", "github.com/MAGICS-LAB/DNABERT_2 (GUE.zip)", "not stated"),
+    "DeepSTARR": ("DeepSTARR", "zenodo.org/records/5502060", "not stated"),
+    "GenomicBenchmarks": ("GenomicBenchmarks", "zenodo.org/records/16605299 ({0}_v0.zip; or use --fasta and "
+                          "datasets/{0} of github.com/ML-Bioinfo-CEITEC/genomic_benchmarks)",
+                          "CC BY 4.0 (Zenodo), Apache-2.0 (repository)"),
+    "MTcDNA": ("MTcDNA", "ftp.ensembl.org/pub (fasta/SPECIES/cdna/*.cdna.all.fa.gz)", "not stated"),
+    "fewshot": ("few-shot", "github.com/roysoumya/GeneMask, curriculum-GeneMask (silencer)", "GPL-3.0"),
+    "demo": ("demo", "the demo genome (written by this file)", "MIT")}
+# task, folder, bases, metric, classes (-: negative,positive), sets:published rows of train:test:dev (GUE:
+# DNABERT-2's appendix, dev as test). GUE's splice classes are what the middle of the sequences shows.
+TABLE = """
+emp/{} GUE/EMP/{} 500 mcc - H3:11971:1497 H3K14ac:26438:3305 H3K36me3:27904:3488 H3K4me1:25341:3168
+emp/{} GUE/EMP/{} 500 mcc - H3K4me2:24545:3069 H3K4me3:29439:3680 H3K79me3:23069:2884 H3K9ac:22224:2779
+emp/{} GUE/EMP/{} 500 mcc - H4:11679:1461 H4ac:27275:3410
+tf_m/{} GUE/mouse/{} 101 mcc - 0:6478:810 1:53952:6745 2:2620:328 3:1904:239 4:15064:1883
+tf_h/{} GUE/tf/{} 101 mcc - 0:32378:1000 1:30672:1000 2:19000:1000 3:27294:1000 4:19000:1000
+pd/{} GUE/prom/prom_300_{} 300 mcc - all:47356:5920 notata:42452:5307 tata:4904:613
+cpd/{} GUE/prom/prom_core_{} 70 mcc - all:47356:5920 notata:42452:5307 tata:4904:613
+ssp/{} GUE/splice/{} 400 mcc acceptor,donor,neither reconstructed:36496:4562
+{} GUE/virus/{} 999 f1_macro 0,1,2,3,4,5,6,7,8 covid:77669:7000
+{} DeepSTARR 249 pcc Dev_log2_enrichment,Hk_log2_enrichment eap:402296:41186:40570
+gb/{} GenomicBenchmarks/{} 251 acc - human_nontata_promoters:27097:9034
+gb/{} GenomicBenchmarks/{} 500 acc - human_enhancers_cohn:20843:6948
+gb/{} GenomicBenchmarks/{} 2-573 acc - human_enhancers_ensembl:123872:30970
+gb/{} GenomicBenchmarks/{} 71-802 acc enhancer,ocr,promoter human_ensembl_regulatory:231348:57713
+gb/{} GenomicBenchmarks/{} 71-593 acc - human_ocr_ensembl:139804:34952
+gb/{} GenomicBenchmarks/{} 331-4776 acc - dummy_mouse_enhancers_ensembl:968:242
+gb/{} GenomicBenchmarks/{} 200 acc coding_seqs,intergenomic_seqs demo_coding_vs_intergenomic_seqs:75000:25000
+gb/{} GenomicBenchmarks/{} 200 acc human,worm demo_human_or_worm:75000:25000
+gb/{} GenomicBenchmarks/{} 236-3237 acc - drosophila_enhancers_stark:5184:1730
+mtcdna/{} MTcDNA {} acc mouse,turtle 1024 4096 8192
+{} fewshot/Prom-core 70 acc - prom_core::5920
+{} fewshot/Prom-300 300 acc - prom_300
+{} fewshot/Cohn-enh 500 acc - cohn_enh
+{} fewshot/Splice-40 40 acc none,donor,acceptor splice_40::3000
+{} fewshot/silencer 101-299 acc - silencer::1657
+{} demo 200 mcc background,motif demo:4000:500:500"""
+# few-shot task: train file of N shots; sets of N per class in it; test files (the second stands in)
+FEW_SHOT = {"prom_core": ("{}/train.tsv", 1, "test.tsv"), "silencer": ("{}/train.tsv", 10, "{}/dev.tsv"),
+            "splice_40": ("{0}/train_splice40_{0}.tsv", 10, "test.tsv"),
+            "prom_300": ("{}/train.tsv", 1, "test.tsv", "test_standin.csv"),
+            "cohn_enh": ("{}/train.tsv", 1, "test.tsv",
+                         "../../GenomicBenchmarks/human_enhancers_cohn/test.csv")}
+MTCDNA = {"Mus_musculus": 0, "Mus_spretus": 0, "Chelonoidis_abingdonii": 1, "Gopherus_agassizii": 1}
+DELIMITER = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+WHOLE = re.compile(r"-?\d+", re.ASCII)
+CLASS_NAME = re.compile(r"(?!=|[+-]?(nan|inf|infinity|na|n/a|none|null|[\d.]+e[+-]?\d+)$)(?=.*[^\W\d_])"
+                        r"[^\x00-\x1f\x7f-\x9f]+", re.IGNORECASE)
+
+
+def task_table():
+    """TABLE -> {name: Task}."""
+    tasks = {}
+    for name, folder, length, metric, classes, *sets in map(str.split, TABLE.strip().splitlines()):
+        suite, source, licence = SOURCES[folder.split("/")[0]]
+        for of, *counts in (text.split(":") for text in sets):
+            counts += counts[1:] * (suite == "GUE")
+            rows = {split: int(n) for split, n in zip(("train", "test", "dev"), counts) if n}
+            names = tuple(classes.replace("-", "negative,positive").split(","))
+            task = Task(name.format(of), suite, names, metric == "pcc", metric, length.format(of), rows,
+                        folder.format(of), source.format(of), licence)
+            tasks[task.name] = task
+    return tasks
+
+
+TASKS = task_table()
+GROUPS = {group: [name for name in TASKS if name.split("/")[0] == group]
+          for group in ("emp", "tf_m", "tf_h", "pd", "cpd", "ssp", "covid", "eap", "mtcdna")}
+GROUPS["cmgems27"] = sum((GROUPS[group] for group in ("emp", "tf_m", "tf_h", "pd", "cpd", "ssp")), [])
+GROUPS |= {"gue28": [*GROUPS["cmgems27"], "covid"], "randommask28": [*GROUPS["cmgems27"], "eap"],
+           "gb8": [name for name in TASKS if name.startswith("gb/") and "drosophila" not in name],
+           "gb5": [f"gb/{name}" for name in (                # of Martinek et al.
+               "human_nontata_promoters", "demo_human_or_worm", "human_enhancers_ensembl",
+               "demo_coding_vs_intergenomic_seqs", "human_enhancers_cohn")], "fewshot": list(FEW_SHOT)}
+
+
+def task_names(args):
+    """Names of groups and tasks -> task names, each once."""
+    for name in args:
+        if name not in GROUPS and name not in TASKS:
+            raise ValueError(f"task {show(name)}: unknown; use {' '.join([*GROUPS, *TASKS])}")
+    return list(dict.fromkeys(name for arg in args for name in GROUPS.get(arg, [arg])))
+
+
+class Rows(NamedTuple):
+    """The sequences of one split.
+
+    bases    uint8 codes of all, end to end; offsets: int64 (n + 1,), where each begins and ends
+    labels   int64 (n,) class ids, or float32 (n, targets), or None
+    notes    rows of each kind that was accepted: duplicates, with_n, lower_case, ambiguous, kmer_text
+    """
+    bases: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+    notes: dict
+
+
+def row_keys(rows):
+    """One bytes object per sequence, to compare and count."""
+    bases, offsets = rows.bases.tobytes(), rows.offsets.tolist()
+    return [bases[start:end] for start, end in zip(offsets, offsets[1:])]
+
+
+def rows_of(bases, lengths, labels, notes, **masks):
+    """Rows of codes. Integer labels are ids, floats targets; masks are over bases, their rows are counted."""
+    if labels is not None:
+        labels = np.asarray(labels)
+        labels = labels.astype(np.int64) if labels.dtype.kind == "i" else \
+            labels.astype(np.float32).reshape(len(lengths), -1)
+    rows = Rows(bases, np.concatenate([[0], np.cumsum(lengths)]), labels, {})
+    counts = {name: int(np.logical_or.reduceat(mask, rows.offsets[:-1]).sum())
+              for name, mask in ({"with_n": bases == 4} | masks).items()}
+    return rows._replace(notes={"duplicates": len(lengths) - len(set(row_keys(rows)))} | counts | notes)
+
+
+def text_codes(sequences, places):
+    """Strings -> letters, codes (both end to end), lengths. ValueError names the place of what is not DNA."""
+    lengths = np.array([len(text) for text in sequences])
+    letters = np.frombuffer("".join(sequences).encode("ascii", "replace"), np.uint8)
+    codes = CODE[letters]
+    if not lengths.all():
+        raise ValueError(f"{places[lengths.argmin()]}: no sequence; complete or remove it")
+    if codes.max() > 4:
+        at = int(np.argmax(codes > 4))
+        row = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
+        letter = sequences[row][at - lengths[:row].sum()]
+        hint = BAD_LETTER.get(letter.encode(), f"in {show(sequences[row][:40])}")
+        raise ValueError(f"{places[row]}: not a DNA letter ({show(letter)}: {hint}); use ACGTN and IUPAC")
+    return letters, codes, lengths
+
+
+def rows_from(sequences, labels=None, notes=None, places=None):
+    """DNA strings -> Rows; places: what to call each in an error."""
+    places = places or [f"sequence {i}" for i in range(len(sequences))]
+    letters, codes, lengths = text_codes(sequences, places)
+    return rows_of(codes, lengths, labels, notes or {}, lower_case=letters > ord("Z"),
+                   ambiguous=(codes == 4) & (letters & 0xDF != ord("N")))
+
+
+def take_rows(rows, index):
+    """The rows of an index array, in its order. Of the notes, those that the codes can tell."""
+    lengths = np.diff(rows.offsets)[index]
+    shift = rows.offsets[index] - (np.cumsum(lengths) - lengths)
+    bases = rows.bases[np.arange(lengths.sum()) + np.repeat(shift, lengths)]
+    return rows_of(bases, lengths, None if rows.labels is None else rows.labels[index], {})
+
+
+def split_rows(rows, fractions, seed):
+    """Rows -> one Rows per fraction of them, at random, class by class (scikit-learn's stratified split)."""
+    from sklearn.model_selection import train_test_split
+    parts, rest = [], np.arange(len(rows.offsets) - 1)
+    classes = np.zeros(len(rest)) if rows.labels is None or rows.labels.ndim > 1 else rows.labels
+    try:
+        for i, fraction in enumerate(fractions[:-1]):
+            part, rest = train_test_split(rest, train_size=fraction / sum(fractions[i:]),
+                                          stratify=classes[rest], random_state=seed)
+            parts.append(part)
+    except ValueError as e:
+        raise ValueError(f"split {fractions}: {len(classes)} rows do not do ({e}); give more") from None
+    return [take_rows(rows, np.sort(part)) for part in (*parts, rest)]
+
+
+def table_text(path):
+    """Text of a UTF-8 file, plain or gzip."""
+    check_file(path)
+    with open(path, "rb") as f:
+        data = f.read()
+    try:
+        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
+        return data.decode("utf-8-sig")
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f"{path}: damaged gzip file ({e}); download it again") from None
+    except UnicodeDecodeError as e:
+        kinds = [kind for magic, kind in NOT_FASTA if data.startswith(magic)] + [f"byte {data[e.start]:#x}"]
+        line = data.count(b"\n", 0, e.start) + 1
+        raise ValueError(f"{path}: line {line}: not UTF-8 text ({kinds[0]}); save it as UTF-8 text") from None
+
+
+def read_columns(path, wanted):
+    """Columns of a CSV (.csv) or TSV (.tsv, .txt) file, plain or gzip, read strictly; others are passed over.
+
+    wanted: {name: what the header may call it}. Returns {name: list of str} and each row's 'FILE: line N'.
+    """
+    suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
+    if suffix not in DELIMITER:
+        raise ValueError(f"{path}: no table by its name; name it .csv (commas), .tsv or .txt (tabs)")
+    csv.field_size_limit(1 << 24)
+    text, rows, places, line = table_text(path), [], [], 1
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITER[suffix], strict=True)
+    try:
+        for row in reader:
+            if len(row) > 1 or row and row[0].strip():       # blank lines are fine
+                rows.append(row)
+                places.append(f"{path}: line {line}")
+            line = reader.line_num + 1
+    except csv.Error as e:
+        raise ValueError(f"{path}: line {line}: {e}; correct its quotes or line ends") from None
+    if len(rows) < 2:
+        raise ValueError(f"{path}: empty, or nothing below the header ({show(text[:40])}); check the file")
+    header, *rows = rows
+    at = {}
+    for name, names in wanted.items():
+        found = [i for i, cell in enumerate(header) if cell.strip().lower() in names]
+        if len(found) != 1:
+            raise ValueError(f"{places[0]}: {len(found) or 'no'} column {' or '.join(names)} in the header "
+                             f"({show(text.lstrip()[:40])}); name one, with {DELIMITER[suffix]!r} in between")
+        at[name] = found[0]
+    for row, place in zip(rows, places[1:]):
+        if len(row) != len(header):
+            raise ValueError(f"{place}: {len(row)} fields, but {len(header)} in the header; correct it")
+    return {name: [row[i].strip(" \t") for row in rows] for name, i in at.items()}, places[1:]
+
+
+def class_ids(texts, classes, places):
+    """Labels -> ids, classes (None: those there are, sorted; all whole numbers or all names). '1.0' is 1."""
+    names = {text: text for text in texts}                   # as written: as meant
+    for text in names:
+        if NUMBER.fullmatch(text) and abs(float(text)) < 2 ** 53 and float(text).is_integer():
+            names[text] = str(int(float(text)))
+    kind = WHOLE if WHOLE.fullmatch(names[texts[0]]) else CLASS_NAME
+    for text, name in names.items():
+        if name not in classes if classes else not kind.fullmatch(name):
+            known = f"use one of {', '.join(classes)}" if classes else "use only whole numbers, or only names"
+            raise ValueError(f"{places[texts.index(text)]}: label {show(text)}; {known}")
+    if not classes:
+        classes = tuple(sorted(set(names.values()), key=int if kind is WHOLE else None))
+        if len(classes) < 2:
+            raise ValueError(f"{places[0]}: label {show(texts[0])} in all rows; two classes are needed")
+    ids = {name: i for i, name in enumerate(classes)}
+    return [ids[names[text]] for text in texts], classes
+
+
+def numbers(columns, places):
+    """Columns of text -> one tuple of finite floats per row."""
+    for column in columns:
+        for text, place in zip(column, places):
+            if not NUMBER.fullmatch(text) or abs(float(text)) > 3e38:
+                raise ValueError(f"{place}: {show(text)}; use a finite decimal number")
+    return list(zip(*(map(float, column) for column in columns)))
+
+
+def read_table(path, classes=None, targets=None, labels=True):
+    """A table with columns sequence (or seq) and label (or class) -> sequences, labels, notes.
+
+    classes: the labels in the order of their ids; None: notes["classes"] tells those found, sorted.
+    targets: the number columns of a regression; labels=False: sequences only.
+    Overlapping k-mers with blanks between them become the sequence they were made of.
+    """
+    wanted = {name: [name.lower()] for name in targets or ()}
+    if labels and not targets:
+        wanted["label"] = ["label", "class"]
+    columns, places = read_columns(os.fspath(path), {"sequence": ["sequence", "seq"]} | wanted)
+    sequences, notes = columns.pop("sequence"), {"kmer_text": 0}
+    for i, text in enumerate(sequences):
+        if " " in text:
+            k = text.index(" ")
+            sequences[i] = bare = text[::k + 1] + text[len(text) - k + 1:]
+            notes["kmer_text"] += 1
+            if " ".join(bare[j:j + k] for j in range(len(bare) - k + 1)) != text:
+                raise ValueError(f"{places[i]}: blanks in {show(text)}, no overlapping k-mers; remove them")
+    text_codes(sequences, places)
+    if targets or not labels:
+        return sequences, numbers(columns.values(), places) if targets else None, notes
+    ids, found = class_ids(columns["label"], classes, places)
+    return sequences, ids, notes if classes else notes | {"classes": found}
+
+
+def existing(path):
+    """The path, or the path with .gz; None where there is neither."""
+    return next(filter(os.path.exists, (path, path + ".gz")), None)
+
+
+def find_files(task, data_dir, wanted):
+    """{key: path} of the first file there is of those each key names (plain or .gz); says so of a second."""
+    folder, found = os.path.join(data_dir, task.folder), {}
+    for key, names in wanted.items():
+        found[key] = next(filter(None, (existing(os.path.join(folder, name)) for name in names)), None)
+        if found[key] and not existing(os.path.join(folder, names[0])):
+            print(f"{task.name}: {names[0]} is not there, {found[key]} stands in for it", flush=True)
+    lost = [wanted[key][0] for key, path in found.items() if not path]
+    if lost:
+        raise ValueError(f"{folder}: no {', '.join(lost)} ({task.name}); get it there from {task.source}")
+    return found
+
+
+def read_tables(task, data_dir, wanted):
+    """{split: Rows} of tables of a task (wanted: see find_files); labels are the ids, or the targets."""
+    ids, targets = [str(i) for i in range(len(task.classes))], task.classes if task.regression else None
+    paths = find_files(task, data_dir, wanted)
+    return {split: rows_from(*read_table(path, ids, targets)) for split, path in paths.items()}
+
+
+def class_paths(task, folder, suffix=""):
+    """The class files or folders of one split, in the order of the ids whatever the directory's order."""
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    names = {name.removesuffix(".gz").removesuffix(suffix): name for name in names if name[0] != "."}
+    if set(names) != set(task.classes):
+        raise ValueError(f"{folder}: {', '.join(names)[:80] or 'nothing'} there, not the classes "
+                         f"{', '.join(task.classes)} ({task.name}); get them from {task.source}")
+    return [os.path.join(folder, names[name]) for name in task.classes]
+
+
+def read_folder(path):
+    """A folder of one-sequence files -> texts in the order of the file names, and the paths."""
+    paths, texts = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name[0] != "."], []
+    if not paths:
+        raise ValueError(f"{path}: an empty folder; unpack the archive again")
+    for name in paths:
+        with open(name, encoding="utf-8", errors="replace") as f:
+            texts.append(f.read().strip())
+    return texts, paths
+
+
+def read_intervals(path):
+    """Coordinate table -> [(region, start, end, strand)], places. 0-based, half-open; no strand is '+'."""
+    columns, places = read_columns(path, {name: [name] for name in ("region", "start", "end", "strand")})
+    intervals = []
+    for place, region, start, end, strand in zip(places, *columns.values()):
+        numeric = re.fullmatch(r"\d+ \d+", f"{start} {end}", re.ASCII)
+        if not numeric or int(start) >= int(end) or strand not in ("", "+", "-"):
+            raise ValueError(f"{place}: interval {show(f'{region}:{start}-{end} {strand}')}; need whole "
+                             f"numbers, 0 <= start < end, and strand '+', '-' or none")
+        intervals.append((region, int(start), int(end), strand))
+    return intervals, places
+
+
+def region_key(name):
+    """What the spellings of a region share: no 'chr', no version of an Ensembl transcript, one name for M."""
+    name = re.sub(r"^chr|^(ENS\w+)\.\d+$", r"\1", name)
+    return "MT" if name in ("M", "mitochondrion_genome") else name
+
+
+def open_fasta(path):
+    """pyfaidx.Fasta over our own index of exactly this file, in the user's cache folder."""
+    import pyfaidx
+    check_file(path)
+    key = hashlib.sha256(json.dumps(file_fingerprint(path)).encode()).hexdigest()[:12]
+    index = os.path.join(cache_home(), f"{os.path.basename(path)}.{key}.fai")
+    try:
+        if not os.path.exists(index):
+            os.makedirs(cache_home(), exist_ok=True)
+            pyfaidx.Faidx(path, indexname=f"{index}.{os.getpid()}").close()
+            os.replace(f"{index}.{os.getpid()}", index)
+        return pyfaidx.Fasta(path, indexname=index, as_raw=True, rebuild=False)
+    except (OSError, ValueError, LookupError, ImportError, pyfaidx.FastaIndexingError) as e:
+        raise ValueError(f"{path}: pyfaidx cannot index it ({show(str(e))}); unpack or correct it") from None
+
+
+def cut_intervals(path, fasta):
+    """Sequences of a coordinate table's intervals in a pyfaidx.Fasta ('-': reverse complement), places."""
+    intervals, places = read_intervals(path)
+    names, sequences, flip = {}, [], str.maketrans("ACGTacgt", "TGCAtgca")       # other codes all become N
+    for name in fasta.keys():
+        names.setdefault(region_key(name), []).append(name)
+    advice = f"in {fasta.filename} ({', '.join(list(fasta.keys())[:5])} ...); use the genome of the table"
+    for place, (region, start, end, strand) in zip(places, intervals):
+        name, *others = names.get(region_key(region), [""])
+        if not name or others:
+            spelt = " and ".join([name, *others])
+            raise ValueError(f"{place}: region {show(region)} is {spelt or 'not'} {advice}")
+        if end > len(fasta[name]):
+            raise ValueError(f"{place}: {region}:{start}-{end}, {name} ends at {len(fasta[name])} {advice}")
+        text = fasta[name][start:end]
+        sequences.append(text.translate(flip)[::-1] if strand == "-" else text)
+    n_blank = sum(not text.strip("Nn") for text in sequences)
+    if n_blank > len(sequences) / 100:
+        raise ValueError(f"{path}: {n_blank} of {len(sequences)} intervals are all N {advice}")
+    return sequences, places
+
+
+def coordinate_folder(task, data_dir):
+    """Where a task's coordinate tables are: GenomicBenchmarks/coordinates/SET, or the task's own folder."""
+    folder = os.path.join(data_dir, "GenomicBenchmarks", "coordinates", task.name.removeprefix("gb/"))
+    return folder if os.path.isdir(folder) else os.path.join(data_dir, task.folder)
+
+
+def read_genomic(task, data_dir, fasta):
+    """GenomicBenchmarks: from coordinate tables where there is a FASTA (one, or one per class, in order);
+    else the package's class folders of one-sequence files; else {train,test}.csv."""
+    folder, suffix, n = os.path.join(data_dir, task.folder), "", len(task.classes)
+    fastas = [fasta] if isinstance(fasta, (str, os.PathLike)) else list(fasta or ())
+    if fastas:
+        if len(set(map(os.path.realpath, fastas))) < len(fastas) or len(fastas) not in (1, n):
+            raise ValueError(f"--fasta {' '.join(map(str, fastas))}: {len(fastas)} files, {n} classes; give "
+                             f"one, or one of its own for each of {', '.join(task.classes)}")
+        fastas = [open_fasta(os.fspath(path)) for path in fastas] * (n // len(fastas))
+        folder, suffix = coordinate_folder(task, data_dir), ".csv"
+    elif not any(os.path.isdir(os.path.join(folder, "train", name)) for name in task.classes):
+        return read_tables(task, data_dir, {"train": ["train.csv"], "test": ["test.csv"]})
+    splits = {}
+    for split in ("train", "test"):
+        paths = class_paths(task, os.path.join(folder, split), suffix)
+        parts = list(map(cut_intervals, paths, fastas) if fastas else map(read_folder, paths))
+        labels = np.repeat(np.arange(n), [len(texts) for texts, _ in parts])
+        texts, places = (sum(lists, []) for lists in zip(*parts))
+        splits[split] = rows_from(texts, labels, None, places)
+    return splits
+
+
+def read_deepstarr(task, data_dir):
+    """The published FASTA and activity files, row by row; else sample tables, which have no test split."""
+    folder, splits = os.path.join(data_dir, task.folder), {"train": "Train", "dev": "Val", "test": "Test"}
+    if existing(f"{folder}/sample_train.txt") and not existing(f"{folder}/Sequences_Train.fa"):
+        print(f"{task.name}: sample tables, not the published splits; no test split", flush=True)
+        return read_tables(task, data_dir, {"train": ["sample_train.txt"], "dev": ["sample_val.txt"]})
+    fastas = {split: [f"Sequences_{name}.fa"] for split, name in splits.items()}
+    tables = {name: [f"Sequences_activity_{name}.txt"] for name in splits.values()}
+    paths = find_files(task, data_dir, fastas | tables)
+    for split, name in splits.items():
+        columns, places = read_columns(paths[name], {target: [target.lower()] for target in task.classes})
+        codes = [record[1] for record in fasta_records(paths[split])]
+        if len(codes) != len(places):
+            raise ValueError(f"{paths[split]}: {len(codes)} sequences, {len(places)} rows in {paths[name]}; "
+                             f"get both again")
+        labels = numbers(columns.values(), places)
+        splits[split] = rows_of(np.concatenate(codes), [len(c) for c in codes], labels, {})
+    return splits
+
+
+def read_mtcdna(task, data_dir):
+    """cDNA of two mice and two turtles: transcripts of more than 5,000 bases, cut or N-padded to the length;
+    60 % train, 20 % dev, 20 % test by train_test_split twice, seed 1 (FinDNA's code; unstratified)."""
+    from sklearn.model_selection import train_test_split
+    folder, length = os.path.join(data_dir, task.folder), int(task.length)
+    bases, labels, sizes = [], [], []
+    for species, label in MTCDNA.items():
+        paths = glob.glob(os.path.join(glob.escape(folder), f"{species}*.fa*"))
+        if len(paths) != 1:
+            raise ValueError(f"{folder}: {len(paths)} files {species}*.fa ({task.name}); get one of each of "
+                             f"{', '.join(MTCDNA)} from {task.source}")
+        for _, codes, _ in fasta_records(paths[0]):
+            sizes.append(len(codes))
+            if len(codes) > 5000:
+                bases.append(np.pad(codes[:length], (0, max(0, length - len(codes))), constant_values=4))
+                labels.append(label)
+    long = np.array([n for n in sizes if n > 5000])
+    if len(long) < 5:
+        raise ValueError(f"{folder}: {len(long)} transcripts of more than 5,000 bases; check the files")
+    print(f"{task.name}: {len(long)} of {len(sizes)} transcripts have more than 5,000 bases (mouse, turtle: "
+          f"{np.bincount(labels)}); {(long > length).sum()} cut, {(long < length).sum()} padded", flush=True)
+    rows = rows_of(np.concatenate(bases), np.full(len(long), length), labels, {})
+    rest, test = train_test_split(np.arange(len(long)), test_size=0.2, random_state=1)
+    train, dev = train_test_split(rest, test_size=0.25, random_state=1)
+    return {"train": take_rows(rows, train), "dev": take_rows(rows, dev), "test": take_rows(rows, test)}
+
+
+def read_few_shot(task, data_dir, shots, draw):
+    """N rows per class to train on, and the test file. If a file has ten sets of N (FEW_SHOT), draw 0..9 is
+    one: a slice of each class after a seeded shuffle. No dev set: Splice-40's lies in its test."""
+    train, n_sets, *tests = FEW_SHOT[task.name]
+    wanted = {"train": [train.format(shots)], "test": [name.format(shots) for name in tests]}
+    rows = read_tables(task, data_dir, wanted)
+    labels = rows["train"].labels
+    counts = np.bincount(labels, minlength=len(task.classes))
+    if (counts != n_sets * shots).any() or not 0 <= draw < 10:
+        raise ValueError(f"{task.folder}/{wanted['train'][0]}: {counts.tolist()} rows by class, draw {draw}; "
+                         f"need {n_sets} x {shots} rows of each class and a draw from 0 to 9")
+    if n_sets > 1:
+        order = np.random.default_rng(42).permutation(len(labels))
+        order = order[np.argsort(labels[order], kind="stable")].reshape(-1, n_sets, shots)
+        rows["train"] = take_rows(rows["train"], np.sort(order[:, draw].ravel()))
+    return rows
+
+
+def read_demo(task, data_dir):
+    """Windows of the demo genome without DEMO_MOTIF, which is then planted in every other one (class 1)."""
+    genome, rng, splits = open_genome(["demo"], data_dir), np.random.default_rng(42), {}
+    length, motif = int(task.length), encode(DEMO_MOTIF)
+    hits = (np.lib.stride_tricks.sliding_window_view(genome.bases, len(motif)) == motif).all(1)
+    before = np.concatenate([[0], np.cumsum(hits)])
+    for split, contigs in (("train", ("demo1", "demo2")), ("dev", ("demo3",)), ("test", ("demo4",))):
+        n = task.rows[split]
+        starts = np.concatenate([np.arange(genome.contigs[c] - length) + genome.offsets[c] for c in contigs])
+        starts = starts[before[starts + length + 1 - len(motif)] == before[starts]]
+        bases = take_windows(genome.bases, rng.choice(starts, n, replace=False), length).numpy()
+        at = rng.integers(length + 1 - len(motif), size=(n // 2, 1)) + np.arange(len(motif))
+        bases[np.arange(1, n, 2)[:, None], at] = motif
+        splits[split] = rows_of(bases.ravel(), np.full(n, length), np.arange(n) % 2, {})
+    return splits
+
+
+def read_task(name, data_dir, shots=None, draw=0, fasta=None):
+    """A benchmark set -> {"train", "dev", "test": Rows, or None where there is none}.
+
+    shots, draw: of a few-shot task, rows per class (10) and number of the run; fasta: see read_genomic.
+    """
+    if name not in TASKS:
+        raise ValueError(f"task {show(name)}: not the name of one set; use {' '.join(TASKS)}")
+    task = TASKS[name]
+    if task.suite == "GUE":
+        splits = read_tables(task, data_dir, {split: [f"{split}.csv"] for split in ("train", "dev", "test")})
+    elif task.suite == "GenomicBenchmarks":
+        splits = read_genomic(task, data_dir, fasta)
+    elif task.suite == "few-shot":
+        splits = read_few_shot(task, data_dir, shots or 10, draw)
+    else:
+        read = {"DeepSTARR": read_deepstarr, "MTcDNA": read_mtcdna, "demo": read_demo}[task.suite]
+        splits = read(task, data_dir)
+    lost = [name for i, name in enumerate(task.classes) if i not in splits["train"].labels]
+    if lost and not task.regression:
+        raise ValueError(f"{os.path.join(data_dir, task.folder)}: no training row of class {', '.join(lost)} "
+                         f"({task.name}); get the whole set from {task.source}")
+    return {split: splits.get(split) for split in ("train", "dev", "test")}
+
+
+def beside(n, task, split):
+    """A number of rows, with the published one beside it."""
+    known = task.rows.get(split)
+    return f"{n:,}" + (f" (published {known:,}: {'OK' if n == known else 'differs'})" if known else "")
+
+
+def report_intervals(task, data_dir):
+    """Prints sizes, repeats and leak of the coordinate tables of a GenomicBenchmarks task."""
+    train = ()
+    for split in ("train", "test"):
+        paths = class_paths(task, os.path.join(coordinate_folder(task, data_dir), split), ".csv")
+        every = [interval[:3] for path in paths for interval in read_intervals(path)[0]]
+        repeats, leak = len(every) - len(set(every)), sum(interval in train for interval in every)
+        print(f"  {split} table: {beside(len(every), task, split)} intervals, {repeats:,} repeats"
+              + f", {leak:,} ({leak / len(every):.1%}) are training intervals" * (split == "test"))
+        train = set(every)
+
+
+def report_rows(task, split, rows):
+    """Prints sizes, balance and oddities of one split."""
+    lengths, keys = np.diff(rows.offsets), row_keys(rows)
+    if task.regression:
+        balance = [f"{name} {x.min():.2f} to {x.max():.2f}" for name, x in zip(task.classes, rows.labels.T)]
+    else:
+        balance = [f"{i}:{n:,}" for i, n in enumerate(np.bincount(rows.labels, minlength=len(task.classes)))]
+    conflicts = len(set(zip(keys, map(str, rows.labels.tolist())))) - len(set(keys))
+    odd = [f"{name} {n:,}" for name, n in (rows.notes | {"conflicting_labels": conflicts}).items() if n]
+    print(f"  {split}: {beside(len(keys), task, split)} rows; bases min {lengths.min()}, median "
+          f"{np.median(lengths):g}, max {lengths.max()}; {', '.join(balance)}; {', '.join(odd) or 'sound'}")
+
+
+def report_task(task, data_dir, fasta):
+    """Prints what is in a benchmark set: rows, lengths, balance, oddities, overlap of its splits."""
+    print(f"{task.name}: {task.suite}, {', '.join(task.classes)}; {task.metric}, {task.length} bases\n"
+          f"  from {task.source}; licence: {task.licence}")
+    if existing(os.path.join(coordinate_folder(task, data_dir), "train", f"{task.classes[0]}.csv")):
+        report_intervals(task, data_dir)
+    splits = {split: rows for split, rows in read_task(task.name, data_dir, fasta=fasta).items() if rows}
+    if task.suite == "few-shot":                             # all its train files, and a dev file not for use
+        files = {f"train/{n}": [FEW_SHOT[task.name][0].format(n)] for n in (10, 50, 100, 500, 1000)}
+        files = {split: names for split, names in (files | {"dev": ["full-dataset/dev.tsv"]}).items()
+                 if existing(os.path.join(data_dir, task.folder, names[0]))}
+        splits = read_tables(task, data_dir, files) | {"test": splits["test"]}
+    for split, rows in splits.items():
+        report_rows(task, split, rows)
+    for (a, first), (b, second) in itertools.combinations(splits.items(), 2):
+        keys = row_keys(first), row_keys(second)
+        both = set(keys[0]) & set(keys[1])
+        shares = [f"{sum(key in both for key in rows) / len(rows):.1%}" for rows in keys]
+        if not b.startswith("train"):
+            print(f"  {a} and {b}: {len(both):,} sequences in both, {' and '.join(shares)} of the rows")
+
+
+def report(names, data_dir, fasta=None):
+    """Reports on benchmark sets; says of each that cannot be read why not, and returns how many these are."""
+    failed = 0
+    for name in task_names(names):
+        try:
+            report_task(TASKS[name], data_dir, fasta)
+        except ValueError as e:
+            print(f"  not read: {e}")
+            failed += 1
+    return failed
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="What is in benchmark sets: sizes, balance, leaks.",
+                                     allow_abbrev=False)
+    parser.add_argument("tasks", nargs="+", help=f"tasks (emp/H3) or groups: {' '.join(GROUPS)}")
+    parser.add_argument("--data_dir", default="data", help="where the sets lie (default data)")
+    parser.add_argument("--fasta", nargs="+", help="GenomicBenchmarks: genome of the coordinate tables (or "
+                                                   "one per class)")
+    args = parser.parse_args()
+    try:
+        failed = report(args.tasks, args.data_dir, args.fasta)
+    except ValueError as e:
+        parser.exit(2, f"error: {e}\n")
+    sys.exit(2 if failed else 0)
