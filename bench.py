@@ -89,7 +89,7 @@ def matmul_peak(device, dtype):
 def get_masked(bases, table, step):
     """randommask.py's windows, tokens and RandomMask: tokens, masked (B, T), fixed by the step."""
     starts = data.draw_starts(table, B, training.seed(42, step, 0))
-    tokens = data.with_specials(data.kmer_tokens(data.take_windows(bases, starts, LENGTH), K, 1))
+    tokens = data.kmer_tokens(data.take_windows(bases, starts, LENGTH), K, 1, specials=True)
     return tokens, randommask.random_mask(tokens, len(SPANS), P)
 
 
@@ -195,7 +195,7 @@ def data_path(rounds):
 
 def mask(rounds):
     """RandomMask with a span for each sequence, and 80/10/10."""
-    tokens = data.with_specials(torch.randint(5, V, (B, T - 2)))
+    tokens = data.kmer_tokens(torch.randint(4, (B, LENGTH), dtype=torch.uint8), K, 1, specials=True)
     centers, m = torch.rand(B, T) < P, torch.tensor(random.choices(SPANS, k=B))
     masked = data.span_mask(centers, tokens > data.MASK, (m - 1) // 2, m // 2)
     assert torch.equal(loop_batch(tokens, centers, m.tolist())[1] >= 0, masked)

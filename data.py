@@ -59,31 +59,27 @@ def reverse_complement(bases):
     return flipped ^ (flipped < 4)
 
 
-def kmer_tokens(bases, k, stride):
+def kmer_tokens(bases, k, stride, specials=False):
     """Codes (B, L) uint8 -> k-mer ids (B, (L - k) // stride + 1) int64; a k-mer with an N is [UNK].
 
     stride 1: DNABERT's overlapping tokens; stride k: non-overlapping ones (a rest of < k bases is dropped).
+    specials: with [CLS] before and [SEP] behind.
     """
-    if bases.shape[1] < k:
-        return bases.new_zeros((len(bases), 0), dtype=torch.int64)
     codes = bases.to(torch.int16 if k < 8 else torch.int32)
     ids, width = codes, 1
-    for bit in bin(k)[3:]:                                   # double and add: 3 passes for k = 6
+    for bit in bin(k)[3:] if bases.shape[1] >= k else "":    # double and add: 3 passes for k = 6
         ids, width = torch.add(ids[:, width:], ids[:, :-width], alpha=4 ** width), 2 * width
         if bit == "1":
             ids, width = torch.add(codes[:, width:], ids[:, :-1], alpha=4), width + 1
-    tokens = (ids[:, ::stride] + 5).to(torch.int64)
-    if bases.is_cuda or bases.numel() and bases.max() > 3:   # asking a GPU would make it wait
+    ids = ids[:, ::stride] + 5 if width == k else ids[:, :0]
+    if ids.numel() and (bases.is_cuda or bases.max() > 3):   # asking a GPU would make it wait
         seen = F.pad((bases > 3).cumsum(1), (1, 0))
-        tokens = tokens.masked_fill((seen[:, k:] != seen[:, :-k])[:, ::stride], UNK)
+        ids = ids.masked_fill((seen[:, k:] != seen[:, :-k])[:, ::stride], UNK)
+    if not specials:
+        return ids.to(torch.int64)
+    tokens = ids.new_empty((len(ids), ids.shape[1] + 2), dtype=torch.int64)
+    tokens[:, 0], tokens[:, -1], tokens[:, 1:-1] = CLS, SEP, ids
     return tokens
-
-
-def with_specials(tokens):
-    """k-mer ids (B, T) -> [CLS] ids [SEP] (B, T + 2)."""
-    out = F.pad(tokens, (1, 1), value=CLS)
-    out[:, -1] = SEP
-    return out
 
 
 def tokenize(sequences, k=6, stride=1):
@@ -100,7 +96,7 @@ def tokenize(sequences, k=6, stride=1):
         raise ValueError(f"sequence {row}, position {at}: not a DNA letter ({sequences[row][at]!r}); "
                          f"use A, C, G, T, N or IUPAC codes")
     bases = bases.reshape(len(sequences), longest)
-    tokens = with_specials(kmer_tokens(torch.from_numpy(bases), k, stride))
+    tokens = kmer_tokens(torch.from_numpy(bases), k, stride, specials=True)
     n = ((lengths - k).div(stride, rounding_mode="floor") + 1).clamp(min=0)[:, None]      # k-mers of each row
     at = torch.arange(tokens.shape[1])
     return tokens.masked_fill(at == n + 1, SEP).masked_fill(at > n + 1, PAD)

@@ -52,8 +52,8 @@ def random_mask(tokens, phase, p, span=6):
     probability p and hides tokens c - m/2 + 1 .. c + m/2. Phase 1 is DNABERT's masking; span 1 masks tokens.
     """
     centers = data.draw_centers(tokens.shape, p, tokens.device)
-    m = span + 2 * torch.randint(phase, (len(tokens),), device=tokens.device)
-    return data.span_mask(centers, tokens > data.MASK, (m - 1) // 2, m // 2)
+    half = torch.randint(phase, (len(tokens),), device=tokens.device)          # m = span + 2 half
+    return data.span_mask(centers, tokens > data.MASK, (span - 1) // 2 + half, span // 2 + half)
 
 
 def parse_args():
@@ -173,7 +173,7 @@ if __name__ == "__main__":
         """n windows and their masks, a function of the key alone: inputs, labels (n, T)."""
         starts = data.draw_starts(table, n, training.seed(args.seed, *key))
         windows = data.take_windows(bases, starts, length).to(device)          # (n, length)
-        tokens = data.with_specials(data.kmer_tokens(windows, args.k, args.stride))
+        tokens = data.kmer_tokens(windows, args.k, args.stride, specials=True)
         return data.corrupt(tokens, random_mask(tokens, phase, args.p, span), n_vocab)
 
     if args.show_masks:

@@ -36,7 +36,7 @@ def hf(tmp_path_factory):
 def batch():
     """inputs, labels (5, 24), and a mask of rows of 7 to 23 tokens."""
     torch.manual_seed(1)
-    tokens = data.with_specials(torch.randint(5, 69, (5, 22)))
+    tokens = data.kmer_tokens(torch.randint(4, (5, 24), dtype=torch.uint8), 3, 1, specials=True)
     inputs, labels = data.corrupt(tokens, (torch.rand(5, 24) < 0.3) & (tokens > 4), 69)
     return inputs, labels, torch.arange(24) < 7 + 4 * torch.arange(5)[:, None]
 
