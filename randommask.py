@@ -192,7 +192,7 @@ if __name__ == "__main__":
     say(f"genome   {' '.join(args.genome)}: {genome}")
     say(f"tokens   {tokens_per_step:,} a step, {tokens_per_step * args.steps:,} in all: "
         f"{passes:.2g} passes over the genome")
-    scaled = f" (Algorithm 1's times {args.steps} / {PAPER_STEPS})" if edges and args.steps != PAPER_STEPS else ""
+    scaled = f" (Algorithm 1's x {args.steps} / {PAPER_STEPS})" if edges and args.steps != PAPER_STEPS else ""
     say(f"phases   spans {', '.join(f'{span}..{span + 2 * i}' for i in range(len(edges) + 1))}; last steps "
         f"{', '.join(map(str, [*edges, args.steps]))}{scaled}")
     if start:
