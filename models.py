@@ -1,4 +1,5 @@
-"""The networks, in plain torch: Bert (post-LN, as in DNABERT and RandomMask); Hugging Face import and export.
+"""The networks, in plain torch: Bert (post-LN, as in DNABERT and RandomMask) and its classification head, the
+CNN baseline; Hugging Face import and export.
 
 Bert is bert-base's architecture over a k-mer vocabulary; sizes are numbers: 12 layers of 768 give DNABERT's
 89,196,549 parameters, 4 of 256 RandomMask's BERT-mini, 2 of 256 with n_head 8, n_inner 3072 LOGO (GeneMask).
@@ -69,13 +70,14 @@ class Block(nn.Module):
         self.fc, self.fc_out = nn.Linear(C, config.n_inner), nn.Linear(config.n_inner, C)
         self.ln_mlp = nn.LayerNorm(C, EPS)
 
-    def forward(self, x, mask=None, need_weights=False):
+    def forward(self, x, mask=None, need_weights=False, first=None):
         B, T, C = x.shape
         p = self.p if self.training else 0.0
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # (B, H, T, D) each
+        x, q = x[:, :first], q[:, :, :first]                 # all, or what the caller needs
         y, weights = attend(q, k, v, mask, p, need_weights)
-        x = self.ln_attn(x + F.dropout(self.proj(y.transpose(1, 2).reshape(B, T, C)), p))
+        x = self.ln_attn(x + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), p))
         return self.ln_mlp(x + F.dropout(self.fc_out(F.gelu(self.fc(x))), p)), weights
 
 
@@ -101,18 +103,19 @@ class Bert(nn.Module):
         with torch.no_grad():
             self.tok_emb.weight[PAD] = 0
 
-    def encode(self, tokens, mask=None, need_weights=False):
+    def encode(self, tokens, mask=None, need_weights=False, first=None):
         """tokens (B, T) -> hidden states (B, T, C); with need_weights also the attention of each layer.
 
         mask: bool (B, T), True = real token; None where no row is padded (fast path). Attention (B, H, T, T).
+        first: only the first so many hidden states, which spares the last layer the work of the others.
         """
         T, p = tokens.shape[1], self.config.dropout if self.training else 0.0
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens for {self.config.block_size} positions; use shorter sequences")
         x = self.tok_emb(tokens) + self.pos_emb.weight[:T] + self.type_emb.weight[0]
         x, all_weights = F.dropout(self.ln_emb(x), p), []
-        for block in self.blocks:
-            x, weights = block(x, mask, need_weights)
+        for i, block in enumerate(self.blocks, 1):
+            x, weights = block(x, mask, need_weights, first if i == len(self.blocks) else None)
             all_weights.append(weights)
         return (x, all_weights) if need_weights else x
 
@@ -144,6 +147,55 @@ class Bert(nn.Module):
         c = self.config
         dense = c.n_layer * (4 * c.n_embd ** 2 + 2 * c.n_embd * c.n_inner)
         return 6 * (dense + masked * c.n_embd * (c.n_embd + c.vocab_size)) + 12 * c.n_layer * T * c.n_embd
+
+
+class Classifier(nn.Module):
+    """A Bert with a head on [CLS]: dense, tanh, dropout, linear (that of transformers' sequence classifier).
+
+    tokens (B, T), mask bool (B, T) or None -> (B, n_out). owner (B,): the sequence each row is a window of;
+    the pooled windows of a sequence are averaged, and the outputs are (number of sequences, n_out).
+    """
+
+    def __init__(self, bert, n_out):
+        super().__init__()
+        C = bert.config.n_embd
+        self.bert, self.pooler, self.out = bert, nn.Linear(C, C), nn.Linear(C, n_out)
+        for layer in (self.pooler, self.out):                # as BERT's own layers
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, tokens, mask=None, owner=None):
+        x = torch.tanh(self.pooler(self.bert.encode(tokens, mask, first=1)[:, 0]))                 # (B, C)
+        if owner is not None:
+            n = owner.bincount()
+            x = x.new_zeros(len(n), x.shape[1]).index_add(0, owner, x) / n[:, None]
+        return self.out(F.dropout(x, self.bert.config.dropout, self.training))
+
+
+class Cnn(nn.Module):
+    """GenomicBenchmarks' CNN, the baseline of Martinek et al.: bases (B, length) uint8 -> (B, n_out).
+
+    As published there is no non-linearity after the second and third convolution nor between the linears.
+    """
+
+    def __init__(self, length, n_out):
+        super().__init__()
+        self.length = length                                 # longest training sequence; shorter: N behind
+        width = length
+        for _ in range(3):
+            width = (width - 7) // 2                         # a convolution of 8, a pool of 2
+        if width < 1:
+            raise ValueError(f"--init cnn: {length} bases are too few for 3 convolutions; use another --init")
+        self.emb = nn.Embedding(5, 100)
+        self.convs = nn.Sequential(
+            nn.Conv1d(100, 16, 8), nn.BatchNorm1d(16), nn.ReLU(), nn.MaxPool1d(2),
+            nn.Conv1d(16, 8, 8), nn.BatchNorm1d(8), nn.MaxPool1d(2),
+            nn.Conv1d(8, 4, 8), nn.BatchNorm1d(4), nn.MaxPool1d(2))
+        self.hidden, self.out = nn.Linear(4 * width, 512), nn.Linear(512, n_out)
+
+    def forward(self, bases):
+        x = self.convs(self.emb(bases.long()).transpose(1, 2))                 # (B, 4, width)
+        return self.out(self.hidden(x.flatten(1)))
 
 
 def copy_weights(model, config, weights, source):
@@ -211,31 +263,46 @@ def show(value):
     return repr(value)[:80]
 
 
-def save_hf(model, folder):
+def stock_tensors(model):
+    """The weights of a Bert or a Classifier by their names in the stock `bert` layout."""
+    bert, tensors = getattr(model, "bert", model), {}
+    for ours, theirs in hf_names(bert.config).items():
+        parts = bert.state_dict()[ours].detach().cpu().chunk(len(theirs))
+        tensors |= {name: part.clone() for name, part in zip(theirs, parts)}
+    if bert is model:                                        # a pooler that was never trained: the identity
+        C = bert.config.n_embd
+        return tensors | {"bert.pooler.dense.weight": torch.eye(C), "bert.pooler.dense.bias": torch.zeros(C)}
+    head = {"pooler": "bert.pooler.dense", "out": "classifier"}
+    tensors |= {f"{name}.{kind}": getattr(getattr(model, ours), kind).detach().cpu().clone()
+                for ours, name in head.items() for kind in ("weight", "bias")}
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("cls.")}
+
+
+def save_hf(model, folder, classes=(), regression=False):
     """Writes config, model.safetensors, vocab.txt and the tokenizer files that transformers loads.
 
-    Its tokenizer takes k-mers (upper case) between blanks. The pooler is the identity: it was never trained.
+    model: a Bert (a masked LM; its pooler is the identity: it was never trained) or a Classifier (classes:
+    the names of its outputs). The tokenizer takes k-mers (upper case) between blanks.
     ValueError if the folder exists and is not empty.
     """
-    c = model.config
+    c = getattr(model, "bert", model).config
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise ValueError(f"{folder}: already exists; give the folder of a new export")
-    tensors = {}
-    for ours, theirs in hf_names(c).items():
-        parts = model.state_dict()[ours].detach().cpu().chunk(len(theirs))
-        tensors |= {name: part.clone() for name, part in zip(theirs, parts)}
-    tensors |= {"bert.pooler.dense.weight": torch.eye(c.n_embd),
-                "bert.pooler.dense.bias": torch.zeros(c.n_embd)}
     config = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": c.vocab_size,
               "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
               "intermediate_size": c.n_inner, "max_position_embeddings": c.block_size, "type_vocab_size": 2,
               "hidden_act": "gelu", "layer_norm_eps": EPS, "hidden_dropout_prob": c.dropout,
               "attention_probs_dropout_prob": c.dropout, "initializer_range": 0.02, "pad_token_id": PAD,
               "torch_dtype": "float32"}
+    if classes:
+        config |= {"architectures": ["BertForSequenceClassification"],
+                   "id2label": {str(i): name for i, name in enumerate(classes)},
+                   "label2id": {name: i for i, name in enumerate(classes)},
+                   "problem_type": "regression" if regression else "single_label_classification"}
     words = vocabulary(c.k)
     tmp = f"{str(folder).rstrip('/')}.{os.getpid()}.tmp"
     os.makedirs(tmp)
-    save_file(tensors, os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
+    save_file(stock_tensors(model), os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
     with open(os.path.join(tmp, "vocab.txt"), "w") as f:
         f.write("\n".join(words) + "\n")
     for name, content in {"config": config, **hf_tokenizer(words, c.block_size)}.items():

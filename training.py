@@ -50,10 +50,10 @@ def number(kind, low, high=math.inf):
     return parse
 
 
-def set_up(device, dtype):
+def set_up(device, dtype, join=True):
     """--device, --dtype -> (torch.device, 'float32' or 'bfloat16', rank, world).
 
-    Under torchrun it joins the process group: nccl on GPUs, gloo on CPUs.
+    Under torchrun it joins the process group (unless join=False): nccl on GPUs, gloo on CPUs.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     try:
@@ -75,7 +75,7 @@ def set_up(device, dtype):
         raise ValueError("--dtype bfloat16: this GPU has none; use --dtype float32")
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and bf16 else "float32"
-    if world > 1:
+    if world > 1 and join:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device, dtype, rank, world
 

@@ -1,0 +1,784 @@
+"""Fine-tune, probe and use a pretrained model: every downstream task of the papers, or your own table.
+
+    python finetune.py --demo                                         no data; after randommask.py --demo
+    python finetune.py --task emp --init out/randommask/last.pt       a group, by the RandomMask protocol
+    python finetune.py --task pd/tata --init hf:DNA_bert_6 random cnn kmer     what does pretraining add?
+    torchrun --nproc_per_node 8 finetune.py --task gue28 --seeds 5    8 GPUs share the runs; again: it goes on
+    python finetune.py --csv my.csv --init out/randommask/last.pt     your own: columns sequence, label
+    python finetune.py --predict new.fa --init out/finetune/csv_my/randommask.pt     TSV of classes
+    python finetune.py --embed new.fa --init out/randommask/last.pt   .npz of embeddings
+    python finetune.py --table                                        all results beside the papers'
+"""
+import argparse
+import collections
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import io
+import itertools
+import json
+import math
+import os
+import sys
+import time
+import warnings
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy import special, stats
+from sklearn import linear_model, metrics, pipeline, preprocessing
+from tqdm import tqdm
+
+import data
+import models
+import training
+from training import number
+
+BETAS, EPS = (0.9, 0.999), 1e-8                              # AdamW: DNABERT-2, Liang et al., GeneMask
+SORTED = 50                                                  # batches that are sorted by length together
+KMER = 5                                                     # of the k-mer floor (--init kmer)
+
+# warmup: an int is steps, a float a share of them; eval_every 0: once an epoch; select: score or loss on dev
+# (the best evaluation is tested, once) or last (no dev); val: the share of train that is dev where there is
+# none; dropout None: the model's own
+BASE = dict(batch_size=32, lr=3e-5, weight_decay=0.01, epochs=10, max_steps=0, warmup=0.1, schedule="linear",
+            grad_clip=1.0, eval_every=0, select="score", patience=0, val=0.1, dropout=None, seeds=1)
+# DNABERT-2's run_dnabert1.sh: epochs, warm-up steps, evaluation interval; best dev loss
+DNABERT2 = {group: dict(epochs=epochs, warmup=warmup, eval_every=every) for group, epochs, warmup, every in (
+    ("emp", 3, 50, 200), ("cpd", 4, 50, 400), ("cpd/tata", 10, 50, 200), ("pd", 4, 50, 400),
+    ("pd/tata", 10, 50, 200), ("ssp", 5, 50, 200), ("covid", 9, 50, 200), ("tf_m", 5, 30, 200),
+    ("tf_h", 3, 30, 200))}
+DNABERT2["tf_m"]["max_steps"] = 1000
+PROTOCOLS = {                                                # name: (numbers, those of a group or task)
+    # Liang et al. Table 4; warm-up, decay, clip and choice by dev score are DNABERT-2's habits (unstated)
+    "randommask": (BASE | dict(weight_decay=0.0, warmup=50), {
+        "emp": dict(epochs=100), "tf_m": dict(epochs=10), "tf_h": dict(epochs=10), "cpd": dict(epochs=10),
+        "pd": dict(epochs=5), "ssp": dict(epochs=10), "eap": dict(epochs=10, batch_size=64)}),
+    "dnabert2": (BASE | dict(select="loss"), DNABERT2),
+    "cmgems": (BASE | dict(select="loss"), DNABERT2),        # Roy et al.: the same; 2 GPUs x 8 x 2 = 32
+    # GeneMask Script-B: no dev set, the last epoch is tested; by shots, see get_protocol; ten draws
+    "fewshot": (BASE | dict(select="last", dropout=0.1, seeds=10), {}),
+    # Yu et al. 4.3, 4.4: 30 % warm-up, cosine; MTcDNA's are unstated: EMP's
+    "findna": (BASE | dict(warmup=0.3, schedule="cosine"), {
+        "gb": dict(batch_size=1024, lr=0.01, weight_decay=0.1, epochs=50),
+        "emp": dict(lr=5e-4, epochs=20, dropout=0.1), "covid": dict(batch_size=256, lr=1e-3, epochs=100),
+        "mtcdna": dict(lr=5e-4, epochs=20)}),
+    # Martinek et al.: early stopping on validation loss, 5 repeats; unstated: its 10 %, patience 3, epochs
+    "martinek": (BASE | dict(batch_size=48, weight_decay=0.1, lr=2e-4, select="loss", patience=3, seeds=5),
+                 {}),
+    "strict": (BASE, {})}                                    # ours: dev from train, test once, MCC
+CNN = dict(batch_size=32, lr=1e-3, weight_decay=0.0, warmup=0, schedule="constant")   # GenomicBenchmarks
+DEFAULT_PROTOCOL = {"GUE": "randommask", "DeepSTARR": "randommask", "GenomicBenchmarks": "martinek",
+                    "MTcDNA": "findna", "few-shot": "fewshot"}                         # others: strict
+SCHEDULES = {"linear": training.linear, "cosine": training.cosine, "constant": lambda *_: 1.0}
+FLAGS = ("batch_size", "lr", "weight_decay", "epochs", "warmup", "dropout")            # override a protocol
+DEMO = dict(task=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64, lr=1e-3, epochs=5)
+
+
+def get_protocol(name, task, shots, init, flags):
+    """The numbers of a protocol for one task: its own, the group's, the task's, few-shot's, CNN's, flags."""
+    base, special = PROTOCOLS[name]
+    p = base | special.get(task.split("/")[0], {}) | special.get(task, {})
+    if name == "fewshot":                                    # GeneMask Script-B
+        p |= dict(batch_size=5, lr=1e-4, epochs=20) if (shots or 0) <= 100 else \
+            dict(batch_size=15, lr=5e-5, epochs=5)
+    return p | (CNN if init == "cnn" else {}) | flags
+
+
+def main_metric(protocol, task):
+    """Martinek et al. give the F1 of the positive class; strict balances classes (MCC); else the task's."""
+    if task.regression:
+        return "pcc"
+    if protocol == "martinek":
+        return "f1_binary" if len(task.classes) == 2 else "f1_macro"
+    return "mcc" if protocol == "strict" else task.metric
+
+
+def scores(outputs, labels, task):
+    """Outputs (n, n_out), labels -> {metric: value}; None where it is undefined (a constant prediction)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # of constant predictions: None, and flagged
+        if task.regression:
+            pairs = list(zip(outputs.T, labels.T))
+            pcc = [stats.pearsonr(x, y)[0] for x, y in pairs]
+            row = {"pcc": np.mean(pcc), "spearman": np.mean([stats.spearmanr(x, y)[0] for x, y in pairs]),
+                   "mse": np.mean((outputs - labels) ** 2)}
+            row |= {f"pcc_{name}": value for name, value in zip(task.classes, pcc)} if len(pcc) > 1 else {}
+        else:
+            guess = outputs.argmax(1)
+            row = {"mcc": metrics.matthews_corrcoef(labels, guess),
+                   "acc": metrics.accuracy_score(labels, guess),
+                   "f1_macro": metrics.f1_score(labels, guess, average="macro"),
+                   "balanced_acc": metrics.balanced_accuracy_score(labels, guess)}
+            if len(task.classes) == 2:
+                row |= {"f1_binary": metrics.f1_score(labels, guess),
+                        "auroc": metrics.roc_auc_score(labels, outputs[:, 1] - outputs[:, 0])}
+    return {name: float(value) if math.isfinite(value) else None for name, value in row.items()}
+
+
+def epoch_batches(lengths, batch_size, seed, epoch):
+    """Index arrays of one epoch, a function of (seed, epoch): shuffled, sorted by length within parts."""
+    rng = np.random.default_rng((seed, epoch))
+    order, batches = rng.permutation(len(lengths)), []
+    for part in np.split(order, range(SORTED * batch_size, len(order), SORTED * batch_size)):
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += np.split(part, range(batch_size, len(part), batch_size))
+    return [batches[i] for i in rng.permutation(len(batches))]
+
+
+def cut_windows(lengths, spec):
+    """Sequence lengths -> (owner, first, n) of the token windows: sequence, first base, number of k-mers.
+
+    Each k-mer is in one window of at most block_size - 2; with long 'truncate' the first window is all.
+    """
+    room = spec["bert"]["block_size"] - 2
+    n = np.maximum((lengths - spec["k"]) // spec["stride"] + 1, 0)
+    windows = np.ones_like(n) if spec["long"] == "truncate" else np.maximum(-(-n // room), 1)
+    owner = np.repeat(np.arange(len(n)), windows)
+    nth = np.arange(len(owner)) - np.repeat(np.cumsum(windows) - windows, windows)
+    return owner, nth * room * spec["stride"], np.minimum(n[owner] - nth * room, room)
+
+
+def get_tokens(bases, starts, n, spec):
+    """n k-mers from each start in the flat codes -> tokens (B, T), mask (B, T) or None where all are alike.
+
+    Else T is a multiple of 64 (or block_size): few shapes.
+    """
+    longest, alike = max(int(n.max()), 1), n.min() == n.max() > 0
+    T = longest if alike else min(-(-(longest + 2) // 64) * 64, spec["bert"]["block_size"]) - 2
+    starts, n = (torch.from_numpy(x).to(bases.device, non_blocking=True)[:, None] for x in (starts, n))
+    at = starts + torch.arange((T - 1) * spec["stride"] + spec["k"], device=bases.device)
+    tokens = data.kmer_tokens(bases[at.clamp_(max=len(bases) - 1)], spec["k"], spec["stride"], specials=True)
+    if alike:
+        return tokens, None
+    at = torch.arange(T + 2, device=bases.device)
+    return tokens.masked_fill(at == n + 1, data.SEP).masked_fill(at > n + 1, data.PAD), at < n + 2
+
+
+def get_inputs(rows, index, spec):
+    """Sequences of rows (bases on the device) as the network takes them: tokens, mask, owner; or bases."""
+    starts, lengths, device = rows.offsets[index], np.diff(rows.offsets)[index], rows.bases.device
+    if spec["kind"] == "cnn":
+        at = torch.arange(spec["length"], device=device)
+        starts, lengths = (torch.from_numpy(x).to(device)[:, None] for x in (starts, lengths))
+        return [rows.bases[(starts + at).clamp_(max=len(rows.bases) - 1)].masked_fill(at >= lengths, 4)]
+    owner, first, n = cut_windows(lengths, spec)
+    tokens, mask = get_tokens(rows.bases, starts[owner] + first, n, spec)
+    return [tokens, mask, None if len(owner) == len(index) else torch.from_numpy(owner).to(device)]
+
+
+def pieces(index, lengths, spec, most):
+    """Splits an index array where `most` windows fill a forward pass; a sequence stays whole."""
+    if spec["kind"] == "cnn":
+        return np.split(index, range(most, len(index), most))
+    windows = np.bincount(cut_windows(lengths[index], spec)[0])
+    return np.split(index, np.flatnonzero(np.diff((np.cumsum(windows) - 1) // most)) + 1)
+
+
+@torch.no_grad()
+def apply(function, rows, spec, most):
+    """function(*inputs) of all sequences, of like lengths together: float32 array, in the order of rows."""
+    lengths = np.diff(rows.offsets)
+    order = np.argsort(lengths, kind="stable")
+    with torch.autocast(rows.bases.device.type, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
+        parts = [function(*get_inputs(rows, index, spec)).float()
+                 for index in pieces(order, lengths, spec, most)]
+    return torch.cat(parts).cpu().numpy()[np.argsort(order)]
+
+
+def pooled(bert, pool):
+    """A function for apply() that embeds: mean over the k-mers, or [CLS] (of several windows: their mean)."""
+    def function(tokens, mask, owner):
+        x = bert.encode(tokens, mask)                        # (B, T, C)
+        real = (tokens == data.UNK) | (tokens > data.MASK) if pool == "mean" else tokens == data.CLS
+        total, n = (x * real[..., None]).sum(1), real.sum(1).float()
+        if owner is not None:
+            empty = total.new_zeros(int(owner[-1]) + 1, total.shape[1])
+            total, n = empty.index_add(0, owner, total.float()), empty[:, 0].float().index_add(0, owner, n)
+        return total / n.clamp(min=1)[:, None]
+    return function
+
+
+def per_base(bert, rows, spec, most):
+    """Embedding of every base (len(rows.bases), C): the mean over the k-mers that hold it, 0 if none does."""
+    total, lengths = torch.zeros(len(rows.bases), spec["bert"]["n_embd"]), np.diff(rows.offsets)
+    count = torch.zeros(len(rows.bases), 1)
+    for index in pieces(np.arange(len(lengths)), lengths, spec, most):
+        owner, first, n = cut_windows(lengths[index], spec)
+        starts = rows.offsets[index][owner] + first
+        with torch.no_grad():
+            x = bert.encode(*get_tokens(rows.bases, starts, n, spec))[:, 1:-1].float().cpu()   # (B, T, C)
+        at, starts, n = torch.arange(x.shape[1]), *map(torch.from_numpy, (starts, n))
+        real = at < n[:, None]
+        at = (starts[:, None] + at * spec["stride"])[real]   # first bases of the k-mers
+        for offset in range(spec["k"]):
+            total.index_add_(0, at + offset, x[real])
+            count.index_add_(0, at + offset, torch.ones(len(at), 1))
+    return (total / count.clamp(min=1)).numpy()
+
+
+def kmer_counts(rows):
+    """Counts of the 5-mers without N: float32 (n, 1024)."""
+    ids = data.kmer_tokens(torch.from_numpy(rows.bases)[None], KMER, 1)[0].numpy() - 5
+    ids = np.append(ids, np.full(KMER - 1, -1))              # one for each base
+    owner = np.repeat(np.arange(len(rows.offsets) - 1), np.diff(rows.offsets))
+    good = (ids >= 0) & (np.arange(len(ids)) + KMER <= rows.offsets[1:][owner])
+    counts = np.bincount(owner[good] * 4 ** KMER + ids[good], minlength=(len(rows.offsets) - 1) * 4 ** KMER)
+    return counts.reshape(-1, 4 ** KMER).astype(np.float32)
+
+
+def fit_linear(train, labels, test, task):
+    """scikit-learn's logistic regression (regression: ridge) on standardised features: outputs on test."""
+    model = linear_model.RidgeCV(np.logspace(-1, 5, 7)) if task.regression else \
+        linear_model.LogisticRegression(max_iter=1000, C=0.01)
+    model = pipeline.make_pipeline(preprocessing.StandardScaler(), model).fit(train, labels)
+    if task.regression:
+        return model.predict(test).reshape(len(test), -1)
+    outputs = model.decision_function(test)
+    return outputs if outputs.ndim > 1 else np.stack([-outputs, outputs], 1) / 2
+
+
+def read_init(init, args):
+    """--init -> (spec, weights or None, name, fingerprint). spec rebuilds the network, and is stored."""
+    spec, weights = {"kind": init}, None
+    if init == "random":
+        config = models.BertConfig(4 ** args.k + 5, args.block_size, args.n_layer, args.n_head, args.n_embd,
+                                   4 * args.n_embd, 0.1)
+        size = f"random {args.n_layer}x{args.n_embd}" + (f" k{args.k}" if args.k != 6 else "")
+        spec, init = {"kind": "bert", "stride": 1}, size
+    elif init.startswith("hf:"):
+        model = models.load_hf(init[3:])
+        spec, config, weights = {"kind": "bert", "stride": 1}, model.config, model.state_dict()
+    elif init not in ("cnn", "kmer"):
+        state = training.load(init)
+        weights = state["model"]
+        try:
+            spec = state["config"]
+            if state["method"] != "finetune":
+                spec, config = {"kind": "bert", "stride": state["args"]["stride"]}, models.BertConfig(**spec)
+        except (KeyError, TypeError) as e:
+            raise ValueError(f"--init {init}: not a model of these scripts ({e}); use another") from None
+    if spec["kind"] == "bert" and "bert" not in spec:
+        spec |= {"bert": dataclasses.asdict(config), "k": config.k}
+    if args.stride and spec["kind"] == "bert":
+        spec["stride"] = args.stride
+    digest = hashlib.sha256()
+    for tensor in (weights or {}).values():
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return spec, weights, init, digest.hexdigest()[:12]
+
+
+def build_net(spec, weights=None, seed=42):
+    """The network of a spec: a fine-tuned one as it is, else a new head on pretrained or random weights."""
+    training.seed(seed)
+    if spec["kind"] == "cnn":
+        net = models.Cnn(spec["length"], spec["n_out"])
+    else:
+        net = models.Classifier(models.Bert(models.BertConfig(**spec["bert"])), spec["n_out"])
+    if weights and "classes" in spec:
+        net.load_state_dict(weights)
+    elif weights:                                            # of a Bert, or of a Classifier without its head
+        net.bert.load_state_dict({name.removeprefix("bert."): tensor for name, tensor in weights.items()
+                                  if not name.startswith(("pooler.", "out."))})
+    return net
+
+
+def loss_of(outputs, labels, reduction):
+    """Cross-entropy of class ids; for float targets the mean squared error."""
+    if labels.dtype == torch.int64:
+        return F.cross_entropy(outputs, labels, reduction=reduction)
+    return F.mse_loss(outputs, labels, reduction=reduction) / (labels.shape[1] if reduction == "sum" else 1)
+
+
+def train_batch(net, rows, labels, index, spec, most):
+    """Forward and backward of one batch, `most` windows at a time; (loss sum, sequences) on the device."""
+    total, lengths, device = 0, np.diff(rows.offsets), rows.bases.device
+    for piece in pieces(index, lengths, spec, most):
+        with torch.autocast(device.type, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
+            outputs = net(*get_inputs(rows, piece, spec))
+        loss = loss_of(outputs.float(), labels[torch.from_numpy(piece).to(device)], "sum")
+        (loss / len(index)).backward()
+        total += torch.stack([loss.detach(), loss.new_tensor(len(piece))])
+    return total
+
+
+def select(net, dev, task, run, best, step, args):
+    """Evaluates on dev; keeps in best the weights if they are better than any before. A row for the log."""
+    key = run["args"]
+    net.eval()
+    outputs = apply(net, dev, run["config"], args.micro_batch_size)
+    net.train()
+    loss = loss_of(torch.from_numpy(outputs), torch.from_numpy(dev.labels), "mean").item()
+    row = {"loss": loss} | scores(outputs, dev.labels, task)
+    value = -loss if key["numbers"]["select"] == "loss" else row[key["metric"]]
+    best["worse"] += 1
+    if not best["weights"] or value is not None and value > best["value"]:
+        weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        best |= {"value": -math.inf if value is None else value, "step": step, "worse": 0, "scores": row,
+                 "weights": weights}
+    return {"dev_loss": loss, f"dev_{key['metric']}": row[key["metric"]]}
+
+
+def fine_tune(net, train, dev, task, run, folder, args):
+    """The loop: trains net, leaves in it the weights that the protocol selects, returns what happened.
+
+    A function of (seed, step): goes on from the checkpoint in folder as if never stopped. At a stop signal it
+    saves and exits with 143. ArithmeticError when the loss is not finite.
+    """
+    spec, key, p, device = run["config"], run["args"], run["args"]["numbers"], train.bases.device
+    lengths, labels = np.diff(train.offsets), torch.from_numpy(train.labels).to(device)
+    per_epoch = math.ceil(len(labels) / p["batch_size"])
+    steps = min(per_epoch * p["epochs"], p["max_steps"] or math.inf)
+    warmup = min(p["warmup"] if type(p["warmup"]) is int else round(p["warmup"] * steps), steps)
+    optimizer = training.make_optimizer(net, p["lr"], p["weight_decay"], BETAS, EPS)
+    done, best = 0, {"value": -math.inf, "step": 0, "worse": 0, "weights": {}, "scores": {}}
+    total, batches = torch.zeros(2, device=device), None     # loss sum, sequences since the last evaluation
+    if os.path.exists(os.path.join(folder, "last.pt")):
+        state = training.load_run(folder, run)
+        done, best, total = state["step"], state["best"], state["total"].to(device)
+        net.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+    lock, saved = training.open_run(folder, args, done), time.monotonic()      # locked until we return
+    bar = tqdm(initial=done, total=steps, unit="step", disable=not sys.stderr.isatty())
+    while done < steps and not (p["patience"] and best["worse"] >= p["patience"]):
+        (epoch, i), step = divmod(done, per_epoch), done + 1
+        if i == 0 or batches is None:
+            batches = epoch_batches(lengths, p["batch_size"], key["seed"], epoch)
+        training.seed(key["seed"], step)
+        for group in optimizer.param_groups:
+            group["lr"] = p["lr"] * SCHEDULES[p["schedule"]](step, steps, warmup)
+        total += train_batch(net, train, labels, batches[i], spec, args.micro_batch_size)
+        norm = training.scale_gradients(net, total.new_ones(()), p["grad_clip"])
+        total[0] += 0 * norm                                 # stays NaN once a norm is not finite
+        optimizer.found_inf = 1 - total[0].isfinite().float()                  # 1: AdamW changes nothing
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % (p["eval_every"] or per_epoch) == 0 or step == steps:
+            loss, n = total.tolist()
+            if not math.isfinite(loss):
+                raise ArithmeticError(f"{key['task']}: the loss is not finite before step {step}; lower --lr")
+            row = {"step": step, "epoch": step / per_epoch, "loss": loss / n}
+            training.log(folder, row | (select(net, dev, task, run, best, step, args) if dev else {}))
+            total.zero_()
+        done, stop = step, training.stop_requested()
+        if stop or time.monotonic() - saved > args.save_every:
+            state = {"step": step, "model": net.state_dict(), "optimizer": optimizer.state_dict()}
+            training.save(run | state | {"best": best, "total": total}, folder)
+            saved = time.monotonic()
+        if stop:
+            print(f"stopped  by a signal after step {step}; the same command goes on from there", flush=True)
+            raise SystemExit(143)
+        bar.update()
+    if dev:
+        net.load_state_dict(best["weights"])
+    return {"steps": done, "epochs": done / per_epoch, "dev": best["scores"],
+            "tested_step": best["step"] or done}
+
+
+def read_csv(args):
+    """--csv -> (Task, splits): one table is split, two are train and test, three train, dev and test."""
+    first, *others = args.csv
+    names = ("train", "dev", "test") if len(others) == 2 else ("train", "test")
+    sequences, labels, notes = data.read_table(first, targets=args.targets)
+    classes = tuple(args.targets or notes.pop("classes"))
+    rows = [data.rows_from(sequences, labels, notes)]
+    print(f"{first}: {len(labels):,} rows; {rows[0].notes}", flush=True)
+    for path in others:
+        sequences, labels, notes = data.read_table(path, classes, args.targets)
+        rows.append(data.rows_from(sequences, labels, notes))
+    if not others:
+        names, rows = ("train", "dev", "test"), data.split_rows(rows[0], args.split, args.seed)
+    stem = os.path.basename(first).removesuffix(".gz")
+    task = data.Task(f"csv/{os.path.splitext(stem)[0]}", "csv", classes, bool(args.targets),
+                     "pcc" if args.targets else "mcc", "", {}, "", first, "yours")
+    return task, dict.fromkeys(("train", "dev", "test")) | dict(zip(names, rows))
+
+
+def fingerprint(splits):
+    """Of the sequences and labels of all splits: 12 hex digits."""
+    digest = hashlib.sha256()
+    for array in (array for rows in splits.values() if rows for array in rows[:3]):
+        digest.update(np.ascontiguousarray(array).view(np.uint8))
+    return digest.hexdigest()[:12]
+
+
+def assign(splits, p, seed, linear):
+    """What is trained, selected and tested on: ({"train", "dev", "test": Rows or None}, said in words)."""
+    (train, dev, test), said = (splits[split] for split in ("train", "dev", "test")), "test"
+    if test is None:
+        dev, test, said = None, dev, "dev (there is no test)"
+    if test is None:
+        raise ValueError("neither a test nor a dev split to test on; give one")
+    if linear or p["select"] == "last":
+        dev = None
+    elif dev is None:
+        train, dev = data.split_rows(train, (1 - p["val"], p["val"]), seed)
+        said += f"; dev is {p['val']:.0%} of train"
+    return {"train": train, "dev": dev, "test": test}, said
+
+
+def count_lengths(lengths, spec):
+    """Counts of the sequences that do not fit the network: cut, in several windows, without a k-mer."""
+    if spec["kind"] != "bert":
+        return {"truncated": int((lengths > spec.get("length", math.inf)).sum())}
+    most = (spec["bert"]["block_size"] - 3) * spec["stride"] + spec["k"]       # bases of one window
+    return {"truncated" if spec["long"] == "truncate" else "in_windows": int((lengths > most).sum()),
+            "shorter_than_k": int((lengths < spec["k"]).sum())}
+
+
+def count_odd(parts, spec):
+    """Counts for the row: what was accepted, cut or repeated in each split, and what train and test share."""
+    parts = {split: rows for split, rows in parts.items() if rows}
+    odd = {f"{split}_{name}": n for split, rows in parts.items() for name, n in rows.notes.items()}
+    train = set(data.row_keys(parts["train"]))
+    odd["test_in_train"] = sum(key in train for key in data.row_keys(parts["test"]))
+    odd |= count_lengths(np.concatenate([np.diff(rows.offsets) for rows in parts.values()]), spec)
+    return {name: n for name, n in odd.items() if n}
+
+
+def read_results(out):
+    """Rows of results.jsonl. ValueError names a line that is broken."""
+    path, rows = os.path.join(out, "results.jsonl"), []
+    lines = open(path, errors="replace").read().splitlines() if os.path.exists(path) else []
+    for n, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            raise ValueError(f"{path}: line {n}: not JSON ({data.show(line[:40])}); remove it") from None
+    return rows
+
+
+def append_result(out, row):
+    """One more line of results.jsonl; ranks and other runs may write at the same time."""
+    with open(os.path.join(out, "results.jsonl"), "a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        f.write(json.dumps(row, allow_nan=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def on_device(rows, device, labels=None):
+    """Rows with their bases on the device, and these labels."""
+    return rows._replace(bases=torch.from_numpy(rows.bases).to(device), labels=labels)
+
+
+def trained_outputs(task, parts, spec, weights, run, folder, args, device):
+    """Fine-tunes; (outputs on test, how it went). The first seed's model is kept under the task's name."""
+    key, train = run["args"], parts["train"]
+    mean, sd = 0.0, 1.0
+    if task.regression:                                      # targets are standardised to train
+        mean, sd = train.labels.mean(0), train.labels.std(0) + 1e-12
+    scaled = {split: on_device(rows, device, (rows.labels - mean) / sd if task.regression else rows.labels)
+              for split, rows in parts.items() if rows}
+    net = build_net(spec, weights, key["seed"]).to(device)
+    if args.compile:
+        net.compile()
+    how = fine_tune(net, scaled["train"], scaled.get("dev"), task, run, folder, args)
+    if task.regression:                                      # back, for good
+        with torch.no_grad():
+            sd, mean = (torch.as_tensor(x, device=device) for x in (sd, mean))
+            net.out.weight.mul_(sd[:, None])
+            net.out.bias.mul_(sd).add_(mean)
+    if key["seed"] == args.seed:
+        name = key["init"].removesuffix("/last.pt").rstrip("/").split("/")[-1].removesuffix(".pt").split()[0]
+        how["model"] = os.path.join(os.path.dirname(folder), f"{name.removeprefix('hf:')}.pt")
+        os.makedirs(os.path.join(folder, "model"), exist_ok=True)
+        state = {"step": how["steps"], "model": net.state_dict(), "optimizer": {},
+                 "config": spec | {"classes": task.classes, "regression": task.regression}}
+        training.save(run | state, os.path.join(folder, "model"))
+        os.replace(os.path.join(folder, "model", "last.pt"), how["model"])
+    net.eval()
+    return apply(net, scaled["test"], spec, args.micro_batch_size), how
+
+
+def linear_outputs(parts, spec, weights, task, args, device):
+    """Outputs on test of scikit-learn's linear model on 5-mer counts, or on frozen embeddings (probe)."""
+    if spec["kind"] == "kmer":
+        features = [kmer_counts(parts[split]) for split in ("train", "test")]
+    else:
+        bert = build_net(spec, weights).bert.to(device).eval()
+        features = [apply(pooled(bert, args.pool), on_device(parts[split], device), spec,
+                          args.micro_batch_size) for split in ("train", "test")]
+    return fit_linear(features[0], parts["train"].labels, features[1], task)
+
+
+def run_one(task, splits, key, spec, weights, args, device):
+    """One row of results.jsonl, unless it is there: trains by the protocol, tests once."""
+    start, linear = time.perf_counter(), spec["kind"] == "kmer" or args.mode == "probe"
+    parts, said = assign(splits, key["numbers"], key["seed"], linear)
+    spec = {name: spec[name] for name in ("kind", "bert", "k", "stride") if name in spec} | {
+        "long": args.long, "dtype": args.dtype, "n_out": len(task.classes)}
+    if spec["kind"] == "cnn":
+        spec["length"] = int(np.diff(parts["train"].offsets).max())
+    if spec["kind"] == "bert" and key["numbers"].get("dropout") is not None:
+        spec["bert"] = spec["bert"] | {"dropout": key["numbers"]["dropout"]}
+    identity = hashlib.sha256(json.dumps([key, spec], sort_keys=True).encode()).hexdigest()[:8]
+    shots = f"{key['shots']}-shot " if key["shots"] else ""
+    title = f"{task.name} {shots}| {key['init']} | seed {key['seed']}"
+    if identity in {row["id"] for row in read_results(args.out)}:
+        print(f"{title} | done before, see {args.out}/results.jsonl", flush=True)
+        return
+    sizes = {split: len(rows.labels) for split, rows in parts.items() if rows}
+    odd = count_odd(parts, spec)
+    print(f"{title} | protocol {key['protocol']}\n  rows {sizes}; tested on {said}; {odd or 'nothing odd'}\n"
+          f"  classes {dict(enumerate(task.classes))}; {key['numbers']}", flush=True)
+    folder, how = os.path.join(args.out, task.name.replace("/", "_"), identity), {}
+    if linear:
+        outputs = linear_outputs(parts, spec, weights, task, args, device)
+    else:
+        run = {"method": "finetune", "config": spec, "data": key["data"], "args": key}
+        outputs, how = trained_outputs(task, parts, spec, weights, run, folder, args, device)
+    test = scores(outputs, parts["test"].labels, task)
+    one = outputs.std(0).max() < 1e-6 if task.regression else len(set(outputs.argmax(1))) == 1
+    append_result(args.out, {"id": identity} | key | {"score": test[key["metric"]], "collapsed": bool(one),
+                  "test": test, "tested_on": said, "rows": sizes, "classes": task.classes, "counts": odd,
+                  "seconds": round(time.perf_counter() - start, 1), "device": str(device)} | spec | how)
+    for name in ("last.pt", "prev.pt"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(folder, name))
+    shown = [f"{name} {100 * value:.2f}" for name, value in test.items() if value is not None]
+    print(f"  test {', '.join(shown)}" + (" | COLLAPSED: one class (or value) for all rows" if one else "")
+          + (f" | model {how['model']}" if "model" in how else ""), flush=True)
+
+
+def plan_runs(args):
+    """Every (task name or None, shots, repeat, --init, protocol) asked for. Linear models need no repeats."""
+    for name in data.task_names(args.task) if args.task else [None]:
+        suite = data.TASKS[name].suite if name else "csv"
+        protocol = args.protocol or DEFAULT_PROTOCOL.get(suite, "strict")
+        few = suite == "few-shot"
+        repeats = range(args.seeds or PROTOCOLS[protocol][0]["seeds"])
+        for shots, repeat, init in itertools.product(args.shots if few else [None], repeats, args.init):
+            if few or repeat == 0 or args.mode == "finetune" and init != "kmer":
+                yield name, shots, repeat, init, protocol
+
+
+def read_inits(args):
+    """{--init: what read_init gives}. ValueError for what cannot be trained."""
+    inits = {init: read_init(init, args) for init in args.init}
+    for init, (spec, weights, *_) in inits.items():
+        if spec["kind"] == "cnn" and (weights or args.mode == "probe"):
+            raise ValueError(f"--init {init}: a CNN starts from nothing, and has nothing to probe; drop it")
+    return inits
+
+
+def run_all(args, inits, device, rank, world):
+    """This rank's share of the runs; the exit code. What cannot be read or learnt is said and passed over."""
+    flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    code, cached = 0, None
+    for n, (name, shots, repeat, init, protocol) in enumerate(plan_runs(args)):
+        if n % world != rank:
+            continue
+        spec, weights, shown, digest = inits[init]
+        try:
+            if cached != (name, shots, shots and repeat):    # a set is read once, a few-shot draw each time
+                task, splits = read_csv(args) if args.csv else (data.TASKS[name], data.read_task(
+                    name, args.data_dir, shots, repeat % 10, args.fasta))
+                cached = name, shots, shots and repeat
+            key = {"task": task.name, "shots": shots, "seed": args.seed + repeat, "init": shown,
+                   "weights": digest, "mode": args.mode, "pool": args.pool if args.mode == "probe" else None,
+                   "protocol": protocol, "overrides": flags, "metric": main_metric(protocol, task),
+                   "numbers": {} if args.mode == "probe" or init == "kmer" else get_protocol(
+                       protocol, task.name, shots, init, flags), "data": fingerprint(splits)}
+            run_one(task, splits, key, spec, weights, args, device)
+        except (ValueError, ArithmeticError) as e:
+            code = 3 if isinstance(e, ArithmeticError) else 2
+            print(f"error: {e}", file=sys.stderr, flush=True)
+    return code
+
+
+def read_sequences(path, window, step):
+    """FASTA or table -> (id, codes) of each sequence (of a table: its number), or of the windows of each."""
+    if os.path.splitext(path.removesuffix(".gz"))[1].lower() in data.DELIMITER:
+        texts = data.read_table(path, labels=False)[0]
+        records = ((str(i), data.encode(text)) for i, text in enumerate(texts, 1))
+    else:
+        data.check_file(path)
+        records = ((name, codes) for name, codes, _ in data.fasta_records(path))
+    for name, codes in records:
+        last = len(codes) - window if window else 0          # start of the last window, flush with the end
+        for start in [*range(0, last, step or 1), last] if last > 0 else [0]:
+            part = codes[start:start + window] if window else codes
+            yield f"{name}:{start}-{start + len(part)}" if window else name, part
+
+
+def read_blocks(path, args, size=1 << 24):
+    """(ids, Rows) of read_sequences, about `size` bases at a time."""
+    ids, parts, total = [], [], 0
+    for name, codes in itertools.chain(read_sequences(path, args.window, args.step), [(None, ())]):
+        if ids and (name is None or total + len(codes) > size):
+            yield ids, data.rows_of(np.concatenate(parts), [len(part) for part in parts], None, {})
+            ids, parts, total = [], [], 0
+        ids.append(name)
+        parts.append(codes)
+        total += len(codes)
+
+
+def read_model(args):
+    """The one --init of --predict, --embed, --export: (spec, net on the CPU)."""
+    if len(args.init) != 1 or args.init[0] in ("random", "cnn", "kmer"):
+        raise ValueError(f"--init {' '.join(args.init)}: give one checkpoint, or hf:FOLDER")
+    spec, weights, *_ = read_init(args.init[0], args)
+    return {"long": args.long, "dtype": args.dtype, "n_out": 1} | spec, weights
+
+
+@contextlib.contextmanager
+def new_file(args, path, suffix):
+    """A binary file that becomes --out once it is whole; by default named after the input, in this folder."""
+    out = args.out or os.path.splitext(os.path.basename(path).removesuffix(".gz"))[0] + suffix
+    if os.path.exists(out):
+        raise ValueError(f"--out {out}: exists already; name another file")
+    try:
+        with open(out + ".tmp", "wb") as f:
+            yield f
+        os.replace(f.name, out)
+        print(f"wrote {out}")
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(out + ".tmp")
+
+
+def predict(args, device):
+    """--predict: a TSV of id, length and class with probabilities, or values of a regression."""
+    spec, weights = read_model(args)
+    if "classes" not in spec:
+        raise ValueError(f"--init {args.init[0]}: not fine-tuned; make a classifier with --task or --csv")
+    net, names = build_net(spec, weights).to(device).eval(), spec["classes"]
+    odd = collections.Counter()
+    with new_file(args, args.predict, ".predictions.tsv") as file, io.TextIOWrapper(file) as f:
+        heads = names if spec["regression"] else ["class", *(f"p_{name}" for name in names)]
+        f.write("\t".join(["id", "length", *heads]) + "\n")
+        for ids, rows in read_blocks(args.predict, args):
+            outputs = apply(net, on_device(rows, device), spec, args.micro_batch_size)
+            values = outputs if spec["regression"] else special.softmax(outputs, 1)
+            for name, length, row in zip(ids, np.diff(rows.offsets), values):
+                cells = [] if spec["regression"] else [names[row.argmax()]]
+                f.write("\t".join([name, str(length), *cells, *(f"{value:.6g}" for value in row)]) + "\n")
+            odd.update({"sequences": len(ids), "with_n": rows.notes["with_n"]})
+            odd.update(count_lengths(np.diff(rows.offsets), spec))
+    print(", ".join(f"{name} {count:,}" for name, count in odd.items()))
+
+
+def embed(args, device):
+    """--embed: an .npz of ids and embeddings (n, C); --per_base: also of all bases, with their offsets."""
+    spec, weights = read_model(args)
+    if spec["kind"] != "bert":
+        raise ValueError(f"--init {args.init[0]}: has no embeddings to give; use a Bert")
+    bert = build_net(spec, weights).bert.to(device).eval()
+    ids, found, bases, offsets = [], [], [], [np.zeros(1, np.int64)]
+    with new_file(args, args.embed, ".npz") as f:
+        for names, rows in read_blocks(args.embed, args):
+            rows = on_device(rows, device)
+            ids += names
+            found.append(apply(pooled(bert, args.pool), rows, spec, args.micro_batch_size))
+            if args.per_base:
+                bases.append(per_base(bert, rows, spec, args.micro_batch_size))
+                offsets.append(rows.offsets[1:] + offsets[-1][-1])
+        arrays = {"ids": np.array(ids), "embeddings": np.concatenate(found)}
+        if args.per_base:
+            arrays |= {"per_base": np.concatenate(bases), "offsets": np.concatenate(offsets)}
+        np.savez(f, **arrays)
+    print(", ".join(f"{name} {array.shape}" for name, array in arrays.items()))
+
+
+def export(args):
+    """--export: a Hugging Face folder of a fine-tuned classifier or of a pretrained model."""
+    spec, weights = read_model(args)
+    if spec["kind"] != "bert":
+        raise ValueError(f"--init {args.init[0]}: only a Bert has a Hugging Face layout")
+    if "classes" in spec:
+        models.save_hf(build_net(spec, weights), args.export, spec["classes"], spec["regression"])
+    else:
+        bert = models.Bert(models.BertConfig(**spec["bert"]))
+        bert.load_state_dict(weights)
+        models.save_hf(bert, args.export)
+    print(f"{args.init[0]} -> {args.export}")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, positive = parser.add_argument, number(int, 1)
+    what = parser.add_mutually_exclusive_group(required=True).add_argument
+    what("--task", nargs="+", help=f"sets (emp/H3) or groups: {' '.join(data.GROUPS)}")
+    what("--csv", nargs="+", help="train.csv, or train and test, or train, dev and test: sequence,label")
+    what("--predict", metavar="FILE", help="FASTA or table -> TSV of classes and probabilities")
+    what("--embed", metavar="FILE", help="FASTA or table -> .npz of embeddings")
+    what("--export", metavar="FOLDER", help="write --init in the Hugging Face layout")
+    what("--table", action="store_true", help="print and write all results in --out beside the papers'")
+    what("--demo", action="store_true", help="a planted motif in synthetic DNA")
+    add("--init", nargs="+", default=["random"], help="checkpoint, hf:FOLDER, random, cnn, kmer (random)")
+    add("--mode", choices=("finetune", "probe"), default="finetune", help="probe: frozen, linear")
+    add("--protocol", choices=PROTOCOLS, help="(that of the papers that use the set; csv: strict)")
+    add("--seeds", type=positive, help="repeats (the protocol's)")
+    add("--seed", type=number(int, 0, 2 ** 31), default=42, help="of the first repeat (%(default)s)")
+    add("--shots", type=positive, nargs="+", default=[10], help="few-shot: rows of each class (%(default)s)")
+    add("--split", type=fractions, default=(0.8, 0.1, 0.1), help="--csv of one table (.8,.1,.1)")
+    add("--targets", nargs="+", metavar="COLUMN", help="--csv: a regression on these columns")
+    add("--batch_size", type=positive, help="sequences of a step (the protocol's, as the next five)")
+    add("--lr", type=number(float, 1e-30), help="peak learning rate")
+    add("--weight_decay", type=number(float, 0), help="")
+    add("--epochs", type=positive, help="")
+    add("--warmup", type=number(int, 0), help="steps of linear warm-up")
+    add("--dropout", type=number(float, 0, 1), help="(else the model's)")
+    add("--micro_batch_size", type=positive, default=128, help="windows of a forward pass (%(default)s)")
+    add("--stride", type=positive, help="1 overlapping, k non-overlapping k-mers (as pretrained)")
+    add("--long", choices=("chunk", "truncate"), default="chunk", help="above block_size (%(default)s)")
+    add("--k", type=number(int, 1, 9), default=6, help="--init random: its k-mers (%(default)s)")
+    add("--block_size", type=number(int, 3), default=512, help="--init random: positions (%(default)s)")
+    add("--n_layer", type=positive, default=12, help="--init random: layers (%(default)s)")
+    add("--n_head", type=positive, default=12, help="--init random: attention heads (%(default)s)")
+    add("--n_embd", type=positive, default=768, help="--init random: width (%(default)s)")
+    add("--pool", choices=("mean", "cls"), default="mean", help="probe, embed: mean over k-mers, [CLS]")
+    add("--per_base", action="store_true", help="embed: each base, too")
+    add("--window", type=positive, help="predict, embed: windows of so many bases of each sequence ...")
+    add("--step", type=positive, help="... so far apart (the window)")
+    add("--data_dir", default="data", help="where the sets lie (%(default)s)")
+    add("--fasta", nargs="+", help="GenomicBenchmarks: genome of the coordinate tables")
+    add("--out", help="folder of results (out/finetune); predict, embed: the file to write")
+    add("--save_every", type=number(float, 0), default=60, help="seconds between checkpoints (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
+    add("--compile", action="store_true", help="torch.compile the network")
+    if parser.parse_args().demo:
+        parser.set_defaults(**DEMO)
+    return parser.parse_args()
+
+
+def fractions(text):
+    """'0.8,0.1,0.1' -> three positive floats that sum to 1."""
+    parts = [float(part) for part in text.split(",")]
+    if len(parts) != 3 or min(parts) <= 0 or not math.isclose(sum(parts), 1):
+        raise argparse.ArgumentTypeError(f"{text}: give three shares that sum to 1, as 0.8,0.1,0.1")
+    return parts
+
+
+if __name__ == "__main__":
+    with training.user_errors():
+        args = parse_args()
+        if args.demo:
+            torch.set_num_threads(1)
+            if os.path.exists("out/demo/last.pt"):
+                args.init = ["out/demo/last.pt", "random", "kmer"]
+            else:
+                print("no out/demo/last.pt (randommask.py --demo makes it): from random weights")
+        device, args.dtype, rank, world = training.set_up(args.device, args.dtype, join=False)
+        args.step = args.step or args.window
+        if args.predict:
+            predict(args, device)
+        elif args.embed:
+            embed(args, device)
+        elif args.export:
+            export(args)
+        else:
+            args.out = args.out or "out/finetune"
+            os.makedirs(args.out, exist_ok=True)
+            inits = read_inits(args)
+    if args.table:
+        write_table(args.out, os.path.join(os.path.dirname(__file__), "results", "paper.csv"))
+    elif args.task or args.csv:
+        training.catch_signals()
+        with training.user_errors(OSError, torch.OutOfMemoryError):
+            raise SystemExit(run_all(args, inits, device, rank, world))
