@@ -10,6 +10,7 @@ Results are checked against the peers' before they are timed: transformers, pyfa
 """
 import argparse
 import contextlib
+import dataclasses
 import os
 import random
 import runpy
@@ -25,6 +26,7 @@ import numpy as np
 import torch
 
 import data
+import finetune
 import models
 import randommask
 import training
@@ -218,6 +220,39 @@ def train(rounds):
         compare("train bf16" if bf16 else "train fp32", peers, ours, rounds, 8 * T / 1e3, "ktok/s")
 
 
+def fine_tuning(rounds):
+    """A fine-tuning step, bases to AdamW, of MINI with dropout 0.1; the peer's loop is that of Trainer."""
+    from transformers import BertForSequenceClassification
+    for L in (70, 300):
+        rng, config = np.random.default_rng(0), dataclasses.replace(MINI, dropout=0.1)
+        rows = data.rows_of(rng.integers(4, size=32 * L, dtype=np.uint8), [L] * 32, np.arange(32) % 2, {})
+        rows = finetune.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
+        spec = {"kind": "bert", "bert": dataclasses.asdict(config), "k": K, "stride": 1, "long": "chunk",
+                "dtype": "float32", "n_out": 2}
+        net = finetune.build_net(spec)
+        with tempfile.TemporaryDirectory() as tmp:
+            models.save_hf(net, tmp + "/hf", ("a", "b"))
+            peer = BertForSequenceClassification.from_pretrained(tmp + "/hf")
+        tokens = finetune.get_inputs(rows, np.arange(32), spec)[0]
+        with torch.no_grad():
+            assert (net.eval()(tokens) - peer.eval()(tokens).logits).abs().max() < 1e-5
+        optimizers = (training.make_optimizer(net.train(), 3e-5, 0, (0.9, 0.999), 1e-8),
+                      torch.optim.AdamW(peer.train().parameters(), 3e-5))
+
+        def ours():
+            finetune.train_batch(net, rows, rows.labels, np.arange(32), spec, 128)
+            training.scale_gradients(net, torch.ones(()), 1.0)
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+
+        def theirs():
+            peer(tokens, attention_mask=torch.ones_like(tokens), labels=rows.labels).loss.backward()
+            torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+            optimizers[1].step()
+            optimizers[1].zero_grad()
+        compare(f"fine-tune {L}", {"HF Trainer loop": (theirs, 1.2)}, ours, rounds, 32, "rows/s")
+
+
 def memory(rounds):
     """What the forward pass keeps for the backward pass, without parameters, for one more token (fp32)."""
     def saved(network, inputs, labels):
@@ -321,7 +356,8 @@ def gpu(rounds):
 
 
 if __name__ == "__main__":
-    items = {item.__name__: item for item in (tokenize, data_path, mask, train, memory, fasta, ddp, gpu)}
+    items = {item.__name__: item for item in (
+        tokenize, data_path, mask, train, fine_tuning, memory, fasta, ddp, gpu)}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")

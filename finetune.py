@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 import data
 import models
+import table
 import training
 from training import number
 
@@ -74,7 +75,7 @@ DEFAULT_PROTOCOL = {"GUE": "randommask", "DeepSTARR": "randommask", "GenomicBenc
                     "MTcDNA": "findna", "few-shot": "fewshot"}                         # others: strict
 SCHEDULES = {"linear": training.linear, "cosine": training.cosine, "constant": lambda *_: 1.0}
 FLAGS = ("batch_size", "lr", "weight_decay", "epochs", "warmup", "dropout")            # override a protocol
-DEMO = dict(task=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64, lr=1e-3, epochs=5)
+DEMO = dict(task=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64, lr=1e-3, epochs=4)
 
 
 def get_protocol(name, task, shots, init, flags):
@@ -534,7 +535,8 @@ def run_one(task, splits, key, spec, weights, args, device):
     one = outputs.std(0).max() < 1e-6 if task.regression else len(set(outputs.argmax(1))) == 1
     append_result(args.out, {"id": identity} | key | {"score": test[key["metric"]], "collapsed": bool(one),
                   "test": test, "tested_on": said, "rows": sizes, "classes": task.classes, "counts": odd,
-                  "seconds": round(time.perf_counter() - start, 1), "device": str(device)} | spec | how)
+                  "device": str(device), "stride": 1, "seconds": round(time.perf_counter() - start, 1)}
+                  | spec | how)
     for name in ("last.pt", "prev.pt"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, name))
@@ -761,7 +763,7 @@ if __name__ == "__main__":
         if args.demo:
             torch.set_num_threads(1)
             if os.path.exists("out/demo/last.pt"):
-                args.init = ["out/demo/last.pt", "random", "kmer"]
+                args.init = ["out/demo/last.pt", "random"]
             else:
                 print("no out/demo/last.pt (randommask.py --demo makes it): from random weights")
         device, args.dtype, rank, world = training.set_up(args.device, args.dtype, join=False)
@@ -777,8 +779,15 @@ if __name__ == "__main__":
             os.makedirs(args.out, exist_ok=True)
             inits = read_inits(args)
     if args.table:
-        write_table(args.out, os.path.join(os.path.dirname(__file__), "results", "paper.csv"))
+        with training.user_errors():
+            table.write_table(args.out)
     elif args.task or args.csv:
         training.catch_signals()
         with training.user_errors(OSError, torch.OutOfMemoryError):
-            raise SystemExit(run_all(args, inits, device, rank, world))
+            code = run_all(args, inits, device, rank, world)
+        if args.demo and not code:
+            print("\nWhat pretraining adds: the same network, from its weights and from random ones:\n")
+            table.write_table(args.out)
+            print("\nNext, your own table (columns sequence, label) and a checkpoint of randommask.py:\n"
+                  "  python finetune.py --csv YOUR.csv --init out/mine/last.pt random kmer --lr 3e-4")
+        raise SystemExit(code)

@@ -305,7 +305,9 @@ What it learnt, in nats per masked token on held-out DNA ({args.k}-token spans: 
   {order0:.2f}  order-0 entropy: all but the hidden base read off the neighbours, that one guessed
   {order3:.2f}  order-3 entropy: the hidden base guessed from three bases on either side
   {loss:.2f}  this model {verdict}
-Next, your own DNA, at a size for a laptop (ten minutes; --help has the rest):
+Next, what this is good for: find a motif in DNA that it has not seen
+  python finetune.py --demo
+Or your own DNA, at a size for a laptop (ten minutes; --help has the rest):
   python randommask.py --genome YOUR.fa.gz --out out/mine --block_size 22 --n_layer 2 --n_head 2 \\
       --n_embd 64 --dropout 0 --batch_size 256 --micro_batch_size 128 --lr 8e-3 --steps 3000""")
     training.finish()
