@@ -430,13 +430,13 @@ def count_lengths(lengths, spec):
 
 
 def count_odd(parts, spec):
-    """Counts for the row: what was accepted, cut or repeated in each split, and what train and test share."""
+    """Counts for the row: what was accepted, cut or repeated in each split. And bool: test rows in train."""
     parts = {split: rows for split, rows in parts.items() if rows}
     odd = {f"{split}_{name}": n for split, rows in parts.items() for name, n in rows.notes.items()}
     train = set(data.row_keys(parts["train"]))
-    odd["test_in_train"] = sum(key in train for key in data.row_keys(parts["test"]))
+    seen = np.array([key in train for key in data.row_keys(parts["test"])])
     odd |= count_lengths(np.concatenate([np.diff(rows.offsets) for rows in parts.values()]), spec)
-    return {name: n for name, n in odd.items() if n}
+    return {name: n for name, n in (odd | {"test_in_train": int(seen.sum())}).items() if n}, seen
 
 
 def read_results(out):
@@ -516,16 +516,17 @@ def run_one(task, splits, key, spec, weights, args, device):
     if spec["kind"] == "bert" and key["numbers"].get("dropout") is not None:
         spec["bert"] = spec["bert"] | {"dropout": key["numbers"]["dropout"]}
     identity = hashlib.sha256(json.dumps([key, spec], sort_keys=True).encode()).hexdigest()[:8]
-    shots = f"{key['shots']}-shot " if key["shots"] else ""
-    title = f"{task.name} {shots}| {key['init']} | seed {key['seed']}"
+    shots = f"{key['shots']}-shot" if key["shots"] else ""
+    title = f"{task.name} {shots} | {key['init']} | seed {key['seed']}"
     if identity in {row["id"] for row in read_results(args.out)}:
         print(f"{title} | done before, see {args.out}/results.jsonl", flush=True)
         return
     sizes = {split: len(rows.labels) for split, rows in parts.items() if rows}
-    odd = count_odd(parts, spec)
+    odd, seen = count_odd(parts, spec)
     print(f"{title} | protocol {key['protocol']}\n  rows {sizes}; tested on {said}; {odd or 'nothing odd'}\n"
           f"  classes {dict(enumerate(task.classes))}; {key['numbers']}", flush=True)
-    folder, how = os.path.join(args.out, task.name.replace("/", "_"), identity), {}
+    name = (task.name + f"_{shots}" * bool(shots)).replace("/", "_")
+    folder, how = os.path.join(args.out, name, identity), {}
     if linear:
         outputs = linear_outputs(parts, spec, weights, task, args, device)
     else:
@@ -533,6 +534,8 @@ def run_one(task, splits, key, spec, weights, args, device):
         outputs, how = trained_outputs(task, parts, spec, weights, run, folder, args, device)
     test = scores(outputs, parts["test"].labels, task)
     one = outputs.std(0).max() < 1e-6 if task.regression else len(set(outputs.argmax(1))) == 1
+    if 0 < seen.sum() < len(seen):                           # without what train has, too
+        how["test_unseen"] = scores(outputs[~seen], parts["test"].labels[~seen], task)
     append_result(args.out, {"id": identity} | key | {"score": test[key["metric"]], "collapsed": bool(one),
                   "test": test, "tested_on": said, "rows": sizes, "classes": task.classes, "counts": odd,
                   "device": str(device), "stride": 1, "seconds": round(time.perf_counter() - start, 1)}
@@ -541,6 +544,9 @@ def run_one(task, splits, key, spec, weights, args, device):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, name))
     shown = [f"{name} {100 * value:.2f}" for name, value in test.items() if value is not None]
+    if "test_unseen" in how:
+        score = how["test_unseen"][key["metric"]] or 0
+        shown.append(f"without rows of train: {key['metric']} {100 * score:.2f}")
     print(f"  test {', '.join(shown)}" + (" | COLLAPSED: one class (or value) for all rows" if one else "")
           + (f" | model {how['model']}" if "model" in how else ""), flush=True)
 
