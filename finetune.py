@@ -453,6 +453,7 @@ def read_results(out):
 
 def append_result(out, row):
     """One more line of results.jsonl; ranks and other runs may write at the same time."""
+    os.makedirs(out, exist_ok=True)
     with open(os.path.join(out, "results.jsonl"), "a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         f.write(json.dumps(row, allow_nan=False) + "\n")
@@ -516,8 +517,8 @@ def run_one(task, splits, key, spec, weights, args, device):
     if spec["kind"] == "bert" and key["numbers"].get("dropout") is not None:
         spec["bert"] = spec["bert"] | {"dropout": key["numbers"]["dropout"]}
     identity = hashlib.sha256(json.dumps([key, spec], sort_keys=True).encode()).hexdigest()[:8]
-    shots = f"{key['shots']}-shot" if key["shots"] else ""
-    title = f"{task.name} {shots} | {key['init']} | seed {key['seed']}"
+    shots = f" {key['shots']}-shot" if key["shots"] else ""
+    title = f"{task.name}{shots} | {key['init']} | seed {key['seed']}"
     if identity in {row["id"] for row in read_results(args.out)}:
         print(f"{title} | done before, see {args.out}/results.jsonl", flush=True)
         return
@@ -525,7 +526,7 @@ def run_one(task, splits, key, spec, weights, args, device):
     odd, seen = count_odd(parts, spec)
     print(f"{title} | protocol {key['protocol']}\n  rows {sizes}; tested on {said}; {odd or 'nothing odd'}\n"
           f"  classes {dict(enumerate(task.classes))}; {key['numbers']}", flush=True)
-    name = (task.name + f"_{shots}" * bool(shots)).replace("/", "_")
+    name = f"{task.name}{shots}".replace("/", "_").replace(" ", "_")
     folder, how = os.path.join(args.out, name, identity), {}
     if linear:
         outputs = linear_outputs(parts, spec, weights, task, args, device)
@@ -543,7 +544,8 @@ def run_one(task, splits, key, spec, weights, args, device):
     for name in ("last.pt", "prev.pt"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, name))
-    shown = [f"{name} {100 * value:.2f}" for name, value in test.items() if value is not None]
+    shown = [f"{name} {value if name == 'mse' else 100 * value:.4g}" for name, value in test.items()
+             if value is not None]
     if "test_unseen" in how:
         score = how["test_unseen"][key["metric"]] or 0
         shown.append(f"without rows of train: {key['metric']} {100 * score:.2f}")
@@ -572,11 +574,11 @@ def read_inits(args):
     return inits
 
 
-def run_all(args, inits, device, rank, world):
+def run_all(args, inits, runs, device, rank, world):
     """This rank's share of the runs; the exit code. What cannot be read or learnt is said and passed over."""
     flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     code, cached = 0, None
-    for n, (name, shots, repeat, init, protocol) in enumerate(plan_runs(args)):
+    for n, (name, shots, repeat, init, protocol) in enumerate(runs):
         if n % world != rank:
             continue
         spec, weights, shown, digest = inits[init]
@@ -782,15 +784,16 @@ if __name__ == "__main__":
             export(args)
         else:
             args.out = args.out or "out/finetune"
-            os.makedirs(args.out, exist_ok=True)
-            inits = read_inits(args)
+            if os.path.exists(args.out) and not os.path.isdir(args.out):
+                raise ValueError(f"--out {args.out}: a file; name a folder")
+            inits, runs = read_inits(args), list(plan_runs(args))
     if args.table:
         with training.user_errors():
             table.write_table(args.out)
     elif args.task or args.csv:
         training.catch_signals()
         with training.user_errors(OSError, torch.OutOfMemoryError):
-            code = run_all(args, inits, device, rank, world)
+            code = run_all(args, inits, runs, device, rank, world)
         if args.demo and not code:
             print("\nWhat pretraining adds: the same network, from its weights and from random ones:\n")
             table.write_table(args.out)

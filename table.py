@@ -170,7 +170,7 @@ def write_table(out, paper_csv=PAPER):
         marks = "".join(f" [{notes.setdefault(text, len(notes) + 1)}]" for text in caveats.get(paper, ()))
         others = {name: column for name, column in papers.items() if name.startswith(f"{paper}:")}
         lines += ["", f"Beside {paper}{marks}:", "", *table_lines(rows, ours, others, notes)]
-    if len(ours) > 1:
+    if len(ours) > 1 and len(keys) > 1:
         lines += ["", "Wins; Wilcoxon's signed-rank test (two-sided, paired over n tasks, p not corrected):",
                   "", *comparison_lines(keys, ours)]
     lines += ["", *(f"- [{n}] {text}" for text, n in notes.items()), *(f"- {text}" for text in other)]
