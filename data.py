@@ -39,12 +39,14 @@ CHUNK = 1 << 23                                              # bytes read from a
 DEMO_MOTIF = "TGACTCAGCATG"                                  # planted in the demo genome and in the demo task
 
 
-def encode(text):
-    """DNA text, any case -> uint8 codes (L,): A,T,C,G,N = 0..4, IUPAC codes are N. ValueError on the rest."""
+def encode(text, width=None):
+    """DNA text, any case -> uint8 codes (L,): A,T,C,G,N = 0..4, IUPAC codes are N. ValueError on the rest,
+    which names the sequence, too, where the text is sequences of `width` letters."""
     bases = CODE[np.frombuffer(text.encode("ascii", "replace"), np.uint8)]
     if bases.size and bases.max() > 4:
         at = int(np.argmax(bases > 4))
-        raise ValueError(f"position {at}: not a DNA letter ({text[at]!r}); use A, C, G, T, N or IUPAC codes")
+        place = f"sequence {at // width}, position {at % width}" if width else f"position {at}"
+        raise ValueError(f"{place}: not a DNA letter ({text[at]!r}); use A, C, G, T, N or IUPAC codes")
     return bases
 
 
@@ -61,10 +63,8 @@ def reverse_complement(bases):
 
 def kmer_tokens(bases, k, stride, specials=False):
     """Codes (B, L) uint8 -> k-mer ids (B, (L - k) // stride + 1) int64; a k-mer with an N is [UNK].
-
     stride 1: DNABERT's overlapping tokens; stride k: non-overlapping ones (a rest of < k bases is dropped).
-    specials: with [CLS] before and [SEP] behind.
-    """
+    specials: with [CLS] before and [SEP] behind."""
     codes = bases.to(torch.int16 if k < 8 else torch.int32)
     ids, width = codes, 1
     for bit in bin(k)[3:] if bases.shape[1] >= k else "":    # double and add: 3 passes for k = 6
@@ -84,29 +84,19 @@ def kmer_tokens(bases, k, stride, specials=False):
 
 def tokenize(sequences, k=6, stride=1):
     """List of DNA strings -> ids (B, T + 2): [CLS] k-mers [SEP], right-padded with [PAD] to the longest.
-
-    A sequence shorter than k gives [CLS] [SEP]. ValueError names the sequence with a letter that is not DNA.
-    """
-    lengths = torch.tensor([len(s) for s in sequences], dtype=torch.int64)
+    A sequence shorter than k gives [CLS] [SEP]."""
     longest = max(map(len, sequences), default=0)
-    text = "".join(s.ljust(longest, "N") for s in sequences)
-    bases = CODE[np.frombuffer(text.encode("ascii", "replace"), np.uint8)]
-    if bases.size and bases.max() > 4:
-        row, at = divmod(int(np.argmax(bases > 4)), longest)
-        raise ValueError(f"sequence {row}, position {at}: not a DNA letter ({sequences[row][at]!r}); "
-                         f"use A, C, G, T, N or IUPAC codes")
-    bases = bases.reshape(len(sequences), longest)
-    tokens = kmer_tokens(torch.from_numpy(bases), k, stride, specials=True)
-    n = ((lengths - k).div(stride, rounding_mode="floor") + 1).clamp(min=0)[:, None]      # k-mers of each row
+    bases = encode("".join(s.ljust(longest, "N") for s in sequences), longest)
+    bases = torch.from_numpy(bases.reshape(len(sequences), longest))
+    tokens = kmer_tokens(bases, k, stride, specials=True)
+    n = torch.tensor([max(0, (len(s) - k) // stride + 1) for s in sequences])[:, None]    # k-mers of each row
     at = torch.arange(tokens.shape[1])
     return tokens.masked_fill(at == n + 1, SEP).masked_fill(at > n + 1, PAD)
 
 
 def span_mask(centers, maskable, left, right):
     """Union of the spans c - left .. c + right around the centers, clipped to the maskable positions.
-
-    centers, maskable: bool (B, T); left, right: int or (B,) tensor. Returns bool (B, T).
-    """
+    centers, maskable: bool (B, T); left, right: int or (B,) tensor. Returns bool (B, T)."""
     left, right = (x[:, None] if torch.is_tensor(x) else x for x in (left, right))
     at = torch.arange(centers.shape[1], device=centers.device)
     # before[:, i] = centers in [0, i), in 16 bits: only differences count
@@ -117,11 +107,9 @@ def span_mask(centers, maskable, left, right):
 
 
 def draw_centers(shape, p, device):
-    """bool (B, T): every position a center with probability p, independently of the others.
-
-    Drawn as the gaps between centers, which are geometric: far fewer random numbers than positions. There are
-    gaps for the mean + 10 standard deviations + 10 centers: never too few.
-    """
+    """bool (B, T): every position a center with probability p, independently of the others. Drawn as the
+    gaps between centers, which are geometric: far fewer random numbers than positions. There are gaps for
+    the mean + 10 standard deviations + 10 centers: never too few."""
     B, T = shape
     n = math.ceil(T * p + 10 * math.sqrt(T * p) + 10)
     gaps = torch.log1p(-torch.rand(B, n, device=device)).div_(math.log1p(-p)).floor_().add_(1)
@@ -133,9 +121,7 @@ def draw_centers(shape, p, device):
 
 def corrupt(tokens, masked, n_vocab):
     """80/10/10: of the masked tokens 80 % become [MASK], 10 % a random k-mer (5..n_vocab-1), 10 % stay.
-
-    tokens (B, T), masked bool (B, T) -> inputs (B, T), labels (B, T) with -100 where nothing is predicted.
-    """
+    tokens (B, T), masked bool (B, T) -> inputs (B, T), labels (B, T) with -100 where nothing is predicted."""
     n = n_vocab - 5                                          # one draw: 8 n [MASK], n k-mers, n unchanged
     draw = torch.randint(5 - 8 * n, 5 + 2 * n, tokens.shape, device=tokens.device)
     inputs = torch.where(masked & (draw < 5 + n), draw.clamp_(min=MASK), tokens)
@@ -161,8 +147,7 @@ class Genome:
         index, folder = open_cache(paths, cache, keep and sorted(keep))
         self.bases = np.memmap(os.path.join(folder, "bases.u8"), np.uint8, mode="c")
         self.contigs = dict(index["contigs"])
-        ends = np.cumsum(list(self.contigs.values()))
-        self.offsets = {name: int(end) - n for (name, n), end in zip(self.contigs.items(), ends)}
+        self.offsets = dict(zip(self.contigs, np.cumsum([0, *self.contigs.values()]).tolist()))
         self.intervals = np.array(index["intervals"], np.int64).reshape(-1, 2)
         self.n_ambiguous, self.fingerprint = index["n_ambiguous"], index["fingerprint"]
 
@@ -171,39 +156,31 @@ class Genome:
         return (f"{len(self.contigs)} contigs, {len(self.bases):,} bases, {n:,} N ({self.n_ambiguous:,} were "
                 f"other IUPAC codes), fingerprint {self.fingerprint}")
 
-    def names(self, n):
-        """The first n contig names, for a message."""
-        return ", ".join(list(self.contigs)[:n]) + (" ..." if len(self.contigs) > n else "")
-
     def fetch(self, contig, start, end, strand="+"):
         """Text of contig[start:end], 0-based half-open; strand '-' gives the reverse complement."""
         if contig not in self.contigs:
-            raise ValueError(f"contig {show(contig)}: not in the genome, which has {self.names(5)}")
-        if not 0 <= start < end <= self.contigs[contig]:
-            raise ValueError(f"{contig}:{start}-{end}: outside the contig (length {self.contigs[contig]}); "
-                             f"coordinates are 0-based, half-open")
-        if strand not in ("+", "-"):
-            raise ValueError(f"{contig}:{start}-{end}: strand {strand!r}; use '+' or '-'")
+            names = ", ".join(list(self.contigs)[:5])
+            raise ValueError(f"contig {show(contig)}: not in the genome; use one of its ({names} ...)")
+        if not 0 <= start < end <= self.contigs[contig] or strand not in ("+", "-"):
+            raise ValueError(f"{contig}:{start}-{end} {strand!r}: not an interval of the contig; need 0 <= "
+                             f"start < end <= {self.contigs[contig]} and strand '+' or '-'")
         bases = self.bases[self.offsets[contig] + start:self.offsets[contig] + end]
         return decode(reverse_complement(bases) if strand == "-" else bases)
 
     def split(self, length, val_contigs=()):
         """Intervals (n, 2) for training and for validation, each with room for a window of `length` bases.
-
-        Validation is val_contigs where given, else the last 1 % of every contig whose 1 % holds a window.
-        """
+        Validation is val_contigs where given, else the last 1 % of every contig whose 1 % holds a window."""
         unknown = [name for name in val_contigs if name not in self.contigs]
         if unknown:
-            raise ValueError(f"--val_contigs: {show(unknown[0])} is not in the genome: {self.names(8)}")
+            names = ", ".join(list(self.contigs)[:8])
+            raise ValueError(f"--val_contigs: {show(unknown[0])} is not in the genome; use its ({names} ...)")
         sizes = np.array(list(self.contigs.values()))
-        if val_contigs:
-            held = np.where([name in val_contigs for name in self.contigs], sizes, 0)
-        else:
-            held = np.where(sizes // 100 >= length, sizes // 100, 0)
-        ends = np.cumsum(sizes)
-        contig = np.searchsorted(ends, self.intervals[:, 0], side="right")
+        held = sizes * np.isin(list(self.contigs), val_contigs) if val_contigs else sizes // 100
+        held[held < length] = 0
         start, end = self.intervals.T
-        cut = np.clip((ends - held)[contig], start, end)     # training up to here, validation behind it
+        ends = np.cumsum(sizes)
+        cut = (ends - held)[np.searchsorted(ends, start, side="right")]
+        cut = np.clip(cut, start, end)                       # training up to here, validation behind it
         train, val = np.stack([start, cut], 1), np.stack([cut, end], 1)
         train, val = train[cut - start >= length], val[end - cut >= length]
         for part, name in ((train, "training"), (val, "validation")):
@@ -217,17 +194,16 @@ class Genome:
 
 def open_genome(names, data_dir, cache=None):
     """The Genome of --genome: FASTA paths; or hg38 (chr1-22, X, Y of data_dir/hg38.fa.gz); or demo."""
-    if "demo" in names or "hg38" in names:
-        if len(names) > 1:
-            raise ValueError(f"--genome {' '.join(names)}: hg38 and demo stand alone; name FASTA files")
-        path = os.path.join(data_dir, {"demo": "demo.fa", "hg38": "hg38.fa.gz"}[names[0]])
-        if names[0] == "hg38" and not os.path.exists(path):
-            raise ValueError(f"{path}: no such file; get it (1 GB): mkdir -p {data_dir} && curl -L -o {path} "
-                             f"{HG38_URL} (or use --genome YOUR.fa, or --demo)")
-        if names[0] == "demo" and not os.path.exists(path):
-            write_demo_genome(path)
-        return Genome(path, cache, HG38_CONTIGS if names[0] == "hg38" else None)
-    return Genome(names, cache)
+    demo, hg38 = (os.path.join(data_dir, name) for name in ("demo.fa", "hg38.fa.gz"))
+    if len(names) > 1 and {"demo", "hg38"} & set(names):
+        raise ValueError(f"--genome {' '.join(names)}: hg38 and demo stand alone; name FASTA files")
+    if names[0] == "demo" and not os.path.exists(demo):
+        write_demo_genome(demo)
+    if names[0] == "hg38" and not os.path.exists(hg38):
+        raise ValueError(f"{hg38}: no such file; get it (1 GB): mkdir -p {data_dir} && curl -L -o {hg38} "
+                         f"{HG38_URL} (or use --genome YOUR.fa, or --demo)")
+    paths, keep = {"demo": (demo, None), "hg38": (hg38, HG38_CONTIGS)}.get(names[0], (names, None))
+    return Genome(paths, cache, keep)
 
 
 def check_file(path):
@@ -238,6 +214,19 @@ def check_file(path):
         raise ValueError(f"{path}: not a regular file; give a plain or gzip file")
     if not os.access(path, os.R_OK):
         raise ValueError(f"{path}: no permission to read it; chmod +r it or copy it")
+
+
+@contextlib.contextmanager
+def opened(path):
+    """A file open for reading bytes, plain or gzip; ValueError where that fails."""
+    check_file(path)
+    with open(path, "rb") as f:
+        reader = gzip.open if f.read(2) == b"\x1f\x8b" else open
+    try:
+        with reader(path, "rb") as f:
+            yield f
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
+        raise ValueError(f"{path}: damaged gzip file ({e}); download it again") from None
 
 
 def file_fingerprint(path):
@@ -259,27 +248,22 @@ def open_cache(paths, cache, keep):
     """Finds the cache of these FASTA files or builds it where that can be written: (index, folder)."""
     roots = [cache] if cache else [os.path.dirname(os.path.abspath(paths[0])), cache_home()]
     source = [file_fingerprint(p) for p in paths] + [keep]
-    folders = []
     for root in roots:
         key = json.dumps([[os.path.relpath(p, root) for p in paths], keep])
         name = f"{os.path.basename(paths[0])}.{hashlib.sha256(key.encode()).hexdigest()[:8]}.nanodna"
-        folders.append(os.path.join(root, name))
-        index = read_index(folders[-1], source)
-        if index:
-            return index, folders[-1]
-    for folder in folders:
+        folder = os.path.join(root, name)
+        if index := read_index(folder, source):
+            return index, folder
         try:
             os.makedirs(folder, exist_ok=True)
-            lock = open(os.path.join(folder, "lock"), "w")
-        except OSError as e:                                 # a read-only place: the next one
-            error = e
-            continue
-        with lock:
-            with contextlib.suppress(OSError):               # some network file systems have no locks
-                fcntl.flock(lock, fcntl.LOCK_EX)             # ranks that start together build it once
-            os.makedirs(folder, exist_ok=True)               # the one before us may have failed and tidied up
-            return read_index(folder, source) or build_cache(paths, keep, source, folder), folder
-    raise ValueError(f"{folders[-1]}: cannot write the genome cache ({error.strerror}); give --cache FOLDER")
+            with open(os.path.join(folder, "lock"), "w") as lock:
+                with contextlib.suppress(OSError):           # some network file systems have no locks
+                    fcntl.flock(lock, fcntl.LOCK_EX)         # ranks that start together build it once
+                os.makedirs(folder, exist_ok=True)           # who was before us may have failed and tidied up
+                return read_index(folder, source) or build_cache(paths, keep, source, folder), folder
+        except OSError as e:                                 # read-only or full: the next place
+            error = e.strerror
+    raise ValueError(f"{folder}: cannot write the genome cache ({error}); use --cache FOLDER")
 
 
 def read_index(folder, source):
@@ -302,9 +286,9 @@ def read_index(folder, source):
 def build_cache(paths, keep, source, folder):
     """Validates and packs the FASTA files: bases.u8, index.json (temp names, renamed). Returns the index."""
     contigs, intervals, size, crc, n_ambiguous = [], [], 0, 0, 0
-    target = os.path.join(folder, "bases.u8")
+    files = [os.path.join(folder, name) for name in ("bases.u8", "index.json")]
     try:
-        with open(target + ".tmp", "wb") as out:
+        with open(files[0] + ".tmp", "wb") as out:
             for path in paths:
                 for name, codes, ambiguous in fasta_records(path):
                     if keep and name not in keep:
@@ -314,8 +298,7 @@ def build_cache(paths, keep, source, folder):
                     size, crc = size + len(codes), zlib.crc32(codes, crc)
                     n_ambiguous += ambiguous
                     out.write(codes)
-        missing = set(keep or ()) - {name for _, name, _ in contigs}
-        if missing:
+        if missing := set(keep or ()) - {name for _, name, _ in contigs}:
             raise ValueError(f"{', '.join(paths)}: without contig {min(missing)}; is it the right genome?")
         if not intervals:
             raise ValueError(f"{', '.join(paths)}: no A, C, G or T; is it the right file?")
@@ -323,13 +306,10 @@ def build_cache(paths, keep, source, folder):
         fingerprint = hashlib.sha256(json.dumps([contigs, crc]).encode()).hexdigest()[:12]
         index = {"source": source, "contigs": contigs, "intervals": intervals, "n_ambiguous": n_ambiguous,
                  "crc_bases": crc, "fingerprint": fingerprint}
-        with open(os.path.join(folder, "index.json.tmp"), "w") as f:
+        with open(files[1] + ".tmp", "w") as f:
             json.dump(index | {"crc_index": zlib.crc32(json.dumps(index).encode())}, f)
-        os.replace(target + ".tmp", target)
-        os.replace(os.path.join(folder, "index.json.tmp"), os.path.join(folder, "index.json"))
-    except OSError as e:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise ValueError(f"{folder}: cannot write the genome cache ({e.strerror}); use --cache FOLDER") from e
+        for file in files:
+            os.replace(file + ".tmp", file)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -340,8 +320,7 @@ def contig_names(contigs):
     """[(path, name, length)] -> [[name, length]]; where two files share a name, all become file:name."""
     if len({name for _, name, _ in contigs}) < len(contigs):
         contigs = [(path, f"{os.path.basename(path)}:{name}", n) for path, name, n in contigs]
-    names = [name for _, name, _ in contigs]
-    if len(set(names)) < len(names):
+    if len({name for _, name, _ in contigs}) < len(contigs):
         raise ValueError(f"{contigs[-1][0]}: file and contig names both occur twice; rename a file")
     return [[name, n] for _, name, n in contigs]
 
@@ -371,28 +350,21 @@ def show(text):
 
 def fasta_records(path):
     """Yields (name, base codes uint8 (L,), number of IUPAC codes other than N) of each record, validated.
-
-    Plain, gzip, bgzip; CRLF, blank lines, lower case, uneven lines are fine. ValueError: file, line, what.
-    """
-    with open(path, "rb") as f:
-        opened = gzip.open if f.read(2) == b"\x1f\x8b" else open
+    Plain, gzip, bgzip; CRLF, blank lines, lower case, uneven lines are fine. ValueError: file, line, what."""
     seen = set()
-    with opened(path, "rb") as f:
-        try:
-            for line, record in raw_records(f):
-                if not seen and not record.strip():          # blank lines before the first record
-                    continue
-                if not record.startswith(b">"):
-                    line += record.count(b"\n", 0, len(record) - len(record.lstrip()))
-                    text = record[:4096].strip()
-                    kind = [what for magic, what in NOT_FASTA if text.startswith(magic)] or [show(text[:40])]
-                    raise ValueError(f"{path}: line {line}: not a FASTA header ({kind[0]}); write '>name'")
-                end = record.find(b"\n") % (len(record) + 1)  # without a line end: all of it
-                name = contig_name(record[:end], seen, path, line)
-                del record[:end + 1]                         # in place: a contig is large
-                yield name, *contig_codes(record, path, line)
-        except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-            raise ValueError(f"{path}: damaged gzip file ({e}); download it again") from None
+    with opened(path) as f:
+        for line, record in raw_records(f):
+            if not seen and not record.strip():              # blank lines before the first record
+                continue
+            if not record.startswith(b">"):
+                line += record.count(b"\n", 0, len(record) - len(record.lstrip()))
+                text = record[:4096].strip()
+                kind = [what for magic, what in NOT_FASTA if text.startswith(magic)] or [show(text[:40])]
+                raise ValueError(f"{path}: line {line}: not a FASTA header ({kind[0]}); write '>name'")
+            end = record.find(b"\n") % (len(record) + 1)     # without a line end: all of it
+            name = contig_name(record[:end], seen, path, line)
+            del record[:end + 1]                             # in place: a contig is large
+            yield name, *contig_codes(record, path, line)
     if not seen:
         raise ValueError(f"{path}: empty, there is no FASTA record in it; check the file")
 
@@ -421,7 +393,8 @@ def contig_name(header, seen, path, line):
     header = header.rstrip(b"\r")
     if b"\r" in header:
         raise ValueError(f"{path}: line {line}: old Mac (CR) line ends; convert them to LF")
-    name = header[1:].split(None, 1)[0].decode("utf-8", "replace") if header[1:2].strip() else ""
+    word = re.match(rb">(\S+)", header)
+    name = word[1].decode("utf-8", "replace") if word else ""
     if not name.isprintable() or not name:
         raise ValueError(f"{path}: line {line}: header without a name ({show(header[:40])}); write '>name'")
     if name in seen:
@@ -490,11 +463,9 @@ def base_entropies(bases):
 
 
 def write_demo_genome(path, seed=42):
-    """Writes the synthetic genome of the demos: 4 contigs of 250 kb, the same on every machine.
-
-    Order-3 Markov background; 15 % of it overwritten by copies of 3 interspersed repeats of 300 bases (10 %
-    of them mutated); a copy of DEMO_MOTIF about every 500 bases.
-    """
+    """Writes the synthetic genome of the demos: 4 contigs of 250 kb, the same on every machine. Order-3
+    Markov background; 15 % of it overwritten by copies of 3 interspersed repeats of 300 bases (10 % of them
+    mutated); a copy of DEMO_MOTIF about every 500 bases."""
     rng = np.random.default_rng(seed)
     rows, length = 64, 4 * 250_000 // 64
     steps = np.cumsum(rng.dirichlet(np.full(4, 0.6), size=64), axis=1)          # P(next base | three bases)
@@ -620,16 +591,11 @@ def task_names(args):
 
 
 class Rows(NamedTuple):
-    """The sequences of one split.
-
-    bases    uint8 codes of all, end to end; offsets: int64 (n + 1,), where each begins and ends
-    labels   int64 (n,) class ids, or float32 (n, targets), or None
-    notes    rows of each kind that was accepted: duplicates, with_n, lower_case, ambiguous, kmer_text
-    """
-    bases: np.ndarray
-    offsets: np.ndarray
-    labels: np.ndarray
-    notes: dict
+    """The sequences of one split."""
+    bases: np.ndarray                                        # uint8 codes of all, end to end
+    offsets: np.ndarray                                      # int64 (n + 1,), where each begins and ends
+    labels: np.ndarray                                       # int64 (n,) ids, float32 (n, targets) or None
+    notes: dict                                              # rows of each oddity that was accepted
 
 
 def row_keys(rows):
@@ -650,8 +616,9 @@ def rows_of(bases, lengths, labels, notes, **masks):
     return rows._replace(notes={"duplicates": len(lengths) - len(set(row_keys(rows)))} | counts | notes)
 
 
-def text_codes(sequences, places):
-    """Strings -> letters, codes (both end to end), lengths. ValueError names the place of what is not DNA."""
+def rows_from(sequences, labels=None, notes=None, places=None):
+    """DNA strings -> Rows. ValueError for what is not DNA; places: what to call each sequence there."""
+    places = places or [f"sequence {i}" for i in range(len(sequences))]
     lengths = np.array([len(text) for text in sequences])
     letters = np.frombuffer("".join(sequences).encode("ascii", "replace"), np.uint8)
     codes = CODE[letters]
@@ -663,13 +630,6 @@ def text_codes(sequences, places):
         letter = sequences[row][at - lengths[:row].sum()]
         hint = BAD_LETTER.get(letter.encode(), f"in {show(sequences[row][:40])}")
         raise ValueError(f"{places[row]}: not a DNA letter ({show(letter)}: {hint}); use ACGTN and IUPAC")
-    return letters, codes, lengths
-
-
-def rows_from(sequences, labels=None, notes=None, places=None):
-    """DNA strings -> Rows; places: what to call each in an error."""
-    places = places or [f"sequence {i}" for i in range(len(sequences))]
-    letters, codes, lengths = text_codes(sequences, places)
     return rows_of(codes, lengths, labels, notes or {}, lower_case=letters > ord("Z"),
                    ambiguous=(codes == 4) & (letters & 0xDF != ord("N")))
 
@@ -699,14 +659,10 @@ def split_rows(rows, fractions, seed):
 
 def table_text(path):
     """Text of a UTF-8 file, plain or gzip."""
-    check_file(path)
-    with open(path, "rb") as f:
+    with opened(path) as f:
         data = f.read()
     try:
-        data = gzip.decompress(data) if data.startswith(b"\x1f\x8b") else data
         return data.decode("utf-8-sig")
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e:
-        raise ValueError(f"{path}: damaged gzip file ({e}); download it again") from None
     except UnicodeDecodeError as e:
         kinds = [kind for magic, kind in NOT_FASTA if data.startswith(magic)] + [f"byte {data[e.start]:#x}"]
         line = data.count(b"\n", 0, e.start) + 1
@@ -715,9 +671,7 @@ def table_text(path):
 
 def read_columns(path, wanted):
     """Columns of a CSV (.csv) or TSV (.tsv, .txt) file, plain or gzip, read strictly; others are passed over.
-
-    wanted: {name: what the header may call it}. Returns {name: list of str} and each row's 'FILE: line N'.
-    """
+    wanted: {name: what the header may call it}. Returns {name: list of str} and each row's 'FILE: line N'."""
     suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
     if suffix not in DELIMITER:
         raise ValueError(f"{path}: no table by its name; name it .csv (commas), .tsv or .txt (tabs)")
@@ -734,18 +688,18 @@ def read_columns(path, wanted):
         raise ValueError(f"{path}: line {line}: {e}; correct its quotes or line ends") from None
     if len(rows) < 2:
         raise ValueError(f"{path}: empty, or nothing below the header ({show(text[:40])}); check the file")
-    header, *rows = rows
-    at = {}
+    header, columns = [cell.strip().lower() for cell in rows.pop(0)], {}
+    head, *places = places
     for name, names in wanted.items():
-        found = [i for i, cell in enumerate(header) if cell.strip().lower() in names]
-        if len(found) != 1:
-            raise ValueError(f"{places[0]}: {len(found) or 'no'} column {' or '.join(names)} in the header "
+        at = [i for i, cell in enumerate(header) if cell in names]
+        if len(at) != 1:
+            raise ValueError(f"{head}: {len(at) or 'no'} column {' or '.join(names)} in the header "
                              f"({show(text.lstrip()[:40])}); name one, with {DELIMITER[suffix]!r} in between")
-        at[name] = found[0]
-    for row, place in zip(rows, places[1:]):
+        columns[name] = at[0]
+    for row, place in zip(rows, places):
         if len(row) != len(header):
             raise ValueError(f"{place}: {len(row)} fields, but {len(header)} in the header; correct it")
-    return {name: [row[i].strip(" \t") for row in rows] for name, i in at.items()}, places[1:]
+    return {name: [row[i].strip(" \t") for row in rows] for name, i in columns.items()}, places
 
 
 def class_ids(texts, classes, places):
@@ -778,11 +732,9 @@ def numbers(columns, places):
 
 def read_table(path, classes=None, targets=None, labels=True):
     """A table with columns sequence (or seq) and label (or class) -> sequences, labels, notes.
-
     classes: the labels in the order of their ids; None: notes["classes"] tells those found, sorted.
     targets: the number columns of a regression; labels=False: sequences only.
-    Overlapping k-mers with blanks between them become the sequence they were made of.
-    """
+    Overlapping k-mers with blanks between them become the sequence they were made of."""
     wanted = {name: [name.lower()] for name in targets or ()}
     if labels and not targets:
         wanted["label"] = ["label", "class"]
@@ -795,36 +747,37 @@ def read_table(path, classes=None, targets=None, labels=True):
             notes["kmer_text"] += 1
             if " ".join(bare[j:j + k] for j in range(len(bare) - k + 1)) != text:
                 raise ValueError(f"{places[i]}: blanks in {show(text)}, no overlapping k-mers; remove them")
-    text_codes(sequences, places)
+    rows_from(sequences, places=places)                      # ValueError where one is not DNA
     if targets or not labels:
         return sequences, numbers(columns.values(), places) if targets else None, notes
     ids, found = class_ids(columns["label"], classes, places)
     return sequences, ids, notes if classes else notes | {"classes": found}
 
 
-def existing(path):
-    """The path, or the path with .gz; None where there is neither."""
-    return next(filter(os.path.exists, (path, path + ".gz")), None)
+def find(folder, *names):
+    """Path of the first of these files that there is, plain or .gz; None where there is none."""
+    paths = (os.path.join(folder, name + suffix) for name in names for suffix in ("", ".gz"))
+    return next(filter(os.path.exists, paths), None)
 
 
 def find_files(task, data_dir, wanted):
-    """{key: path} of the first file there is of those each key names (plain or .gz); says so of a second."""
-    folder, found = os.path.join(data_dir, task.folder), {}
-    for key, names in wanted.items():
-        found[key] = next(filter(None, (existing(os.path.join(folder, name)) for name in names)), None)
-        if found[key] and not existing(os.path.join(folder, names[0])):
-            print(f"{task.name}: {names[0]} is not there, {found[key]} stands in for it", flush=True)
-    lost = [wanted[key][0] for key, path in found.items() if not path]
+    """Paths of a task's files. wanted: for each its name, and those that may stand in for it (said)."""
+    folder = os.path.join(data_dir, task.folder)
+    found = {names[0]: find(folder, *names) for names in wanted}
+    lost = [name for name, path in found.items() if not path]
     if lost:
         raise ValueError(f"{folder}: no {', '.join(lost)} ({task.name}); get it there from {task.source}")
-    return found
+    for name, path in found.items():
+        if not find(folder, name):
+            print(f"{task.name}: {name} is not there, {path} stands in for it", flush=True)
+    return list(found.values())
 
 
 def read_tables(task, data_dir, wanted):
-    """{split: Rows} of tables of a task (wanted: see find_files); labels are the ids, or the targets."""
+    """{split: Rows} of tables {split: names, as find_files wants them}; labels are ids, or the targets."""
     ids, targets = [str(i) for i in range(len(task.classes))], task.classes if task.regression else None
-    paths = find_files(task, data_dir, wanted)
-    return {split: rows_from(*read_table(path, ids, targets)) for split, path in paths.items()}
+    paths = find_files(task, data_dir, wanted.values())
+    return {split: rows_from(*read_table(path, ids, targets)) for split, path in zip(wanted, paths)}
 
 
 def class_paths(task, folder, suffix=""):
@@ -839,13 +792,10 @@ def class_paths(task, folder, suffix=""):
 
 def read_folder(path):
     """A folder of one-sequence files -> texts in the order of the file names, and the paths."""
-    paths, texts = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name[0] != "."], []
+    paths = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name[0] != "."]
     if not paths:
         raise ValueError(f"{path}: an empty folder; unpack the archive again")
-    for name in paths:
-        with open(name, encoding="utf-8", errors="replace") as f:
-            texts.append(f.read().strip())
-    return texts, paths
+    return [table_text(path).strip() for path in paths], paths
 
 
 def read_intervals(path):
@@ -891,13 +841,13 @@ def cut_intervals(path, fasta):
         names.setdefault(region_key(name), []).append(name)
     advice = f"in {fasta.filename} ({', '.join(list(fasta.keys())[:5])} ...); use the genome of the table"
     for place, (region, start, end, strand) in zip(places, intervals):
-        name, *others = names.get(region_key(region), [""])
-        if not name or others:
-            spelt = " and ".join([name, *others])
-            raise ValueError(f"{place}: region {show(region)} is {spelt or 'not'} {advice}")
-        if end > len(fasta[name]):
-            raise ValueError(f"{place}: {region}:{start}-{end}, {name} ends at {len(fasta[name])} {advice}")
-        text = fasta[name][start:end]
+        spelt = names.get(region_key(region), [])
+        if len(spelt) != 1:
+            raise ValueError(f"{place}: region {show(region)} is {' and '.join(spelt) or 'not'} {advice}")
+        contig = fasta[spelt[0]]
+        if end > len(contig):
+            raise ValueError(f"{place}: {region}:{start}-{end}, {spelt[0]} ends at {len(contig)} {advice}")
+        text = contig[start:end]
         sequences.append(text.translate(flip)[::-1] if strand == "-" else text)
     n_blank = sum(not text.strip("Nn") for text in sequences)
     if n_blank > len(sequences) / 100:
@@ -911,11 +861,10 @@ def coordinate_folder(task, data_dir):
     return folder if os.path.isdir(folder) else os.path.join(data_dir, task.folder)
 
 
-def read_genomic(task, data_dir, fasta):
-    """GenomicBenchmarks: from coordinate tables where there is a FASTA (one, or one per class, in order);
-    else the package's class folders of one-sequence files; else {train,test}.csv."""
+def read_genomic(task, data_dir, fastas):
+    """GenomicBenchmarks: with FASTA files (one, or one per class, in order) from coordinate tables; else from
+    the package's class folders of one-sequence files; else from {train,test}.csv."""
     folder, suffix, n = os.path.join(data_dir, task.folder), "", len(task.classes)
-    fastas = [fasta] if isinstance(fasta, (str, os.PathLike)) else list(fasta or ())
     if fastas:
         if len(set(map(os.path.realpath, fastas))) < len(fastas) or len(fastas) not in (1, n):
             raise ValueError(f"--fasta {' '.join(map(str, fastas))}: {len(fastas)} files, {n} classes; give "
@@ -927,30 +876,28 @@ def read_genomic(task, data_dir, fasta):
     splits = {}
     for split in ("train", "test"):
         paths = class_paths(task, os.path.join(folder, split), suffix)
-        parts = list(map(cut_intervals, paths, fastas) if fastas else map(read_folder, paths))
-        labels = np.repeat(np.arange(n), [len(texts) for texts, _ in parts])
-        texts, places = (sum(lists, []) for lists in zip(*parts))
-        splits[split] = rows_from(texts, labels, None, places)
+        texts, places = zip(*(map(cut_intervals, paths, fastas) if fastas else map(read_folder, paths)))
+        labels = np.repeat(np.arange(n), list(map(len, texts)))
+        splits[split] = rows_from(sum(texts, []), labels, None, sum(places, []))
     return splits
 
 
 def read_deepstarr(task, data_dir):
     """The published FASTA and activity files, row by row; else sample tables, which have no test split."""
-    folder, splits = os.path.join(data_dir, task.folder), {"train": "Train", "dev": "Val", "test": "Test"}
-    if existing(f"{folder}/sample_train.txt") and not existing(f"{folder}/Sequences_Train.fa"):
+    folder, names = os.path.join(data_dir, task.folder), ("Train", "Val", "Test")
+    if find(folder, "sample_train.txt") and not find(folder, "Sequences_Train.fa"):
         print(f"{task.name}: sample tables, not the published splits; no test split", flush=True)
         return read_tables(task, data_dir, {"train": ["sample_train.txt"], "dev": ["sample_val.txt"]})
-    fastas = {split: [f"Sequences_{name}.fa"] for split, name in splits.items()}
-    tables = {name: [f"Sequences_activity_{name}.txt"] for name in splits.values()}
-    paths = find_files(task, data_dir, fastas | tables)
-    for split, name in splits.items():
-        columns, places = read_columns(paths[name], {target: [target.lower()] for target in task.classes})
-        codes = [record[1] for record in fasta_records(paths[split])]
+    paths = find_files(task, data_dir, [[f"Sequences_{name}.fa"] for name in names]
+                       + [[f"Sequences_activity_{name}.txt"] for name in names])
+    splits = {}
+    for split, fasta, table in zip(("train", "dev", "test"), paths, paths[3:]):
+        columns, places = read_columns(table, {target: [target.lower()] for target in task.classes})
+        codes = [record[1] for record in fasta_records(fasta)]
         if len(codes) != len(places):
-            raise ValueError(f"{paths[split]}: {len(codes)} sequences, {len(places)} rows in {paths[name]}; "
-                             f"get both again")
+            raise ValueError(f"{fasta}: {len(codes)} sequences, but {len(places)} rows in {table}; get both")
         labels = numbers(columns.values(), places)
-        splits[split] = rows_of(np.concatenate(codes), [len(c) for c in codes], labels, {})
+        splits[split] = rows_of(np.concatenate(codes), list(map(len, codes)), labels, {})
     return splits
 
 
@@ -1018,9 +965,7 @@ def read_demo(task, data_dir):
 
 def read_task(name, data_dir, shots=None, draw=0, fasta=None):
     """A benchmark set -> {"train", "dev", "test": Rows, or None where there is none}.
-
-    shots, draw: of a few-shot task, rows per class (10) and number of the run; fasta: see read_genomic.
-    """
+    shots, draw: of a few-shot task, rows per class (10) and number of the run; fasta: see read_genomic."""
     if name not in TASKS:
         raise ValueError(f"task {show(name)}: not the name of one set; use {' '.join(TASKS)}")
     task = TASKS[name]
@@ -1046,11 +991,11 @@ def beside(n, task, split):
     return f"{n:,}" + (f" (published {known:,}: {'OK' if n == known else 'differs'})" if known else "")
 
 
-def report_intervals(task, data_dir):
+def report_intervals(task, folder):
     """Prints sizes, repeats and leak of the coordinate tables of a GenomicBenchmarks task."""
     train = ()
     for split in ("train", "test"):
-        paths = class_paths(task, os.path.join(coordinate_folder(task, data_dir), split), ".csv")
+        paths = class_paths(task, os.path.join(folder, split), ".csv")
         every = [interval[:3] for path in paths for interval in read_intervals(path)[0]]
         repeats, leak = len(every) - len(set(every)), sum(interval in train for interval in every)
         print(f"  {split} table: {beside(len(every), task, split)} intervals, {repeats:,} repeats"
@@ -1075,13 +1020,14 @@ def report_task(task, data_dir, fasta):
     """Prints what is in a benchmark set: rows, lengths, balance, oddities, overlap of its splits."""
     print(f"{task.name}: {task.suite}, {', '.join(task.classes)}; {task.metric}, {task.length} bases\n"
           f"  from {task.source}; licence: {task.licence}")
-    if existing(os.path.join(coordinate_folder(task, data_dir), "train", f"{task.classes[0]}.csv")):
-        report_intervals(task, data_dir)
+    folder = coordinate_folder(task, data_dir)
+    if find(os.path.join(folder, "train"), f"{task.classes[0]}.csv"):
+        report_intervals(task, folder)
     splits = {split: rows for split, rows in read_task(task.name, data_dir, fasta=fasta).items() if rows}
     if task.suite == "few-shot":                             # all its train files, and a dev file not for use
         files = {f"train/{n}": [FEW_SHOT[task.name][0].format(n)] for n in (10, 50, 100, 500, 1000)}
-        files = {split: names for split, names in (files | {"dev": ["full-dataset/dev.tsv"]}).items()
-                 if existing(os.path.join(data_dir, task.folder, names[0]))}
+        files["dev"] = ["full-dataset/dev.tsv"]
+        files = {split: names for split, names in files.items() if find(folder, *names)}
         splits = read_tables(task, data_dir, files) | {"test": splits["test"]}
     for split, rows in splits.items():
         report_rows(task, split, rows)
@@ -1093,18 +1039,6 @@ def report_task(task, data_dir, fasta):
             print(f"  {a} and {b}: {len(both):,} sequences in both, {' and '.join(shares)} of the rows")
 
 
-def report(names, data_dir, fasta=None):
-    """Reports on benchmark sets; says of each that cannot be read why not, and returns how many these are."""
-    failed = 0
-    for name in task_names(names):
-        try:
-            report_task(TASKS[name], data_dir, fasta)
-        except ValueError as e:
-            print(f"  not read: {e}")
-            failed += 1
-    return failed
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="What is in benchmark sets: sizes, balance, leaks.",
                                      allow_abbrev=False)
@@ -1113,8 +1047,15 @@ if __name__ == "__main__":
     parser.add_argument("--fasta", nargs="+", help="GenomicBenchmarks: genome of the coordinate tables (or "
                                                    "one per class)")
     args = parser.parse_args()
+    failed = 0
     try:
-        failed = report(args.tasks, args.data_dir, args.fasta)
+        names = task_names(args.tasks)
     except ValueError as e:
         parser.exit(2, f"error: {e}\n")
-    sys.exit(2 if failed else 0)
+    for name in names:
+        try:
+            report_task(TASKS[name], args.data_dir, args.fasta)
+        except ValueError as e:                              # the next set may be there
+            print(f"  not read: {e}")
+            failed = 2
+    sys.exit(failed)
