@@ -19,9 +19,8 @@ import math
 import os
 import re
 import shutil
-import sys
 import zlib
-from typing import NamedTuple
+from collections import namedtuple
 
 import numpy as np
 import torch
@@ -130,26 +129,19 @@ def corrupt(tokens, masked, n_vocab):
 
 class Genome:
     """One or more FASTA files, packed once into a validated, memory-mapped cache of base codes (1 byte each).
-
-    bases        uint8 memmap of all contigs, end to end
-    contigs      {name: length}; offsets {name: first position in bases}
-    intervals    int64 (n, 2): the stretches without N, as positions in bases; none crosses a contig's end
-    fingerprint  hash of names, lengths and bases: the same for the same genome, wherever its file lies
-    keep: names of the contigs to take (default all). cache: folder for the cache (default beside the FASTA).
-    """
+    cache: folder for the cache (default beside the FASTA); keep: names of contigs to take (default all)."""
 
     def __init__(self, paths, cache=None, keep=None):
         paths = [os.fspath(p) for p in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
-        for path in paths:
-            check_file(path)
         if len({os.path.realpath(p) for p in paths}) < len(paths):
             raise ValueError(f"{', '.join(paths)}: the same FASTA twice; name each file once")
         index, folder = open_cache(paths, cache, keep and sorted(keep))
-        self.bases = np.memmap(os.path.join(folder, "bases.u8"), np.uint8, mode="c")
-        self.contigs = dict(index["contigs"])
+        self.bases = np.memmap(os.path.join(folder, "bases.u8"), np.uint8, mode="c")    # of all, end to end
+        self.contigs = dict(index["contigs"])                # {name: length}
         self.offsets = dict(zip(self.contigs, np.cumsum([0, *self.contigs.values()]).tolist()))
-        self.intervals = np.array(index["intervals"], np.int64).reshape(-1, 2)
-        self.n_ambiguous, self.fingerprint = index["n_ambiguous"], index["fingerprint"]
+        self.intervals = np.array(index["intervals"])        # (n, 2): stretches without N, positions in bases
+        self.n_ambiguous = index["n_ambiguous"]
+        self.fingerprint = index["fingerprint"]              # the same wherever the genome's file lies
 
     def __str__(self):
         n = len(self.bases) - int(np.diff(self.intervals).sum())
@@ -159,8 +151,8 @@ class Genome:
     def fetch(self, contig, start, end, strand="+"):
         """Text of contig[start:end], 0-based half-open; strand '-' gives the reverse complement."""
         if contig not in self.contigs:
-            names = ", ".join(list(self.contigs)[:5])
-            raise ValueError(f"contig {show(contig)}: not in the genome; use one of its ({names} ...)")
+            raise ValueError(f"contig {show(contig)}: not in the genome; use one of "
+                             f"{', '.join([*self.contigs][:5])} ...")
         if not 0 <= start < end <= self.contigs[contig] or strand not in ("+", "-"):
             raise ValueError(f"{contig}:{start}-{end} {strand!r}: not an interval of the contig; need 0 <= "
                              f"start < end <= {self.contigs[contig]} and strand '+' or '-'")
@@ -170,10 +162,10 @@ class Genome:
     def split(self, length, val_contigs=()):
         """Intervals (n, 2) for training and for validation, each with room for a window of `length` bases.
         Validation is val_contigs where given, else the last 1 % of every contig whose 1 % holds a window."""
-        unknown = [name for name in val_contigs if name not in self.contigs]
+        unknown = set(val_contigs) - set(self.contigs)
         if unknown:
-            names = ", ".join(list(self.contigs)[:8])
-            raise ValueError(f"--val_contigs: {show(unknown[0])} is not in the genome; use its ({names} ...)")
+            raise ValueError(f"--val_contigs: {show(min(unknown))} is not in the genome; use some of "
+                             f"{', '.join([*self.contigs][:5])} ...")
         sizes = np.array(list(self.contigs.values()))
         held = sizes * np.isin(list(self.contigs), val_contigs) if val_contigs else sizes // 100
         held[held < length] = 0
@@ -183,12 +175,10 @@ class Genome:
         cut = np.clip(cut, start, end)                       # training up to here, validation behind it
         train, val = np.stack([start, cut], 1), np.stack([cut, end], 1)
         train, val = train[cut - start >= length], val[end - cut >= length]
-        for part, name in ((train, "training"), (val, "validation")):
-            if not len(part):
-                raise ValueError(
-                    f"genome too small: no window of {length} bases without N is left for {name} (longest "
-                    f"contig {sizes.max()}, stretch without N {(end - start).max()}; validation is the last "
-                    f"1 % of a contig); lower --block_size or use --val_contigs")
+        if not len(train) or not len(val):
+            part = "validation, 1 % of a contig," if len(train) else "training"
+            raise ValueError(f"genome too small: no window of {length} bases without N for {part} (longest "
+                             f"{(end - start).max()}); lower --block_size or use --val_contigs")
         return train, val
 
 
@@ -231,6 +221,7 @@ def opened(path):
 
 def file_fingerprint(path):
     """[name, size, mtime, hash of 64 blocks of 4 KiB]: all of a small file, a sample of a larger one."""
+    check_file(path)
     stat, digest = os.stat(path), hashlib.sha256()
     with open(path, "rb") as f:
         for at in np.linspace(0, max(0, stat.st_size - 4096), 64).astype(int):
@@ -294,7 +285,9 @@ def build_cache(paths, keep, source, folder):
                     if keep and name not in keep:
                         continue
                     contigs.append((path, name, len(codes)))
-                    intervals += (n_free(codes) + size).tolist()
+                    edges = np.r_[0, np.flatnonzero(np.diff(codes == 4)) + 1, len(codes)]  # N begins or ends
+                    edges = edges[codes[0] // 4:] + size     # from the first base that is none
+                    intervals += edges[:len(edges) // 2 * 2].reshape(-1, 2).tolist()
                     size, crc = size + len(codes), zlib.crc32(codes, crc)
                     n_ambiguous += ambiguous
                     out.write(codes)
@@ -325,22 +318,14 @@ def contig_names(contigs):
     return [[name, n] for _, name, n in contigs]
 
 
-def n_free(codes):
-    """Codes (L,) -> int64 (n, 2): the stretches without N."""
-    is_n = codes == 4
-    edges = np.concatenate([[0], np.flatnonzero(is_n[1:] != is_n[:-1]) + 1, [len(codes)]])
-    stretches = np.stack([edges[:-1], edges[1:]], 1)
-    return stretches[~is_n[edges[:-1]]]
-
-
 NOT_FASTA = ((b"BZh", "bzip2; unpack it"), (b"PK", "a zip archive; unpack it"), (b"@", "FASTQ; convert it"),
              (b"<", "an HTML page; download the file again"), (b";", "a ';' comment; remove it"),
              (b"version https://git-lfs", "a git-LFS pointer"), (b"LOCUS", "GenBank; convert it"),
              (b"\xff\xfe", "UTF-16; save it as plain text"), (b"\xfe\xff", "UTF-16; save it as plain text"))
-BAD_LETTER = {b"U": "RNA? replace U by T", b"u": "RNA? replace U by T", b"-": "a gap; remove alignment gaps",
-              b".": "a gap; remove alignment gaps", b"*": "a stop: protein?", b"\r": "old Mac line ends",
-              b">": "a header must start on its own line", b" ": "a blank inside a line; remove it",
-              b"\t": "a tab inside a line; remove it", b"\0": "a NUL byte: the file is damaged"}
+BAD_LETTER = {b"U": "RNA? replace U by T", b"-": "a gap; remove alignment gaps", b"*": "a stop: protein?",
+              b".": "a gap; remove alignment gaps", b"\r": "old Mac line ends", b"\0": "NUL: a damaged file",
+              b" ": "a blank inside a line; remove it", b"\t": "a tab inside a line; remove it",
+              b">": "a header must start on its own line"}
 
 
 def show(text):
@@ -352,55 +337,45 @@ def fasta_records(path):
     """Yields (name, base codes uint8 (L,), number of IUPAC codes other than N) of each record, validated.
     Plain, gzip, bgzip; CRLF, blank lines, lower case, uneven lines are fine. ValueError: file, line, what."""
     seen = set()
+    for line, record in raw_records(path):
+        end = record.index(b"\n")
+        header = record[:end].rstrip(b"\r")
+        del record[:end + 1]                                 # in place: a contig is large
+        if b"\r" in header:
+            raise ValueError(f"{path}: line {line}: old Mac (CR) line ends; convert them to LF")
+        word = re.match(rb">(\S+)", header)
+        name = word[1].decode("utf-8", "replace") if word else ""
+        if not name.isprintable() or not name:
+            raise ValueError(f"{path}: line {line}: header without name ({show(header[:40])}); write '>name'")
+        if name in seen:
+            raise ValueError(f"{path}: line {line}: contig name {show(name)} occurs twice; rename one")
+        seen.add(name)
+        yield name, *contig_codes(record, path, line)
+
+
+def raw_records(path):
+    """Yields (line number, bytearray) of each '>' record. ValueError, before reading on, if there is none."""
     with opened(path) as f:
-        for line, record in raw_records(f):
-            if not seen and not record.strip():              # blank lines before the first record
-                continue
-            if not record.startswith(b">"):
-                line += record.count(b"\n", 0, len(record) - len(record.lstrip()))
-                text = record[:4096].strip()
-                kind = [what for magic, what in NOT_FASTA if text.startswith(magic)] or [show(text[:40])]
-                raise ValueError(f"{path}: line {line}: not a FASTA header ({kind[0]}); write '>name'")
-            end = record.find(b"\n") % (len(record) + 1)     # without a line end: all of it
-            name = contig_name(record[:end], seen, path, line)
-            del record[:end + 1]                             # in place: a contig is large
-            yield name, *contig_codes(record, path, line)
-    if not seen:
-        raise ValueError(f"{path}: empty, there is no FASTA record in it; check the file")
-
-
-def raw_records(f):
-    """Yields (line number, bytearray) of each '>' record of a stream, and of what precedes the first."""
-    buffer, line, searched = bytearray(), 1, 0
-    while chunk := f.read(CHUNK):
-        buffer += chunk.removeprefix(b"\xef\xbb\xbf") if line == 1 and not buffer else chunk
-        while (end := buffer.find(b"\n>", searched)) >= 0:
-            record, searched = buffer[:end + 1], 0
-            del buffer[:end + 1]
-            lines = record.count(b"\n")
-            yield line, record
-            line += lines
-        searched = max(0, len(buffer) - 1)
-        start = buffer[:4096].strip()
-        if start and not start.startswith(b">"):             # no FASTA: stop before reading all of it
-            break
-    if buffer:
-        yield line, buffer
-
-
-def contig_name(header, seen, path, line):
-    """Checks the header line, adds its name (first word) to `seen` and returns it."""
-    header = header.rstrip(b"\r")
-    if b"\r" in header:
-        raise ValueError(f"{path}: line {line}: old Mac (CR) line ends; convert them to LF")
-    word = re.match(rb">(\S+)", header)
-    name = word[1].decode("utf-8", "replace") if word else ""
-    if not name.isprintable() or not name:
-        raise ValueError(f"{path}: line {line}: header without a name ({show(header[:40])}); write '>name'")
-    if name in seen:
-        raise ValueError(f"{path}: line {line}: contig name {show(name)} occurs twice; rename one")
-    seen.add(name)
-    return name
+        line, buffer, searched = 1, bytearray(f.readline(CHUNK).removeprefix(b"\xef\xbb\xbf")), 0
+        while buffer and not buffer.strip():                 # blank lines before the first record
+            line, buffer = line + 1, bytearray(f.readline(CHUNK))
+        if not buffer:
+            raise ValueError(f"{path}: empty, there is no FASTA record in it; check the file")
+        if not buffer.startswith(b">"):
+            text = buffer.strip()
+            kind = [what for magic, what in NOT_FASTA if text.startswith(magic)] or [show(text[:40])]
+            raise ValueError(f"{path}: line {line}: not a FASTA header ({kind[0]}); write '>name'")
+        while chunk := f.read(CHUNK):
+            buffer += chunk
+            while (end := buffer.find(b"\n>", searched)) >= 0:
+                record, searched = buffer[:end + 1], 0
+                del buffer[:end + 1]
+                lines = record.count(b"\n")
+                yield line, record
+                line += lines
+            searched = len(buffer) - 1
+    buffer += b"\n"
+    yield line, buffer
 
 
 def contig_codes(body, path, line):
@@ -416,9 +391,8 @@ def contig_codes(body, path, line):
     if codes.max() > 4:
         bad = re.search(rb"[^\nATCGatcg" + AMBIGUOUS + rb"]", body)
         line += 1 + body.count(b"\n", 0, bad.start())
-        raise ValueError(f"{path}: line {line}: not a DNA letter ({show(bad.group())}"
-                         f"{': ' + BAD_LETTER[bad.group()] if bad.group() in BAD_LETTER else ''}); "
-                         f"allowed are A, C, G, T, N and IUPAC codes")
+        what = f"{show(bad.group())}: {BAD_LETTER.get(bad.group().upper(), 'no IUPAC code')}"
+        raise ValueError(f"{path}: line {line}: not a DNA letter ({what}); use ACGTN and IUPAC codes")
     n = int(np.count_nonzero(codes == 4))
     return codes, n and n - body.count(b"N") - body.count(b"n")
 
@@ -478,8 +452,7 @@ def write_demo_genome(path, seed=42):
     repeats = rng.integers(4, size=(3, 300), dtype=np.uint8)
     for start in rng.integers(len(genome) - 300, size=len(genome) * 15 // 100 // 300):
         mutated = rng.random(300) < 0.1
-        copy = np.where(mutated, rng.integers(4, size=300), repeats[rng.integers(3)])
-        genome[start:start + 300] = copy
+        genome[start:start + 300] = np.where(mutated, rng.integers(4, size=300), repeats[rng.integers(3)])
     motif = encode(DEMO_MOTIF)
     for start in rng.integers(len(genome) - len(motif), size=len(genome) // 500):
         genome[start:start + len(motif)] = motif
@@ -490,20 +463,12 @@ def write_demo_genome(path, seed=42):
     os.replace(f.name, path)
 
 
-class Task(NamedTuple):
-    """A benchmark set. classes: names in id order (targets of a regression); rows: published, by split."""
-    name: str
-    suite: str
-    classes: tuple
-    regression: bool
-    metric: str
-    length: str                                              # bases: one number, or from-to
-    rows: dict
-    folder: str                                              # under data_dir; holds the source's own layout
-    source: str
-    licence: str
-
-
+# A benchmark set. classes: names in id order (targets of a regression); length: bases, one number or from-to;
+# rows: published, by split; folder: under data_dir, in the source's own layout
+Task = namedtuple("Task", "name suite classes regression metric length rows folder source licence")
+# The sequences of a split. bases: uint8 codes of all, end to end; offsets: int64 (n + 1,), where each begins
+# and ends; labels: int64 (n,) ids, float32 (n, targets) or None; notes: rows of each oddity that was accepted
+Rows = namedtuple("Rows", "bases offsets labels notes")
 SOURCES = {                                                  # folder: suite, where from, licence as stated
     "GUE": ("GUE", "github.com/MAGICS-LAB/DNABERT_2 (GUE.zip)", "not stated"),
     "DeepSTARR": ("DeepSTARR", "zenodo.org/records/5502060", "not stated"),
@@ -545,13 +510,12 @@ mtcdna/{} MTcDNA {} acc mouse,turtle 1024 4096 8192
 # few-shot task: train file of N shots; sets of N per class in it; test files (the second stands in)
 FEW_SHOT = {"prom_core": ("{}/train.tsv", 1, "test.tsv"), "silencer": ("{}/train.tsv", 10, "{}/dev.tsv"),
             "splice_40": ("{0}/train_splice40_{0}.tsv", 10, "test.tsv"),
-            "prom_300": ("{}/train.tsv", 1, "test.tsv", "test_standin.csv"),
-            "cohn_enh": ("{}/train.tsv", 1, "test.tsv",
-                         "../../GenomicBenchmarks/human_enhancers_cohn/test.csv")}
+            "prom_300": ("{}/train.tsv", 1, "test.tsv", "test_standin.csv"), "cohn_enh": (
+                "{}/train.tsv", 1, "test.tsv", "../../GenomicBenchmarks/human_enhancers_cohn/test.csv")}
 MTCDNA = {"Mus_musculus": 0, "Mus_spretus": 0, "Chelonoidis_abingdonii": 1, "Gopherus_agassizii": 1}
 DELIMITER = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-WHOLE = re.compile(r"-?\d+", re.ASCII)
+WHOLE = re.compile(r"0|-?[1-9]\d*", re.ASCII)
 CLASS_NAME = re.compile(r"(?!=|[+-]?(nan|inf|infinity|na|n/a|none|null|[\d.]+e[+-]?\d+)$)(?=.*[^\W\d_])"
                         r"[^\x00-\x1f\x7f-\x9f]+", re.IGNORECASE)
 
@@ -572,10 +536,10 @@ def task_table():
 
 
 TASKS = task_table()
+GUE = [name for name in TASKS if TASKS[name].suite == "GUE"]                    # covid is the last
 GROUPS = {group: [name for name in TASKS if name.split("/")[0] == group]
           for group in ("emp", "tf_m", "tf_h", "pd", "cpd", "ssp", "covid", "eap", "mtcdna")}
-GROUPS["cmgems27"] = sum((GROUPS[group] for group in ("emp", "tf_m", "tf_h", "pd", "cpd", "ssp")), [])
-GROUPS |= {"gue28": [*GROUPS["cmgems27"], "covid"], "randommask28": [*GROUPS["cmgems27"], "eap"],
+GROUPS |= {"cmgems27": GUE[:-1], "gue28": GUE, "randommask28": [*GUE[:-1], "eap"],
            "gb8": [name for name in TASKS if name.startswith("gb/") and "drosophila" not in name],
            "gb5": [f"gb/{name}" for name in (                # of Martinek et al.
                "human_nontata_promoters", "demo_human_or_worm", "human_enhancers_ensembl",
@@ -588,14 +552,6 @@ def task_names(args):
         if name not in GROUPS and name not in TASKS:
             raise ValueError(f"task {show(name)}: unknown; use {' '.join([*GROUPS, *TASKS])}")
     return list(dict.fromkeys(name for arg in args for name in GROUPS.get(arg, [arg])))
-
-
-class Rows(NamedTuple):
-    """The sequences of one split."""
-    bases: np.ndarray                                        # uint8 codes of all, end to end
-    offsets: np.ndarray                                      # int64 (n + 1,), where each begins and ends
-    labels: np.ndarray                                       # int64 (n,) ids, float32 (n, targets) or None
-    notes: dict                                              # rows of each oddity that was accepted
 
 
 def row_keys(rows):
@@ -619,17 +575,16 @@ def rows_of(bases, lengths, labels, notes, **masks):
 def rows_from(sequences, labels=None, notes=None, places=None):
     """DNA strings -> Rows. ValueError for what is not DNA; places: what to call each sequence there."""
     places = places or [f"sequence {i}" for i in range(len(sequences))]
-    lengths = np.array([len(text) for text in sequences])
-    letters = np.frombuffer("".join(sequences).encode("ascii", "replace"), np.uint8)
+    text, lengths = "".join(sequences), np.array(list(map(len, sequences)))
+    letters = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
     codes = CODE[letters]
     if not lengths.all():
         raise ValueError(f"{places[lengths.argmin()]}: no sequence; complete or remove it")
     if codes.max() > 4:
         at = int(np.argmax(codes > 4))
         row = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
-        letter = sequences[row][at - lengths[:row].sum()]
-        hint = BAD_LETTER.get(letter.encode(), f"in {show(sequences[row][:40])}")
-        raise ValueError(f"{places[row]}: not a DNA letter ({show(letter)}: {hint}); use ACGTN and IUPAC")
+        hint = BAD_LETTER.get(text[at].upper().encode(), f"in {show(sequences[row][:40])}")
+        raise ValueError(f"{places[row]}: not a DNA letter ({show(text[at])}: {hint}); use ACGTN and IUPAC")
     return rows_of(codes, lengths, labels, notes or {}, lower_case=letters > ord("Z"),
                    ambiguous=(codes == 4) & (letters & 0xDF != ord("N")))
 
@@ -643,18 +598,21 @@ def take_rows(rows, index):
 
 
 def split_rows(rows, fractions, seed):
-    """Rows -> one Rows per fraction of them, at random, class by class (scikit-learn's stratified split)."""
+    """Rows -> one Rows per fraction of the different sequences, at random, class by class (scikit-learn's
+    stratified split; by its first label). Equal sequences go together."""
     from sklearn.model_selection import train_test_split
-    parts, rest = [], np.arange(len(rows.offsets) - 1)
-    classes = np.zeros(len(rest)) if rows.labels is None or rows.labels.ndim > 1 else rows.labels
+    seen = {}                                                # sequence: its first row
+    first = np.array([seen.setdefault(key, i) for i, key in enumerate(row_keys(rows))])
+    parts, rest = [], np.unique(first)
+    classes = np.zeros(len(first)) if rows.labels is None or rows.labels.ndim > 1 else rows.labels
     try:
         for i, fraction in enumerate(fractions[:-1]):
             part, rest = train_test_split(rest, train_size=fraction / sum(fractions[i:]),
                                           stratify=classes[rest], random_state=seed)
             parts.append(part)
     except ValueError as e:
-        raise ValueError(f"split {fractions}: {len(classes)} rows do not do ({e}); give more") from None
-    return [take_rows(rows, np.sort(part)) for part in (*parts, rest)]
+        raise ValueError(f"split {fractions}: {len(seen)} sequences do not do ({e}); give more") from None
+    return [take_rows(rows, np.flatnonzero(np.isin(first, part))) for part in (*parts, rest)]
 
 
 def table_text(path):
@@ -704,14 +662,13 @@ def read_columns(path, wanted):
 
 def class_ids(texts, classes, places):
     """Labels -> ids, classes (None: those there are, sorted; all whole numbers or all names). '1.0' is 1."""
-    names = {text: text for text in texts}                   # as written: as meant
-    for text in names:
-        if NUMBER.fullmatch(text) and abs(float(text)) < 2 ** 53 and float(text).is_integer():
-            names[text] = str(int(float(text)))
+    names = {text: re.sub(r"^(-?\d+)\.0*$", r"\1", text) for text in dict.fromkeys(texts)}
     kind = WHOLE if WHOLE.fullmatch(names[texts[0]]) else CLASS_NAME
     for text, name in names.items():
         if name not in classes if classes else not kind.fullmatch(name):
             known = f"use one of {', '.join(classes)}" if classes else "use only whole numbers, or only names"
+            if NUMBER.fullmatch(text) and float(text) % 1 > 0:
+                known += "; for a regression give --targets label"
             raise ValueError(f"{places[texts.index(text)]}: label {show(text)}; {known}")
     if not classes:
         classes = tuple(sorted(set(names.values()), key=int if kind is WHOLE else None))
@@ -820,7 +777,6 @@ def region_key(name):
 def open_fasta(path):
     """pyfaidx.Fasta over our own index of exactly this file, in the user's cache folder."""
     import pyfaidx
-    check_file(path)
     key = hashlib.sha256(json.dumps(file_fingerprint(path)).encode()).hexdigest()[:12]
     index = os.path.join(cache_home(), f"{os.path.basename(path)}.{key}.fai")
     try:
@@ -857,8 +813,8 @@ def cut_intervals(path, fasta):
 
 def coordinate_folder(task, data_dir):
     """Where a task's coordinate tables are: GenomicBenchmarks/coordinates/SET, or the task's own folder."""
-    folder = os.path.join(data_dir, "GenomicBenchmarks", "coordinates", task.name.removeprefix("gb/"))
-    return folder if os.path.isdir(folder) else os.path.join(data_dir, task.folder)
+    folder = find(data_dir, f"GenomicBenchmarks/coordinates/{task.name.removeprefix('gb/')}")
+    return folder or os.path.join(data_dir, task.folder)
 
 
 def read_genomic(task, data_dir, fastas):
@@ -1025,9 +981,9 @@ def report_task(task, data_dir, fasta):
         report_intervals(task, folder)
     splits = {split: rows for split, rows in read_task(task.name, data_dir, fasta=fasta).items() if rows}
     if task.suite == "few-shot":                             # all its train files, and a dev file not for use
-        files = {f"train/{n}": [FEW_SHOT[task.name][0].format(n)] for n in (10, 50, 100, 500, 1000)}
-        files["dev"] = ["full-dataset/dev.tsv"]
-        files = {split: names for split, names in files.items() if find(folder, *names)}
+        files = {f"train/{n}": FEW_SHOT[task.name][0].format(n) for n in (10, 50, 100, 500, 1000)}
+        files = {split: [name] for split, name in (files | {"dev": "full-dataset/dev.tsv"}).items()
+                 if find(folder, name)}
         splits = read_tables(task, data_dir, files) | {"test": splits["test"]}
     for split, rows in splits.items():
         report_rows(task, split, rows)
@@ -1040,14 +996,12 @@ def report_task(task, data_dir, fasta):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="What is in benchmark sets: sizes, balance, leaks.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Sizes and leaks of benchmark sets.", allow_abbrev=False)
     parser.add_argument("tasks", nargs="+", help=f"tasks (emp/H3) or groups: {' '.join(GROUPS)}")
     parser.add_argument("--data_dir", default="data", help="where the sets lie (default data)")
-    parser.add_argument("--fasta", nargs="+", help="GenomicBenchmarks: genome of the coordinate tables (or "
-                                                   "one per class)")
+    parser.add_argument("--fasta", nargs="+", help="of GenomicBenchmarks' coordinates: one, or one a class")
     args = parser.parse_args()
-    failed = 0
+    status = 0
     try:
         names = task_names(args.tasks)
     except ValueError as e:
@@ -1057,5 +1011,5 @@ if __name__ == "__main__":
             report_task(TASKS[name], args.data_dir, args.fasta)
         except ValueError as e:                              # the next set may be there
             print(f"  not read: {e}")
-            failed = 2
-    sys.exit(failed)
+            status = 2
+    parser.exit(status)

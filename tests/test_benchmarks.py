@@ -96,6 +96,12 @@ def test_split_rows():
     assert sorted(sum(map(pairs, parts), [])) == sorted(zip(sequences, rows.labels.tolist()))
     assert list(map(pairs, parts)) == list(map(pairs, again)) != list(map(pairs, other))
     assert "split (0.5, 0.5)" in refusal(data.split_rows, data.rows_from(["AC", "AA"], [0, 1]), (0.5, 0.5), 0)
+    rows = data.rows_from(sequences * 2 + sequences[::3], [0] * 60 + [1] * 40 + [0] * 100 + [1] * 34)
+    parts = data.split_rows(rows, (0.7, 0.2, 0.1), 3)        # equal sequences together, by their first label
+    assert [len(set(texts(part))) for part in parts] == [70, 20, 10]
+    assert [len(set(texts(part)) & set(sequences[:60])) for part in parts] == [42, 12, 6]
+    assert sorted(sum(map(pairs, parts), [])) == sorted(pairs(rows))
+    assert len(set(sum((list(set(texts(part))) for part in parts), []))) == 100
     parts = data.split_rows(data.rows_from(dna(10, 8, 0), [[i, -i / 2] for i in range(10)]), (0.8, 0.2), 0)
     assert [part.labels.shape for part in parts] == [(8, 2), (2, 2)] and parts[0].labels.dtype == np.float32
 
