@@ -98,7 +98,12 @@ def main_metric(protocol, task):
 
 
 def scores(outputs, labels, task):
-    """Outputs (n, n_out), labels -> {metric: value}; None where it is undefined (a constant prediction)."""
+    """Outputs (n, n_out), labels -> {metric: value}; None where it is undefined (PCC of a constant prediction).
+
+    ArithmeticError when an output is not finite.
+    """
+    if not np.isfinite(outputs).all():
+        raise ArithmeticError(f"{task.name}: the outputs are not finite; lower --lr")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # of constant predictions: None, and flagged
         if task.regression:
