@@ -586,6 +586,9 @@ def run_all(args, inits, runs, device, rank, world):
     for n, (name, shots, repeat, init, protocol) in enumerate(runs):
         if n % world != rank:
             continue
+        if training.stop_requested():                        # in a probe, or after the last step of a run
+            print("stopped by a signal; the same command goes on from there", flush=True)
+            return 143
         spec, weights, shown, digest = inits[init]
         try:
             if cached != (name, shots, shots and repeat):    # a set is read once, a few-shot draw each time
