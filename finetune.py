@@ -179,8 +179,13 @@ def pieces(index, lengths, spec, most):
     """Splits an index array where `most` windows fill a forward pass; a sequence stays whole."""
     if spec["kind"] == "cnn":
         return np.split(index, range(most, len(index), most))
-    windows = np.bincount(cut_windows(lengths[index], spec)[0])
-    return np.split(index, np.flatnonzero(np.diff((np.cumsum(windows) - 1) // most)) + 1)
+    cuts, full = [], 0
+    for i, n in enumerate(np.bincount(cut_windows(lengths[index], spec)[0]).tolist()):
+        if full and full + n > most:
+            cuts.append(i)
+            full = 0
+        full += n
+    return np.split(index, cuts)
 
 
 @torch.no_grad()
