@@ -391,6 +391,11 @@ def fine_tune(net, train, dev, task, run, folder, args):
 def read_csv(args):
     """--csv -> (Task, splits): one table is split, two are train and test, three train, dev and test."""
     first, *others = args.csv
+    if len(others) > 2:
+        raise ValueError(f"--csv: {len(args.csv)} tables; give one, train and test, or train, dev and test")
+    targets = [name.lower() for name in args.targets or ()]
+    if len(set(targets)) < len(targets) or {"sequence", "seq"} & set(targets):
+        raise ValueError(f"--targets {' '.join(args.targets)}: give each number column once")
     names = ("train", "dev", "test") if len(others) == 2 else ("train", "test")
     sequences, labels, notes = data.read_table(first, targets=args.targets)
     classes = tuple(args.targets or notes.pop("classes"))
