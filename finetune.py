@@ -718,12 +718,11 @@ def export(args):
     spec, weights = read_model(args)
     if spec["kind"] != "bert":
         raise ValueError(f"--init {args.init[0]}: only a Bert has a Hugging Face layout")
+    net = build_net(spec, weights)
     if "classes" in spec:
-        models.save_hf(build_net(spec, weights), args.export, spec["classes"], spec["regression"])
+        models.save_hf(net, args.export, spec["classes"], spec["regression"])
     else:
-        bert = models.Bert(models.BertConfig(**spec["bert"]))
-        bert.load_state_dict(weights)
-        models.save_hf(bert, args.export)
+        models.save_hf(net.bert, args.export)
     print(f"{args.init[0]} -> {args.export}")
 
 
