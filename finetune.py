@@ -98,7 +98,12 @@ def main_metric(protocol, task):
 
 
 def scores(outputs, labels, task):
-    """Outputs (n, n_out), labels -> {metric: value}; None where it is undefined (a constant prediction)."""
+    """Outputs (n, n_out), labels -> {metric: value}; None where it is undefined (PCC of a constant prediction).
+
+    ArithmeticError when an output is not finite.
+    """
+    if not np.isfinite(outputs).all():
+        raise ArithmeticError(f"{task.name}: the outputs are not finite; lower --lr")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # of constant predictions: None, and flagged
         if task.regression:
@@ -174,8 +179,13 @@ def pieces(index, lengths, spec, most):
     """Splits an index array where `most` windows fill a forward pass; a sequence stays whole."""
     if spec["kind"] == "cnn":
         return np.split(index, range(most, len(index), most))
-    windows = np.bincount(cut_windows(lengths[index], spec)[0])
-    return np.split(index, np.flatnonzero(np.diff((np.cumsum(windows) - 1) // most)) + 1)
+    cuts, full = [], 0
+    for i, n in enumerate(np.bincount(cut_windows(lengths[index], spec)[0]).tolist()):
+        if full and full + n > most:
+            cuts.append(i)
+            full = 0
+        full += n
+    return np.split(index, cuts)
 
 
 @torch.no_grad()
@@ -381,6 +391,11 @@ def fine_tune(net, train, dev, task, run, folder, args):
 def read_csv(args):
     """--csv -> (Task, splits): one table is split, two are train and test, three train, dev and test."""
     first, *others = args.csv
+    if len(others) > 2:
+        raise ValueError(f"--csv: {len(args.csv)} tables; give one, train and test, or train, dev and test")
+    targets = [name.lower() for name in args.targets or ()]
+    if len(set(targets)) < len(targets) or {"sequence", "seq"} & set(targets):
+        raise ValueError(f"--targets {' '.join(args.targets)}: give each number column once")
     names = ("train", "dev", "test") if len(others) == 2 else ("train", "test")
     sequences, labels, notes = data.read_table(first, targets=args.targets)
     classes = tuple(args.targets or notes.pop("classes"))
@@ -534,7 +549,9 @@ def run_one(task, splits, key, spec, weights, args, device):
         run = {"method": "finetune", "config": spec, "data": key["data"], "args": key}
         outputs, how = trained_outputs(task, parts, spec, weights, run, folder, args, device)
     test = scores(outputs, parts["test"].labels, task)
-    one = outputs.std(0).max() < 1e-6 if task.regression else len(set(outputs.argmax(1))) == 1
+    one = len(set(outputs.argmax(1))) == 1
+    if task.regression:                                      # or one value, as the targets spread
+        one = (outputs.std(0) <= 1e-6 * parts["train"].labels.std(0)).all()
     if 0 < seen.sum() < len(seen):                           # without what train has, too
         how["test_unseen"] = scores(outputs[~seen], parts["test"].labels[~seen], task)
     append_result(args.out, {"id": identity} | key | {"score": test[key["metric"]], "collapsed": bool(one),
@@ -581,6 +598,9 @@ def run_all(args, inits, runs, device, rank, world):
     for n, (name, shots, repeat, init, protocol) in enumerate(runs):
         if n % world != rank:
             continue
+        if training.stop_requested():                        # in a probe, or after the last step of a run
+            print("stopped by a signal; the same command goes on from there", flush=True)
+            return 143
         spec, weights, shown, digest = inits[init]
         try:
             if cached != (name, shots, shots and repeat):    # a set is read once, a few-shot draw each time
@@ -698,12 +718,11 @@ def export(args):
     spec, weights = read_model(args)
     if spec["kind"] != "bert":
         raise ValueError(f"--init {args.init[0]}: only a Bert has a Hugging Face layout")
+    net = build_net(spec, weights)
     if "classes" in spec:
-        models.save_hf(build_net(spec, weights), args.export, spec["classes"], spec["regression"])
+        models.save_hf(net, args.export, spec["classes"], spec["regression"])
     else:
-        bert = models.Bert(models.BertConfig(**spec["bert"]))
-        bert.load_state_dict(weights)
-        models.save_hf(bert, args.export)
+        models.save_hf(net.bert, args.export)
     print(f"{args.init[0]} -> {args.export}")
 
 

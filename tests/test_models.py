@@ -1,4 +1,4 @@
-"""models.Bert against transformers' BERT, and the two ways between their folders and ours."""
+"""models.Bert and Classifier against transformers' BERT, and the two ways between their folders and ours."""
 import json
 import os
 import shutil
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM
+from transformers import (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer,
+                          BertConfig, BertForMaskedLM)
 
 import data
 import models
@@ -83,6 +84,62 @@ def test_padding_changes_nothing(hf, batch):
         close(logits[row, :n], ours(inputs[row:row + 1, :n])[0])
         alone += ours(inputs[row:row + 1, :n], labels[row:row + 1, :n])[0]
     assert count == (labels >= 0).sum() and loss_sum.item() == pytest.approx(alone.item(), rel=1e-5)
+
+
+@pytest.fixture
+def classifiers(hf, tmp_path):
+    """Our classifier with random weights, in training mode, and transformers' one read from its export."""
+    ours = models.Classifier(models.load_hf(hf[2]), 3)
+    for p in [*ours.pooler.parameters(), *ours.out.parameters()]:
+        p.data.normal_(std=0.3)
+    models.save_hf(ours, folder := tmp_path / "hf", ["none", "donor", "acceptor"])
+    theirs, info = AutoModelForSequenceClassification.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info                      # no weight is missing, none is left over
+    return ours, theirs.eval()
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_classifier_equals_transformers(classifiers, batch, padded):
+    (ours, theirs), (tokens, _, mask) = classifiers, batch
+    tokens, mask = (tokens * mask, mask) if padded else (tokens, None)
+    assert (ours(tokens, mask) - ours(tokens, mask)).abs().max() > 0.01          # dropout
+    assert theirs.config.id2label == {0: "none", 1: "donor", 2: "acceptor"}
+    assert theirs.config.problem_type == "single_label_classification"
+    want = theirs(tokens, attention_mask=mask).logits
+    close(ours.eval()(tokens, mask), want)
+    close(ours.bert.encode(tokens, mask, first=1), ours.bert.encode(tokens, mask)[:, :1])
+    close(ours(tokens, mask, torch.arange(5)), want)
+    pooled = theirs.bert(tokens, attention_mask=mask).pooler_output              # windows of three sequences
+    means = torch.stack([pooled[0], pooled[1:4].mean(0), pooled[4]])
+    close(ours(tokens, mask, torch.tensor([0, 1, 1, 1, 2])), theirs.classifier(means))
+
+
+def test_export_of_a_regression(hf, tmp_path):
+    net = models.Classifier(models.load_hf(hf[2]), 2)
+    models.save_hf(net, tmp_path / "hf", ("Dev", "Hk"), regression=True)
+    config = json.loads((tmp_path / "hf" / "config.json").read_text())
+    assert (config["problem_type"], config["label2id"]) == ("regression", {"Dev": 0, "Hk": 1})
+    with pytest.raises(ValueError, match="masked-LM head"):  # a classifier has none; nothing is made up
+        models.load_hf(tmp_path / "hf")
+
+
+def test_cnn_equals_its_formula():
+    torch.manual_seed(0)
+    cnn, bases = models.Cnn(75, 3), torch.randint(5, (6, 75), dtype=torch.uint8)
+    for _ in range(3):
+        cnn(bases)                                           # running means and variances
+    x = cnn.eval().emb.weight[bases.long()]                  # (B, L, channels)
+    for first, relu in ((0, True), (4, False), (7, False)):  # as published: one non-linearity in all
+        conv, norm = cnn.convs[first], cnn.convs[first + 1]
+        x = torch.einsum("blcw,dcw->bld", x.unfold(1, 8, 1), conv.weight) + conv.bias
+        x = (x - norm.running_mean) / (norm.running_var + 1e-5).sqrt() * norm.weight + norm.bias
+        x = x.relu() if relu else x
+        x = x[:, :x.shape[1] // 2 * 2].unflatten(1, (-1, 2)).amax(2)
+    x = x.transpose(1, 2).flatten(1) @ cnn.hidden.weight.T + cnn.hidden.bias
+    close(cnn(bases), x @ cnn.out.weight.T + cnn.out.bias)
+    assert models.Cnn(57, 2)(torch.zeros(2, 57, dtype=torch.uint8)).shape == (2, 2)
+    with pytest.raises(ValueError, match="56 bases are too few"):
+        models.Cnn(56, 2)
 
 
 def test_capacity(hf, batch):

@@ -1,0 +1,372 @@
+"""finetune.py as a user runs it, whole and through faults: results, predictions, embeddings, exports."""
+import csv
+import functools
+import gzip
+import json
+import os
+import re
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import data
+import finetune
+import models
+import training
+from harness import (SHARED, at_call, cases, contents, die, expand, random_dna, refused, run, slow, start,
+                     wait, wait_rows, write_fasta)
+
+MOTIF, BLOCK, K = "CGCGCGCGCGCG", 34, 3                      # a window: 32 3-mers, 34 bases
+SPLITS = ["train.csv", "dev.csv", "test.csv"]
+LEARN = dict(lr=0.005, dropout=0, batch_size=16, epochs=5)
+SMALL = dict(csv="small.csv", lr=0.01, epochs=2, batch_size=16)                # 2 x 8 steps
+
+
+def tiny(**flags):
+    """Flags of a small network on the CPU."""
+    flags = dict(out="out", k=K, block_size=BLOCK, n_layer=1, n_head=2, n_embd=16, device="cpu") | flags
+    return [str(x) for name, value in flags.items() if value is not None
+            for x in (f"--{name}", *(value if isinstance(value, (list, tuple)) else [value]))]
+
+
+def tune(patches={}, ranks=1, **flags):
+    return run(tiny(**flags), patches, ranks, script="finetune.py")
+
+
+def done(**flags):
+    """What a command that must succeed printed; the rows of results it left."""
+    result = tune(**flags)
+    assert result.code == 0 and result.err == "", result
+    return result.out, results()
+
+
+def results():
+    """Rows of results.jsonl by id, without the seconds; none is there twice."""
+    path = Path("out/results.jsonl")
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    assert all(row.pop("seconds") >= 0 for row in rows) and len({row["id"] for row in rows}) == len(rows)
+    return sorted(rows, key=lambda row: row["id"])
+
+
+def write_table(name, head, rows):
+    Path(name).write_text("\n".join(",".join(map(str, row)) for row in [head.split(), *rows]) + "\n")
+    return name
+
+
+def column(path, n=0):
+    with open(path) as f:
+        return [row[n] for row in csv.reader(f, delimiter="," if str(path).endswith("csv") else "\t")][1:]
+
+
+def motif_rows(n, rng):
+    """(sequence of 20 to 59 bases, 'yes' where it holds MOTIF)."""
+    for i in range(n):
+        text = random_dna(rng.integers(20, 60), rng).replace(MOTIF, "A" * len(MOTIF))
+        at = rng.integers(len(text) - len(MOTIF) + 1)
+        yield (text[:at] + MOTIF + text[at + len(MOTIF):], "yes") if i % 2 else (text, "no")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def learnt(tmp_path_factory):
+    """In the folder HERE: tables with a planted motif, files of the flag cases, two runs. ROW is that of the
+    one that learnt the motif, ALONE that of SMALL, which nothing disturbed."""
+    global HERE, ROW, ALONE, MODEL
+    HERE, rng = tmp_path_factory.mktemp("learnt"), np.random.default_rng(0)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(HERE)
+        for name, n in (("train", 800), ("dev", 100), ("test", 100), ("small", 160)):
+            write_table(f"{name}.csv", "sequence label", motif_rows(n, rng))
+        write_table("short.csv", "sequence label", [("ACGTACGT", i % 2) for i in range(30)])
+        write_table("two.csv", "sequence label", [("ACGT", 0), ("ACGG", 1)])
+        write_table("floats.csv", "sequence label", [("ACGT", 0), ("ACGT", 0.5)] * 9)
+        write_table("letter.csv", "sequence label", [("ACGT", 1), ("ACGU", 0)])
+        write_table("blank.csv", "sequence label", [("ACGT", 1), ("", 0)])
+        [ROW] = done(csv=SPLITS, **LEARN)[1]
+        [ALONE] = [row for row in done(**SMALL)[1] if row != ROW]
+        cnn = {"kind": "cnn", "length": 60, "n_out": 2}
+        bert = models.BertConfig(4 ** K + 5, BLOCK, 1, 2, 16, 64)
+        state = training.load(ROW["model"]) | {"model": finetune.build_net(cnn).state_dict()}
+        torch.save(state | {"config": cnn | {"classes": ("no", "yes"), "regression": False}}, "cnn.pt")
+        state |= {"method": "randommask", "model": models.Bert(bert).state_dict(), "args": {"stride": K}}
+        torch.save(state | {"config": vars(bert)}, "bert.pt")
+    MODEL = HERE / ROW["model"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The working folder of a test, with the tables in it."""
+    monkeypatch.chdir(tmp_path)
+    for path in HERE.glob("*.csv"):
+        shutil.copy(path, tmp_path)
+    return tmp_path
+
+
+def test_a_run_and_its_row(here):
+    shutil.copytree(HERE / "out", "out")
+    assert min(ROW["score"], ROW["dev"]["mcc"]) > 0.8 and ROW["score"] == ROW["test"]["mcc"]
+    n_long = sum(len(text) > BLOCK for name in SPLITS for text in column(name))
+    want = {"task": "csv/train", "init": "random 1x16 k3", "seed": 42, "mode": "finetune", "shots": None,
+            "metric": "mcc", "overrides": LEARN, "tested_on": "test", "classes": ["no", "yes"], "steps": 250,
+            "rows": {"train": 800, "dev": 100, "test": 100}, "counts": {"in_windows": n_long}, "epochs": 5,
+            "collapsed": False, "protocol": "strict", "dtype": "float32", "stride": 1}
+    assert ROW == ROW | want and ROW["tested_step"] in range(50, 251, 50)
+    before, text = contents(here / "out"), Path("test.csv").read_text()
+    assert "done before" in done(csv=SPLITS, **LEARN)[0]
+    Path("test.csv").write_text(text.replace("A", "a"))      # the same bases
+    assert "done before" in done(csv=SPLITS, **LEARN)[0] and contents(here / "out") == before
+    Path("test.csv").write_text(text + "ACGTACGT,no\n")
+    rows = done(csv=SPLITS, **LEARN)[1]
+    assert sorted(row["rows"]["test"] for row in rows) == [16, 100, 101] and ROW in rows and ALONE in rows
+    assert len(done(csv=SPLITS, **LEARN | {"epochs": 1})[1]) == 4                # another number: another run
+
+
+@pytest.mark.parametrize("files, sizes, said", [
+    (["small.csv"], {"train": 128, "dev": 16, "test": 16}, "test"),
+    (["small.csv", "test.csv"], {"train": 144, "dev": 16, "test": 100}, "test; dev is 10% of train"),
+    (["small.csv", "dev.csv", "test.csv"], {"train": 160, "dev": 100, "test": 100}, "test")])
+def test_one_two_and_three_tables(here, files, sizes, said):
+    [row] = done(csv=files, epochs=1)[1]
+    assert (row["rows"], row["tested_on"], row["task"]) == (sizes, said, "csv/small")
+
+
+def test_regression_answers_in_the_units_of_its_targets(here):
+    rng, rows = np.random.default_rng(0), []
+    for share in rng.integers(11, size=400):
+        text = random_dna(20, rng, "GC" * share + "AT" * (10 - share))
+        gc = sum(letter in "GC" for letter in text) / 20
+        rows.append((text, 1000 * gc + 500, f"{-1e-9 * gc:.3g}"))
+    write_table("gc.csv", "sequence up down", rows)
+    [row] = done(csv="gc.csv", targets=["up", "down"], protocol="dnabert2", lr=0.01, epochs=9, dropout=0)[1]
+    assert min(row["test"][name] for name in ("pcc_up", "pcc_down", "spearman")) > 0.95
+    assert not row["collapsed"] and row["metric"] == "pcc"   # however small the units
+    done(predict="gc.csv", init=row["model"], out="p.tsv")
+    for n in (1, 2):
+        want, got = np.float64(column("gc.csv", n)), np.float64(column("p.tsv", n + 1))
+        assert np.mean((want - got) ** 2) < 0.1 * np.var(want) and np.corrcoef(want, got)[0, 1] > 0.95
+
+
+def check_alone(**flags):
+    """The command again: row and model file are those of the run left alone, and nothing else is left."""
+    out, rows = done(**SMALL | flags)
+    assert [ALONE] == rows and Path(ALONE["model"]).read_bytes() == (HERE / ALONE["model"]).read_bytes()
+    assert not [path for name in ("*.tmp", "last.pt", "prev.pt") for path in Path("out").rglob(name)]
+    return out
+
+
+def test_kills(here):
+    def amid(save, state, file):
+        file.write(b"PK" * 999), file.flush(), die()
+
+    def after(real, *args):
+        real(*args), die()
+    for module, name, n, fault in (                          # one after the other, of the same run
+            ("training", "stop_requested", 5, die), ("torch", "save", 3, amid), ("os", "fsync", 2, die),
+            ("training", "stop_requested", 2, die), ("os", "link", 1, after), ("fcntl", "flock", 2, die)):
+        assert tune({0: at_call(module, name, n, fault)}, save_every=0, **SMALL).code == -9
+        assert results() == []
+    assert Path(ALONE["model"]).exists()                     # the last kill was before the row
+    check_alone()
+
+
+def test_stop_and_broken_checkpoints(here):
+    folder = here / "out/csv_small" / ALONE["id"]
+    [process] = start(tiny(**SMALL, save_every=0), {0: slow}, script="finetune.py")
+    wait_rows(process, folder, 1)                            # the first epoch is evaluated
+    assert "in use" in refused(tune(**SMALL))                # a second process is kept out
+    os.kill(process.pid, signal.SIGTERM)
+    result = wait(process)
+    assert (result.code, result.err, results()) == (143, "", []) and "stopped" in result.out
+    raw = (folder / "last.pt").read_bytes()
+    assert 8 <= training.load(folder / "last.pt")["step"] < 16
+    shutil.move("out", "kept")
+    for broken in (raw, raw[:999], b""):
+        shutil.copytree("kept", "out")
+        (folder / "last.pt").write_bytes(broken)
+        assert ("prev.pt" in check_alone()) == (broken != raw)
+        shutil.rmtree("out")
+
+
+def test_a_stop_between_runs(here):
+    flags = dict(csv="small.csv", mode="probe", init=[MODEL, HERE / ALONE["model"]])
+    stop = at_call("data", "read_table", 1, lambda read, *args, **kwargs: (
+        os.kill(os.getpid(), signal.SIGTERM), read(*args, **kwargs))[1])
+    assert tune({0: stop}, **flags).code == 143 and len(results()) == 1 and len(done(**flags)[1]) == 2
+
+
+def test_two_ranks_share_the_runs(here):
+    flags = SMALL | dict(init=["random", "kmer"], seeds=2, epochs=1)
+    rows = done(**flags)[1]
+    shutil.rmtree("out")
+    result = tune(ranks=2, **flags)
+    assert result.codes == [0, 0] and results() == rows and len(rows) == 3
+    assert "| kmer |" not in result.out and "| seed 43 |" in result.out          # rank 0: first and third
+
+
+def test_every_kind_of_start(here):
+    shutil.copy(HERE / "bert.pt", here)
+    done(export="hf", init="bert.pt", out=None)
+    starts = ["bert.pt", "hf:hf", MODEL, "cnn", "kmer"]
+    rows = {row["init"]: row for row in done(init=starts, **SMALL)[1]}
+    bert, folder, tuned, cnn, kmer = (rows[str(init)] for init in starts)
+    assert (bert["stride"], folder["stride"]) == (K, 1) and bert["weights"] == folder["weights"]
+    assert bert["weights"] != tuned["weights"] and tuned["score"] > 0.8 and kmer["score"] > 0.5
+    assert cnn["length"] == 59 and not cnn.keys() & {"bert", "k"}
+    shutil.rmtree("out")                                     # the same weights and network, hardly moved:
+    flags = SMALL | dict(init=starts[:2], stride=1, lr=1e-30, weight_decay=0)
+    one, two = done(**flags)[1]
+    assert one["test"] == two["test"] and one["id"] != two["id"]
+    want, left = training.load("bert.pt")["model"], training.load(one["model"])["model"]
+    left = {name.removeprefix("bert."): p for name, p in left.items() if name.startswith("bert.")}
+    torch.testing.assert_close(left, want, rtol=0, atol=1e-25)
+
+
+@pytest.mark.parametrize("flags", [{}, {"batch_size": 999}, {"batch_size": 999, "epochs": 1,
+                                   "protocol": "fewshot"}], ids=["later", "at once", "in the last step"])
+@pytest.mark.parametrize("classes", ["ab", "abc"])
+def test_a_loss_that_is_not_finite(here, flags, classes):
+    write_table("t.csv", "sequence label", zip(column("small.csv"), classes * 99))
+    result = tune(csv="t.csv", lr=1e30, seeds=1, **flags)
+    assert result.code == 3 and re.fullmatch("error: csv/t: .*not finite.*lower --lr\n", result.err), result
+    assert results() == []
+
+
+def test_collapse_is_said(here):
+    rng = np.random.default_rng(0)
+    write_table("odd.csv", "sequence label", [(random_dna(20, rng), i % 10 // 9) for i in range(200)])
+    out, [row] = done(csv="odd.csv", epochs=3, lr=1e-3)
+    assert row["collapsed"] and "COLLAPSED" in out
+    assert (row["test"]["acc"], row["test"]["f1_binary"], row["score"]) == (0.9, 0, 0)
+
+
+def test_a_missing_set_does_not_stop_the_others(here):
+    assert "train.csv" in refused(tune(task=["tf_m/2", "demo"], data_dir="data", init="kmer"))
+    [row] = results()
+    assert (row["task"], row["rows"]["test"]) == ("demo", 500) and row["score"] > 0.2    # 5-mers show it
+
+
+@pytest.mark.skipif(not (SHARED / "data/GUE").exists(), reason="no shared data")
+def test_kmer_floors_of_real_sets(here):
+    flags = dict(data_dir=SHARED / "data", init="kmer")
+    [row] = done(task="tf_m/2", **flags)[1]
+    assert row["score"] == pytest.approx(0.733, abs=0.05) and row["rows"] == {"train": 2620, "test": 328}
+    few = [row for row in done(task=["silencer"], seeds=3, **flags)[1] if row["shots"]]
+    few += [row for row in done(task="prom_core", seeds=2, shots=[50], **flags)[1] if row["shots"] == 50]
+    assert [row["rows"]["train"] for row in few] == [20, 20, 20, 100, 100]
+    assert len({row["data"] for row in few}) == 4            # three draws of the one, one set of the other
+    assert all((row["protocol"], row["metric"]) == ("fewshot", "acc") and row["score"] > 0.53 for row in few)
+
+
+def test_probe(here):
+    flags = dict(csv=SPLITS, init=["random", MODEL], mode="probe")
+    rows = done(**flags)[1]
+    shutil.rmtree("out")
+    assert done(**flags | {"init": flags["init"][::-1]})[1] == rows and not list(here.rglob("*.pt"))
+    assert len(rows) == 2 and max(row["score"] for row in rows) > 0.8
+
+
+def windows_of(text, stride=1):
+    """A text in windows of 32 k-mers, each as its k-mers."""
+    kmers = [text[i:i + K] for i in range(0, len(text) - K + 1, stride)]
+    return [kmers[i:i + BLOCK - 2] for i in range(0, max(len(kmers), 1), BLOCK - 2)]
+
+
+def test_predict_and_export(here):
+    texts, labels = column("test.csv"), column("test.csv", 1)
+    done(export="hf", init=MODEL, out=None)
+    theirs = AutoModelForSequenceClassification.from_pretrained("hf")
+    tokenizer, odd = AutoTokenizer.from_pretrained("hf"), {"short": "AC", "n": "N" * 50}
+    write_fasta(here / "t.fa", {f"{i} x": text for i, text in enumerate(texts, 1)} | odd)
+    Path("t.gz").write_bytes(gzip.compress(Path("t.fa").read_bytes()))
+    files = {}
+    for name, more in (("test.csv", []), ("t.fa", ["short", "n"]), ("t.gz", ["short", "n"])):
+        assert f"sequences {100 + len(more)}" in done(predict=name, init=MODEL, out=f"{name}.tsv")[0]
+        head, *rows = [line.split("\t") for line in Path(f"{name}.tsv").read_text().splitlines()]
+        assert head == "id length class p_no p_yes".split() and len(rows) == 100 + len(more)
+        assert [row[0] for row in rows] == [*map(str, range(1, 101)), *more]
+        p, files[name] = np.array([row[3:] for row in rows], float), rows[:100]
+        assert np.allclose(p.sum(1), 1) and [row[2] == "yes" for row in rows] == p.argmax(1).tolist()
+    assert files["test.csv"] == files["t.fa"] == files["t.gz"]
+    assert ROW["test"]["acc"] == np.mean([row[2] == label for row, label in zip(rows, labels)])
+    no, yes = ([float(row[4]) for row, label in zip(rows, labels) if label == of] for of in ("no", "yes"))
+    over = np.subtract.outer(yes, no)                        # as at the test: pairs in order
+    assert ROW["test"]["auroc"] == pytest.approx(np.mean(over > 0) + np.mean(over == 0) / 2, abs=1e-3)
+    for text, row in zip(texts[:20], rows):
+        inputs = [tokenizer(" ".join(kmers), return_tensors="pt") for kmers in windows_of(text)]
+        pooled = torch.stack([theirs.bert(**x).pooler_output for x in inputs]).mean(0)
+        want = theirs.classifier(pooled).softmax(-1)[0].detach().numpy()
+        assert np.float64(row[3:]) == pytest.approx(want, abs=1e-5)
+    for what in ("predict", "embed"):
+        assert "exists" in refused(tune(**{what: "t.fa"}, init=MODEL, out="t.fa.tsv"))
+
+
+def test_windows_of_long_sequences(here):
+    texts = {name: random_dna(n, np.random.default_rng(n)) for name, n in zip("abcd", (107, 20, 7, 35))}
+    write_fasta(here / "t.fa", texts)
+    done(predict="t.fa", init=MODEL, window=20, step=15, out="t.tsv")
+    want = [("a", start) for start in (0, 15, 30, 45, 60, 75, 87)] + [("b", 0), ("c", 0), ("d", 0), ("d", 15)]
+    cut = {f"{name}:{at}-{min(at + 20, len(texts[name]))}": texts[name][at:at + 20] for name, at in want}
+    assert column("t.tsv") == list(cut)                      # the last is flush with the end
+    write_fasta(here / "cut.fa", cut)
+    done(predict="cut.fa", init=MODEL, out="cut.tsv")
+    assert Path("t.tsv").read_text() == Path("cut.tsv").read_text()
+
+
+@pytest.mark.parametrize("stride", [1, K])
+def test_embed(here, stride):
+    texts = column("test.csv")[:10] + [random_dna(300, np.random.default_rng(0)), "AC"]
+    write_fasta(here / "t.fa", {f"s{i}": text for i, text in enumerate(texts)})
+    for pool in ("mean", "cls"):
+        done(embed="t.fa", init=MODEL, pool=pool, stride=stride, out=f"{pool}.npz", per_base=())
+    mean, cls, state = np.load("mean.npz"), np.load("cls.npz"), training.load(MODEL)
+    bert, ids = models.Bert(models.BertConfig(**state["config"]["bert"])).eval(), models.vocabulary(K)
+    bert.load_state_dict({name[5:]: p for name, p in state["model"].items() if name.startswith("bert.")})
+    ends, close = mean["offsets"], functools.partial(pytest.approx, abs=1e-5)
+    assert mean["ids"].tolist() == [f"s{i}" for i in range(12)]
+    assert ends.tolist() == [0, *np.cumsum([*map(len, texts)])]
+    for i, text in enumerate(texts):
+        windows = [["[CLS]", *kmers, "[SEP]"] for kmers in windows_of(text, stride)]
+        x = [bert.encode(torch.tensor([[*map(ids.index, words)]]))[0].detach().numpy() for words in windows]
+        hidden = np.concatenate([part[1:-1] for part in x])
+        assert cls["embeddings"][i] == close(np.mean([part[0] for part in x], 0))
+        assert mean["embeddings"][i] == close(hidden.mean(0) if len(hidden) else np.zeros(16))
+        for at, base in enumerate(cls["per_base"][ends[i]:ends[i + 1]]):         # mean of its k-mers
+            of = [hidden[j] for j in range(len(hidden)) if j * stride <= at < j * stride + K]
+            assert base == close(np.mean(of, 0) if of else np.zeros(16))
+
+
+def test_nothing_is_half_written(here, monkeypatch):
+    write_fasta(here / "t.fa", {"a": "ACGT" * 9, "b": "ACGT" * 9, "c": "ACGU"})
+    flags, seen = tiny(predict="t.fa", init=MODEL, out="t.tsv"), []
+    monkeypatch.setattr("sys.argv", ["finetune.py", *flags])
+    args, before = finetune.parse_args(), sorted(os.listdir())
+    args.embed, args.dtype = args.predict, "float32"
+    monkeypatch.setattr(finetune, "read_blocks", functools.partial(finetune.read_blocks, size=40))
+    apply = finetune.apply
+    monkeypatch.setattr(finetune, "apply", lambda *args: seen.extend(os.listdir()) or apply(*args))
+    for function in (finetune.predict, finetune.embed):
+        with pytest.raises(ValueError, match="t.fa: line 6"):
+            function(args, torch.device("cpu"))
+        assert sorted(os.listdir()) == before and "t.tsv.tmp" in seen            # the first block was done
+        seen.clear()
+
+
+@pytest.mark.parametrize("case", cases("ft_flags.json"), ids=lambda case: case["args"])
+def test_bad_flags(here, case):
+    if "cuda" in case["args"] and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    names, before = {"here": str(HERE), "tmp": str(here), "model": str(MODEL)}, contents(here)
+    args = ["--device", "cpu", "--out", "out", *case["args"].format(**names).split()]
+    assert case["word"].format(**names) in refused(run(args, script="finetune.py"))
+    assert contents(here) == before and not Path("out").exists()
+
+
+def test_the_most_likely_mistakes_in_tables(here):
+    for case in [case for case in cases("csv.json") if "word" in case and case.get("own", True)][:20]:
+        path = here / case.get("file", "t.csv")
+        path.write_bytes(expand(case["text"]).encode(case.get("encoding", "latin-1")))
+        assert re.search(f"t.csv: .*({case['word']})", refused(tune(csv=path))) and not Path("out").exists()
