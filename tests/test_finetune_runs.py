@@ -2,6 +2,7 @@
 import csv
 import functools
 import gzip
+import itertools
 import json
 import os
 import re
@@ -81,7 +82,8 @@ def learnt(tmp_path_factory):
         patch.chdir(HERE)
         for name, n in (("train", 800), ("dev", 100), ("test", 100), ("small", 160)):
             write_table(f"{name}.csv", "sequence label", motif_rows(n, rng))
-        write_table("short.csv", "sequence label", [("ACGTACGT", i % 2) for i in range(30)])
+        short = [("".join(bases), i % 2) for i, bases in enumerate(itertools.product("ACGT", repeat=3))]
+        write_table("short.csv", "sequence label", short)
         write_table("two.csv", "sequence label", [("ACGT", 0), ("ACGG", 1)])
         write_table("floats.csv", "sequence label", [("ACGT", 0), ("ACGT", 0.5)] * 9)
         write_table("letter.csv", "sequence label", [("ACGT", 1), ("ACGU", 0)])
@@ -177,8 +179,10 @@ def test_stop_and_broken_checkpoints(here):
     folder = here / "out/csv_small" / ALONE["id"]
     [process] = start(tiny(**SMALL, save_every=0), {0: slow}, script="finetune.py")
     wait_rows(process, folder, 1)                            # the first epoch is evaluated
+    os.kill(process.pid, signal.SIGSTOP)
     assert "in use" in refused(tune(**SMALL))                # a second process is kept out
     os.kill(process.pid, signal.SIGTERM)
+    os.kill(process.pid, signal.SIGCONT)
     result = wait(process)
     assert (result.code, result.err, results()) == (143, "", []) and "stopped" in result.out
     raw = (folder / "last.pt").read_bytes()
