@@ -176,7 +176,7 @@ class Genome:
         train, val = np.stack([start, cut], 1), np.stack([cut, end], 1)
         train, val = train[cut - start >= length], val[end - cut >= length]
         if not len(train) or not len(val):
-            part = "validation, 1 % of a contig," if len(train) else "training"
+            part = "validation, 1 % of a contig" if len(train) else "training"
             raise ValueError(f"genome too small: no window of {length} bases without N for {part} (longest "
                              f"{(end - start).max()}); lower --block_size or use --val_contigs")
         return train, val
@@ -611,7 +611,7 @@ def split_rows(rows, fractions, seed):
                                           stratify=classes[rest], random_state=seed)
             parts.append(part)
     except ValueError as e:
-        raise ValueError(f"split {fractions}: {len(seen)} sequences do not do ({e}); give more") from None
+        raise ValueError(f"split {fractions}: {len(seen)} different sequences do not do ({e}); add some") from None
     return [take_rows(rows, np.flatnonzero(np.isin(first, part))) for part in (*parts, rest)]
 
 
