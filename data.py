@@ -611,7 +611,7 @@ def split_rows(rows, fractions, seed):
                                           stratify=classes[rest], random_state=seed)
             parts.append(part)
     except ValueError as e:
-        raise ValueError(f"split {fractions}: {len(seen)} different sequences do not do ({e}); add some") from None
+        raise ValueError(f"split {fractions}: {len(seen)} different rows: too few ({e}); give more") from None
     return [take_rows(rows, np.flatnonzero(np.isin(first, part))) for part in (*parts, rest)]
 
 
