@@ -107,10 +107,9 @@ def scores(outputs, labels, task):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # of constant predictions: None, and flagged
         if task.regression:
-            pairs = list(zip(outputs.T, labels.T))
-            pcc = [stats.pearsonr(x, y)[0] for x, y in pairs]
-            row = {"pcc": np.mean(pcc), "spearman": np.mean([stats.spearmanr(x, y)[0] for x, y in pairs]),
-                   "mse": np.mean((outputs - labels) ** 2)}
+            pcc, rho = ([of(x, y)[0] if len(x) > 1 else math.nan for x, y in zip(outputs.T, labels.T)]
+                        for of in (stats.pearsonr, stats.spearmanr))
+            row = {"pcc": np.mean(pcc), "spearman": np.mean(rho), "mse": np.mean((outputs - labels) ** 2)}
             row |= {f"pcc_{name}": value for name, value in zip(task.classes, pcc)} if len(pcc) > 1 else {}
         else:
             guess = outputs.argmax(1)
