@@ -19,8 +19,8 @@ import data
 import finetune
 import models
 import training
-from harness import (SHARED, at_call, cases, contents, die, expand, random_dna, refused, run, slow, start,
-                     wait, wait_rows, write_fasta)
+from harness import (SHARED, at_call, cases, contents, die, expand, log_rows, random_dna, refused, run,
+                     slow, start, wait, wait_rows, write_fasta)
 
 MOTIF, BLOCK, K = "CGCGCGCGCGCG", 34, 3                      # a window: 32 3-mers, 34 bases
 SPLITS = ["train.csv", "dev.csv", "test.csv"]
@@ -127,6 +127,23 @@ def test_a_run_and_its_row(here):
     assert len(done(csv=SPLITS, **LEARN | {"epochs": 1})[1]) == 4                # another number: another run
 
 
+@pytest.mark.parametrize("protocol, name, best", [("strict", "dev_mcc", max), ("dnabert2", "dev_loss", min),
+                                                  ("martinek", "dev_loss", min), ("fewshot", "step", max)])
+def test_which_evaluation_is_tested(here, protocol, name, best):
+    other = {"yes": "no", "no": "yes"}                       # the more is learnt, the worse for dev
+    labels = [other[label] for label in column("dev.csv", 1)]
+    write_table("dev.csv", "sequence label", zip(column("dev.csv"), labels))
+    [row] = done(csv=SPLITS, protocol=protocol, seeds=1, **LEARN)[1]
+    rows = log_rows(Path("out/csv_train", row["id"]))
+    values = [row[name] for row in rows]
+    assert row["tested_step"] == rows[values.index(best(values))]["step"]
+    stop = row["tested_step"] + 150 if protocol == "martinek" else 250           # its patience: 3 epochs
+    assert row["steps"] == min(250, stop)
+    done(predict="dev.csv", init=row["model"], out="dev.tsv")
+    right = np.mean([a == b for a, b in zip(column("dev.tsv", 2), labels)])
+    assert right == row["dev"]["acc"] if row["dev"] else protocol == "fewshot" and "dev" not in row["rows"]
+
+
 @pytest.mark.parametrize("files, sizes, said", [
     (["small.csv"], {"train": 128, "dev": 16, "test": 16}, "test"),
     (["small.csv", "test.csv"], {"train": 144, "dev": 16, "test": 100}, "test; dev is 10% of train"),
@@ -156,6 +173,8 @@ def check_alone(**flags):
     """The command again: row and model file are those of the run left alone, and nothing else is left."""
     out, rows = done(**SMALL | flags)
     assert [ALONE] == rows and Path(ALONE["model"]).read_bytes() == (HERE / ALONE["model"]).read_bytes()
+    folder = Path("out/csv_small", ALONE["id"])
+    assert log_rows(folder) == log_rows(HERE / folder) and len(log_rows(folder)) == 2
     assert not [path for name in ("*.tmp", "last.pt", "prev.pt") for path in Path("out").rglob(name)]
     return out
 
@@ -322,19 +341,20 @@ def test_windows_of_long_sequences(here):
 
 @pytest.mark.parametrize("stride", [1, K])
 def test_embed(here, stride):
-    texts = column("test.csv")[:10] + [random_dna(300, np.random.default_rng(0)), "AC"]
+    texts = column("test.csv")[:9] + ["ACGNACGTACGTACNNNACG", random_dna(300, np.random.default_rng(0)), "AC"]
     write_fasta(here / "t.fa", {f"s{i}": text for i, text in enumerate(texts)})
     for pool in ("mean", "cls"):
         done(embed="t.fa", init=MODEL, pool=pool, stride=stride, out=f"{pool}.npz", per_base=())
     mean, cls, state = np.load("mean.npz"), np.load("cls.npz"), training.load(MODEL)
-    bert, ids = models.Bert(models.BertConfig(**state["config"]["bert"])).eval(), models.vocabulary(K)
+    bert, words = models.Bert(models.BertConfig(**state["config"]["bert"])).eval(), models.vocabulary(K)
     bert.load_state_dict({name[5:]: p for name, p in state["model"].items() if name.startswith("bert.")})
     ends, close = mean["offsets"], functools.partial(pytest.approx, abs=1e-5)
     assert mean["ids"].tolist() == [f"s{i}" for i in range(12)]
     assert ends.tolist() == [0, *np.cumsum([*map(len, texts)])]
     for i, text in enumerate(texts):
-        windows = [["[CLS]", *kmers, "[SEP]"] for kmers in windows_of(text, stride)]
-        x = [bert.encode(torch.tensor([[*map(ids.index, words)]]))[0].detach().numpy() for words in windows]
+        windows = [[2, *(data.UNK if "N" in kmer else words.index(kmer) for kmer in kmers), 3]
+                   for kmers in windows_of(text, stride)]
+        x = [bert.encode(torch.tensor([window]))[0].detach().numpy() for window in windows]
         hidden = np.concatenate([part[1:-1] for part in x])
         assert cls["embeddings"][i] == close(np.mean([part[0] for part in x], 0))
         assert mean["embeddings"][i] == close(hidden.mean(0) if len(hidden) else np.zeros(16))
