@@ -98,7 +98,7 @@ def main_metric(protocol, task):
 
 
 def scores(outputs, labels, task):
-    """Outputs (n, n_out), labels -> {metric: value}; None where it is undefined (PCC of a constant prediction).
+    """Outputs (n, n_out), labels -> {metric: value}; None where undefined (PCC of a constant prediction).
 
     ArithmeticError when an output is not finite.
     """
