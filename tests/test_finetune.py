@@ -52,9 +52,9 @@ def test_windows_of_equal_lengths_need_no_mask():
     texts, rows = made_rows([40] * 5 + [39, 2, 1])
     tokens, *others = finetune.get_inputs(rows, np.arange(5), spec_of(6, 1, 512))
     assert others == [None, None] and torch.equal(tokens, data.tokenize(texts[:5], 6))
-    for index in ([0, 5], [6, 7]):                           # one is shorter; none has a k-mer
+    for index, T in (([0, 5], 64), ([6, 7], 32)):            # one is shorter; none has a k-mer
         tokens, mask, _ = finetune.get_inputs(rows, np.array(index), spec_of(6, 1, 512))
-        assert tokens.shape == (2, 64) and torch.equal(mask, tokens != data.PAD)
+        assert tokens.shape == (2, T) and torch.equal(mask, tokens != data.PAD)
 
 
 @pytest.mark.parametrize("most", [1, 10, 1000])
@@ -92,7 +92,7 @@ def test_batches_of_an_epoch():
     rows = finetune.on_device(data.rows_of(np.zeros(lengths.sum(), np.uint8), lengths, None, {}), "cpu")
     tokens = [finetune.get_inputs(rows, batch, spec_of(6, 1, 512))[0] for batch in batches]
     computed, real = (sum(f(x) for x in tokens) for f in (torch.numel, lambda x: (x > 0).sum().item()))
-    assert computed / real < 1.2 and len({x.shape[1] for x in tokens}) <= 8
+    assert computed / real <= 1.12 and len({x.shape[1] for x in tokens}) <= 16
 
 
 def test_scores_equal_hand_calculations():

@@ -279,7 +279,7 @@ def test_kmer_floors_of_real_sets(here):
     assert row["score"] == pytest.approx(0.733, abs=0.05) and row["rows"] == {"train": 2620, "test": 328}
     few = [row for row in done(task=["silencer"], seeds=3, **flags)[1] if row["shots"]]
     few += [row for row in done(task="prom_core", seeds=2, shots=[50], **flags)[1] if row["shots"] == 50]
-    assert [row["rows"]["train"] for row in few] == [20, 20, 20, 100, 100]
+    assert [row["rows"]["train"] for row in few] == [20, 20, 20, 100]          # one of prom_core: no draws
     assert len({row["data"] for row in few}) == 4            # three draws of the one, one set of the other
     assert all((row["protocol"], row["metric"]) == ("fewshot", "acc") and row["score"] > 0.53 for row in few)
 
