@@ -168,7 +168,9 @@ def test_uneven_shares(out, batch_size, tolerance):
     torch.testing.assert_close(*weights, rtol=0, atol=tolerance)
     for a, b in zip(log_rows(out), log_rows(two), strict=True):
         assert a == pytest.approx(b, rel=tolerance) and a["masked"] == 1         # each sequence once
-    assert "--micro_batch_size" in refused(run(tiny(none, batch_size=4), ranks=2)) and not none.exists()
+    result = run(tiny(none, batch_size=4), ranks=2)
+    result.codes.pop()                                       # rank 0 may be gone before rank 1 has found it
+    assert "--micro_batch_size" in refused(result) and not none.exists()
 
 
 @pytest.mark.parametrize("victim", [0, 1])
