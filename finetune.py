@@ -13,6 +13,7 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import datetime
 import fcntl
 import hashlib
 import io
@@ -53,7 +54,7 @@ DNABERT2 = {group: dict(epochs=epochs, warmup=warmup, eval_every=every) for grou
     ("emp", 3, 50, 200), ("cpd", 4, 50, 400), ("cpd/tata", 10, 50, 200), ("pd", 4, 50, 400),
     ("pd/tata", 10, 50, 200), ("ssp", 5, 50, 200), ("covid", 9, 50, 200), ("tf_m", 5, 30, 200),
     ("tf_h", 3, 30, 200))}
-DNABERT2["tf_m"]["max_steps"] = 1000
+DNABERT2["tf_m"]["max_steps"] = 1000                         # there it takes the place of the epochs
 PROTOCOLS = {                                                # name: (numbers, those of a group or task)
     # Liang et al. Table 4; warm-up, decay, clip and choice by dev score are DNABERT-2's habits (unstated)
     "randommask": (BASE | dict(weight_decay=0.0, warmup=50), {
@@ -72,7 +73,8 @@ PROTOCOLS = {                                                # name: (numbers, t
     "martinek": (BASE | dict(batch_size=48, weight_decay=0.1, lr=2e-4, select="loss", patience=3, seeds=5),
                  {}),
     "strict": (BASE, {})}                                    # ours: dev from train, test once, MCC
-CNN = dict(batch_size=32, lr=1e-3, weight_decay=0.0, warmup=0, schedule="constant")   # GenomicBenchmarks
+CNN = dict(batch_size=32, lr=1e-3, weight_decay=0.0, warmup=0, schedule="constant",   # GB's Adam
+           grad_clip=1e9)
 DEFAULT_PROTOCOL = {"GUE": "randommask", "DeepSTARR": "randommask", "GenomicBenchmarks": "martinek",
                     "MTcDNA": "findna", "few-shot": "fewshot"}                         # others: strict
 SCHEDULES = {"linear": training.linear, "cosine": training.cosine, "constant": lambda *_: 1.0}
@@ -87,6 +89,8 @@ def get_protocol(name, task, shots, init, flags):
     if name == "fewshot":                                    # GeneMask Script-B
         p |= dict(batch_size=5, lr=1e-4, epochs=20) if (shots or 0) <= 100 else \
             dict(batch_size=15, lr=5e-5, epochs=5)
+    if "epochs" in flags:
+        p |= {"max_steps": 0}
     return p | (CNN if init == "cnn" else {}) | flags
 
 
@@ -215,7 +219,7 @@ def pooled(bert, pool):
 
 
 def per_base(bert, rows, spec, most):
-    """Embedding of every base (len(rows.bases), C): the mean over the k-mers that hold it, 0 if none does."""
+    """Embedding of every base (len(rows.bases), C), fp32: the mean over the k-mers that hold it."""
     total, lengths = torch.zeros(len(rows.bases), spec["bert"]["n_embd"]), np.diff(rows.offsets)
     count = torch.zeros(len(rows.bases), 1)
     for index in pieces(np.arange(len(lengths)), lengths, spec, most):
@@ -234,12 +238,9 @@ def per_base(bert, rows, spec, most):
 
 def kmer_counts(rows):
     """Counts of the 5-mers without N: float32 (n, 1024)."""
-    ids = data.kmer_tokens(torch.from_numpy(rows.bases)[None], KMER, 1)[0].numpy() - 5
-    ids = np.append(ids, np.full(KMER - 1, -1))              # one for each base
-    owner = np.repeat(np.arange(len(rows.offsets) - 1), np.diff(rows.offsets))
-    good = (ids >= 0) & (np.arange(len(ids)) + KMER <= rows.offsets[1:][owner])
-    counts = np.bincount(owner[good] * 4 ** KMER + ids[good], minlength=(len(rows.offsets) - 1) * 4 ** KMER)
-    return counts.reshape(-1, 4 ** KMER).astype(np.float32)
+    ids = data.kmer_tokens(torch.from_numpy(rows.bases)[None], KMER, 1)[0].numpy()
+    parts = (ids[start:max(end - KMER + 1, start)] for start, end in zip(rows.offsets, rows.offsets[1:]))
+    return np.stack([np.bincount(part, minlength=4 ** KMER + 5)[5:].astype(np.float32) for part in parts])
 
 
 def fit_linear(train, labels, test, task):
@@ -259,7 +260,7 @@ def read_init(init, args):
     if init == "random":
         config = models.BertConfig(4 ** args.k + 5, args.block_size, args.n_layer, args.n_head, args.n_embd,
                                    4 * args.n_embd, 0.1)
-        size = f"random {args.n_layer}x{args.n_embd}" + (f" k{args.k}" if args.k != 6 else "")
+        size = f"random {args.n_layer}x{args.n_embd} h{args.n_head} k{args.k}"
         spec, init = {"kind": "bert", "stride": 1}, size
     elif init.startswith("hf:"):
         model = models.load_hf(init[3:])
@@ -311,9 +312,9 @@ def train_batch(net, rows, labels, index, spec, most):
     for piece in pieces(index, lengths, spec, most):
         with torch.autocast(device.type, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
             outputs = net(*get_inputs(rows, piece, spec))
-        loss = loss_of(outputs.float(), labels[torch.from_numpy(piece).to(device)], "sum")
+        loss = loss_of(outputs.float(), labels[torch.from_numpy(piece).to(device, non_blocking=True)], "sum")
         (loss / len(index)).backward()
-        total += torch.stack([loss.detach(), loss.new_tensor(len(piece))])
+        total += torch.stack([loss.detach(), loss.new_full((), len(piece))])   # new_tensor would sync a GPU
     return total
 
 
@@ -325,8 +326,7 @@ def select(net, dev, task, run, best, step, args):
     net.train()
     loss = loss_of(torch.from_numpy(outputs), torch.from_numpy(dev.labels), "mean").item()
     row = {"loss": loss} | scores(outputs, dev.labels, task)
-    by_loss = key["numbers"]["select"] == "loss" or task.regression            # PCC is blind to the scale
-    value = -loss if by_loss else row[key["metric"]]
+    value = -loss if key["numbers"]["select"] == "loss" else row[key["metric"]]
     best["worse"] += 1
     if not best["weights"] or value is not None and value > best["value"]:
         weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -344,7 +344,7 @@ def fine_tune(net, train, dev, task, run, folder, args):
     spec, key, p, device = run["config"], run["args"], run["args"]["numbers"], train.bases.device
     lengths, labels = np.diff(train.offsets), torch.from_numpy(train.labels).to(device)
     per_epoch = math.ceil(len(labels) / p["batch_size"])
-    steps = min(per_epoch * p["epochs"], p["max_steps"] or math.inf)
+    steps = p["max_steps"] or per_epoch * p["epochs"]
     warmup = min(p["warmup"] if type(p["warmup"]) is int else round(p["warmup"] * steps), steps)
     optimizer = training.make_optimizer(net, p["lr"], p["weight_decay"], BETAS, EPS)
     done, best = 0, {"value": -math.inf, "step": 0, "worse": 0, "weights": {}, "scores": {}}
@@ -450,8 +450,11 @@ def count_odd(parts, spec):
     """Counts for the row: what was accepted, cut or repeated in each split. And bool: test rows in train."""
     parts = {split: rows for split, rows in parts.items() if rows}
     odd = {f"{split}_{name}": n for split, rows in parts.items() for name, n in rows.notes.items()}
-    train = set(data.row_keys(parts["train"]))
-    seen = np.array([key in train for key in data.row_keys(parts["test"])])
+    train, test = set(data.row_keys(parts["train"])), data.row_keys(parts["test"])
+    seen = np.array([key in train for key in test])
+    if "dev" in parts:
+        dev = set(data.row_keys(parts["dev"]))
+        odd["test_in_dev"] = sum(key in dev for key in test)
     odd |= count_lengths(np.concatenate([np.diff(rows.offsets) for rows in parts.values()]), spec)
     return {name: n for name, n in (odd | {"test_in_train": int(seen.sum())}).items() if n}, seen
 
@@ -506,10 +509,12 @@ def trained_outputs(task, parts, spec, weights, run, folder, args, device):
     if key["seed"] == args.seed:
         name = key["init"].removesuffix("/last.pt").rstrip("/").split("/")[-1].removesuffix(".pt").split()[0]
         how["model"] = os.path.join(os.path.dirname(folder), f"{name.removeprefix('hf:')}.pt")
-        if os.path.exists(how["model"]) and training.load(how["model"])["args"] != key:
-            how["model"] = os.path.join(os.path.dirname(folder), f"{os.path.basename(folder)}.pt")
+        with contextlib.suppress(ValueError):                # none, or no model: this one takes the place
+            if training.load(how["model"]).get("id") != os.path.basename(folder):
+                how["model"] = os.path.join(os.path.dirname(folder), f"{os.path.basename(folder)}.pt")
         os.makedirs(os.path.join(folder, "model"), exist_ok=True)
         state = {"step": how["steps"], "model": net.state_dict(), "optimizer": {},
+                 "id": os.path.basename(folder),
                  "config": spec | {"classes": task.classes, "regression": task.regression}}
         training.save(run | state, os.path.join(folder, "model"))
         os.replace(os.path.join(folder, "model", "last.pt"), how["model"])
@@ -517,12 +522,12 @@ def trained_outputs(task, parts, spec, weights, run, folder, args, device):
     return apply(net, scaled["test"], spec, args.micro_batch_size), how
 
 
-def linear_outputs(parts, spec, weights, task, args, device):
+def linear_outputs(parts, spec, weights, seed, task, args, device):
     """Outputs on test of scikit-learn's linear model on 5-mer counts, or on frozen embeddings (probe)."""
     if spec["kind"] == "kmer":
         features = [kmer_counts(parts[split]) for split in ("train", "test")]
     else:
-        bert = build_net(spec, weights).bert.to(device).eval()
+        bert = build_net(spec, weights, seed).bert.to(device).eval()
         features = [apply(pooled(bert, args.pool), on_device(parts[split], device), spec,
                           args.micro_batch_size) for split in ("train", "test")]
     return fit_linear(features[0], parts["train"].labels, features[1], task)
@@ -551,9 +556,10 @@ def run_one(task, splits, key, spec, weights, args, device):
     name = f"{task.name}{shots}".replace("/", "_").replace(" ", "_")
     folder, how = os.path.join(args.out, name, identity), {}
     if linear:
-        outputs = linear_outputs(parts, spec, weights, task, args, device)
+        outputs = linear_outputs(parts, spec, weights, key["seed"], task, args, device)
     else:
-        run = {"method": "finetune", "config": spec, "data": key["data"], "args": key}
+        run = {"method": "finetune", "config": spec, "data": key["data"],
+               "args": key | {"micro_batch_size": args.micro_batch_size}}      # dropout depends on it
         outputs, how = trained_outputs(task, parts, spec, weights, run, folder, args, device)
     test = scores(outputs, parts["test"].labels, task)
     one = len(set(outputs.argmax(1))) == 1
@@ -614,11 +620,14 @@ def run_all(args, inits, runs, device, rank, world):
                 task, splits = read_csv(args) if args.csv else (data.TASKS[name], data.read_task(
                     name, args.data_dir, shots, repeat % 10, args.fasta))
                 cached = name, shots, shots and repeat
+            linear = args.mode == "probe" or init == "kmer"
+            p = {} if linear else get_protocol(protocol, task.name, shots, init, flags)
+            if task.regression and not linear and p["select"] == "score":
+                p["select"] = "loss"                         # PCC is blind to the scale
             key = {"task": task.name, "shots": shots, "seed": args.seed + repeat, "init": shown,
                    "weights": digest, "mode": args.mode, "pool": args.pool if args.mode == "probe" else None,
                    "protocol": protocol, "overrides": flags, "metric": main_metric(protocol, task),
-                   "numbers": {} if args.mode == "probe" or init == "kmer" else get_protocol(
-                       protocol, task.name, shots, init, flags), "data": fingerprint(splits)}
+                   "numbers": p, "data": fingerprint(splits)}
             run_one(task, splits, key, spec, weights, args, device)
         except (ValueError, ArithmeticError) as e:
             code = 3 if isinstance(e, ArithmeticError) else 2
@@ -829,6 +838,11 @@ if __name__ == "__main__":
         training.catch_signals()
         with training.user_errors(OSError, torch.OutOfMemoryError):
             code = run_all(args, inits, runs, device, rank, world)
+        if world > 1:                                        # torchrun ends all ranks once one has failed:
+            for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):      # they leave together
+                signal.signal(which, signal.SIG_DFL)
+            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+            training.finish(code)
         if args.demo and not code:
             print("\nWhat pretraining adds: the same network, from its weights and from random ones:\n")
             table.write_table(args.out)

@@ -169,7 +169,8 @@ class Classifier(nn.Module):
         if owner is not None:
             n = owner.bincount()
             x = x.new_zeros(len(n), x.shape[1]).index_add(0, owner, x) / n[:, None]
-        return self.out(F.dropout(x, self.bert.config.dropout, self.training))
+        with torch.autocast(x.device.type, enabled=False):   # bf16 does not hold a large target
+            return self.out(F.dropout(x.float(), self.bert.config.dropout, self.training))
 
 
 class Cnn(nn.Module):
@@ -195,7 +196,9 @@ class Cnn(nn.Module):
 
     def forward(self, bases):
         x = self.convs(self.emb(bases.long()).transpose(1, 2))                 # (B, 4, width)
-        return self.out(self.hidden(x.flatten(1)))
+        x = self.hidden(x.flatten(1))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.out(x.float())
 
 
 def copy_weights(model, config, weights, source):

@@ -15,7 +15,8 @@ import data
 PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "paper.csv")
 METRICS = {"mcc": "MCC", "acc": "accuracy", "f1_macro": "macro F1", "f1_binary": "binary F1",
            "f1_micro": "micro F1", "pcc": "mean PCC"}
-PARTS = "key", "init", "weights", "mode", "protocol", "stride", "overrides", "seed"    # what tells runs apart
+FIELDS = "pool", "protocol", "stride", "long", "overrides"    # of a way, named where they differ
+PARTS = "key", "init", "weights", "data", "mode", *FIELDS, "seed"              # what tells runs apart
 PROBE = " (linear probe)"                                    # behind a metric of paper.csv
 
 
@@ -27,6 +28,7 @@ def read_runs(path):
             run = json.loads(line)
             run |= {"key": (run["task"], run["shots"], run["metric"]), "stride": f"stride {run['stride']}",
                     "protocol": f"protocol {run['protocol']}", "collapsed": bool(run["collapsed"]),
+                    "pool": f"pool {run['pool']}" * bool(run["pool"]), "long": f"long {run['long']}",
                     "overrides": ", ".join(f"{k} {v}" for k, v in sorted(run["overrides"].items())),
                     "score": np.nan if run["score"] is None else 100 * float(run["score"])}
             runs[tuple(run[part] for part in PARTS)] = run
@@ -35,25 +37,27 @@ def read_runs(path):
             raise ValueError(f"{path}: line {n}: {what}; delete the line and run its task again") from None
     if not runs:
         raise ValueError(f"{path}: no results yet; run a --task first")
-    weights = {}
+    weights, tables = {}, {}
     for run in runs.values():
         weights.setdefault(run["init"], set()).add(run["weights"])
-    for run in runs.values():                                # a checkpoint that changed is another way
+        tables.setdefault((run["key"], run["seed"]), set()).add(run["data"])
+    for run in runs.values():                                # a changed checkpoint or table is another way
         run["init"] += f" ({run['weights']})" * (len(weights[run["init"]]) > 1)
+        run["init"] += f" (data {run['data']})" * (len(tables[run["key"], run["seed"]]) > 1)
     return list(runs.values())
 
 
 def our_columns(runs):
     """{way: {key: cell}}; and in words what the ways' names leave out, as it is the same in a task's runs.
     A key is (task, shots, metric); a cell is (mean, sd, n, text, note)."""
-    tasks, ways, fields = {}, {}, ("protocol", "stride", "overrides")
+    tasks, ways, fields = {}, {}, FIELDS
     for run in runs:
         tasks.setdefault(run["key"], []).append(run)
     same = [f for f in fields if all(len({run[f] for run in group}) == 1 for group in tasks.values())]
     for run in sorted(runs, key=lambda run: run["init"]):
         parts = [run["init"], "probe" * (run["mode"] == "probe"), *(run[f] for f in fields if f not in same)]
         ways.setdefault(", ".join(filter(None, parts)), {}).setdefault(run["key"], []).append(run)
-    rest = [" or ".join(dict.fromkeys(run[f] or "no overrides" for run in runs)) for f in same]
+    rest = [" or ".join(dict.fromkeys(run[f] or f"no {f}" for run in runs)) for f in same if f != "pool"]
     return {way: {key: our_cell(group) for key, group in cells.items()} for way, cells in ways.items()}, rest
 
 

@@ -112,7 +112,7 @@ def test_a_run_and_its_row(here):
     shutil.copytree(HERE / "out", "out")
     assert min(ROW["score"], ROW["dev"]["mcc"]) > 0.8 and ROW["score"] == ROW["test"]["mcc"]
     n_long = sum(len(text) > BLOCK for name in SPLITS for text in column(name))
-    want = {"task": "csv/train", "init": "random 1x16 k3", "seed": 42, "mode": "finetune", "shots": None,
+    want = {"task": "csv/train", "init": "random 1x16 h2 k3", "seed": 42, "mode": "finetune", "shots": None,
             "metric": "mcc", "overrides": LEARN, "tested_on": "test", "classes": ["no", "yes"], "steps": 250,
             "rows": {"train": 800, "dev": 100, "test": 100}, "counts": {"in_windows": n_long}, "epochs": 5,
             "collapsed": False, "protocol": "strict", "dtype": "float32", "stride": 1}

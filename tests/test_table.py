@@ -18,8 +18,8 @@ EMP = data.GROUPS["emp"]
 
 def run(task, init, score, seed=42, **fields):
     return {"id": "0", "task": task, "shots": None, "seed": seed, "init": init, "weights": "",
-            "mode": "finetune", "protocol": "randommask", "stride": 1, "overrides": {},
-            "metric": data.TASKS[task].metric, "score": score, "collapsed": False, "test": {}} | fields
+            "data": "", "long": "chunk", "pool": None, "mode": "finetune", "protocol": "randommask",
+            "stride": 1, "overrides": {}, "metric": data.TASKS[task].metric, "score": score, "collapsed": False, "test": {}} | fields
 
 
 @pytest.fixture
@@ -63,7 +63,7 @@ def test_ways_are_named_by_what_differs_in_a_task(table):
                   run("silencer", "a", 1) | {"task": "mine"}])
     assert list(cells(text, "emp/H3"))[3:] == ["a, stride 1", "a, stride 6", "a, probe, stride 1"]
     assert cells(text, "mine")["a, stride 1"] == "100.00 (1 seed)"
-    assert "protocol randommask or protocol findna; no overrides or epochs 5" in text
+    assert "protocol randommask or protocol findna; long chunk; no overrides or epochs 5" in text
     tasks = re.findall(r"^\| (\S+(?: \d+-shot)?) ", text.split("Beside")[0], re.M)[2:]
     assert tasks == ["emp/H3", "gb/demo_human_or_worm", "prom_core 10-shot", "prom_core 50-shot", "mine"]
 
