@@ -1,5 +1,5 @@
-"""CM-GEMS: two maskings (Roy et al.), the second once the perplexity under the first has settled. Both hide
-the k-mers of highest NPMI, the words of the genome: GeneMask those near random centers, Global the row's best.
+"""CM-GEMS (Roy et al.): two maskings, the second once the perplexity under the first has settled. Both hide
+the k-mers of highest NPMI, the words of a genome: GeneMask those near random centers, Global the best of all.
 
     python cm_gems.py --demo                                 two minutes on a laptop, no data needed
     python cm_gems.py --genome my.fa.gz --model logo         your own genome, a small model
@@ -20,6 +20,7 @@ import zlib
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
@@ -120,8 +121,8 @@ def npmi_table(args, genome):
     chosen = np.isin(np.array(list(genome.contigs))[at], contigs)
     counts = count_kmers(genome.bases, genome.intervals[chosen], args.k)
     if counts[-1].sum() < 4 ** args.k:
-        raise ValueError(f"genome too small for an NPMI: {counts[-1].sum()} {args.k}-mers, of {4 ** args.k} kinds;"
-                         f" use a larger genome, a smaller --k or --npmi_table")
+        raise ValueError(f"genome too small for an NPMI: {counts[-1].sum()} {args.k}-mers, of {4 ** args.k} "
+                         f"different ones; use a larger genome, a smaller --k or --npmi_table")
     values = npmi(counts) if args.npmi == "published" else npmi(counts, max_part=args.k, halve_p=False)
     try:
         with open(f"{path}.{os.getpid()}.tmp", "w") as f:    # ranks may write it at the same time
@@ -137,14 +138,16 @@ def letters(npmi_rank):
     return round(math.log(len(npmi_rank) - 5, 4))
 
 
-def slots(n, T):
-    """Columns that hold n (B,) positions a row: as few as do, but T on a GPU, which would have to wait."""
-    return T if n.is_cuda else min(int(n.max()), T)
+def lowest(key, n):
+    """int64 (B, S): where the n (B,) lowest keys of each row (B, T) are, lowest first; T behind them."""
+    T = key.shape[1]
+    S = T if key.is_cuda else min(int(n.max()), T)           # asking a GPU would make it wait
+    at = key.topk(S, largest=False).indices
+    return torch.where(torch.arange(S, device=key.device) < n[:, None], at, T)
 
 
-def mark(at, n, T):
-    """bool (B, T): True at the first n (B,) of the positions (B, S) of each row."""
-    at = torch.where(torch.arange(at.shape[1], device=at.device) < n[:, None], at, T)
+def mark(at, T):
+    """bool (B, T): True at the positions (B, S), but for T."""
     return torch.zeros(len(at), T + 1, dtype=torch.bool, device=at.device).scatter_(1, at, True)[:, :T]
 
 
@@ -155,24 +158,22 @@ def random_mask(tokens, npmi_rank, centers):
 
 
 def best_tokens(tokens, npmi_rank, centers):
-    """bool (B, T): the token of highest NPMI within k tokens around each high center.
-
-    Of equals the center, then the first. High are, by that token's NPMI, ceil(m / 2) of a row's m centers, of
-    equals the first; all m where that is under 5.
+    """bool (B, T): the token of highest NPMI in the k around each high center (of equals the center, then the
+    first). High are ceil(m / 2) of a row's m centers, by that NPMI, then by position; if under 5, all m.
     """
-    (B, T), k, maskable = tokens.shape, letters(npmi_rank), tokens > data.MASK
-    centers = centers & maskable
-    m, lowest = centers.sum(1), len(npmi_rank)
-    at = torch.where(centers, torch.arange(T, device=tokens.device), T)
-    at = at.topk(slots(m, T), largest=False).values          # (B, S): the centers in order, then T
-    offsets = sorted(range(-((k - 1) // 2), k // 2 + 1), key=bool)             # 0, -2, -1, 1, 2, 3
-    near = (at[..., None] + torch.tensor(offsets, device=at.device)).clamp(0, T - 1)       # (B, S, k)
-    rank = npmi_rank[tokens].masked_fill(~maskable, lowest)
-    best, which = rank.gather(1, near.flatten(1)).view(near.shape).min(2)  # of equals the first
-    order = best.masked_fill(at == T, lowest).sort(dim=1, stable=True).indices
-    near_best = near.gather(2, which[..., None])[..., 0].gather(1, order)
+    T, k, maskable, device = tokens.shape[1], letters(npmi_rank), tokens > data.MASK, tokens.device
+    m, position = (centers & maskable).sum(1), torch.arange(T, device=device)
+    at = lowest(torch.where(centers & maskable, position, T), m)               # (B, S): the centers in order
+    near = at[..., None] + torch.arange(-((k - 1) // 2), k // 2 + 1, device=device)        # (B, S, k)
+    near = near.clamp(0, T - 1)                              # a position twice changes nothing
+    rank = npmi_rank[tokens].masked_fill(~maskable, len(npmi_rank))
+    best, which = rank.gather(1, near.flatten(1)).view(near.shape).min(2)      # of equals the first
+    own = rank.gather(1, at.clamp(max=T - 1)) == best
+    best_at = torch.where(own, at, near.gather(2, which[..., None])[..., 0])
     half = (m + 1) // 2
-    return mark(near_best, torch.where(half < 5, m, half), T)
+    key = (best * T + at).masked_fill(at == T, torch.iinfo(torch.int64).max)
+    high = lowest(key, torch.where(half < 5, m, half))
+    return mark(F.pad(best_at, (0, 1), value=T).gather(1, high), T)
 
 
 def gene_mask(tokens, npmi_rank, centers):
@@ -188,8 +189,7 @@ def top_tokens(tokens, npmi_rank, m):
     """bool (B, T): the m (B,) tokens of highest NPMI of each row, of equals the first."""
     T, maskable = tokens.shape[1], tokens > data.MASK
     key = npmi_rank[tokens] * T + torch.arange(T, device=tokens.device)
-    key = key.masked_fill(~maskable, torch.iinfo(key.dtype).max)
-    return mark(key.topk(slots(m, T), largest=False).indices, m, T) & maskable
+    return mark(lowest(key.masked_fill(~maskable, torch.iinfo(key.dtype).max), m), T) & maskable
 
 
 def global_mask(tokens, npmi_rank, m):
@@ -208,7 +208,7 @@ def center_probability(masker, k):
 
 
 def cut_pieces(windows, k):
-    """The corpus: windows (B, L), half of them cut to k..L - 1 bases, as [CLS] k-mers [SEP] [PAD]... (B, T)."""
+    """Windows (B, L), half of them cut to k..L - 1 bases -> [CLS] k-mers [SEP] [PAD]... (B, T)."""
     (B, L), device = windows.shape, windows.device
     cut = torch.randint(k, L, (B,), device=device)
     end = (torch.where(torch.rand(B, device=device) < 0.5, cut, L) - k + 2)[:, None]       # place of [SEP]
@@ -228,7 +228,7 @@ def cm_step_share(step, steps, stages):
 
 
 def show(masker, npmi_rank, tokens, centers, masked):
-    """Prints the sequences and below each k-mer's first base: # masked, o a center, * chosen for its NPMI."""
+    """Prints sequences, and below the first base of each k-mer: # masked, o center, * chosen for its NPMI."""
     names, chosen = models.vocabulary(letters(npmi_rank)), torch.zeros_like(masked)
     if masker == "genemask":
         chosen = best_tokens(tokens, npmi_rank, centers)
@@ -343,9 +343,9 @@ if __name__ == "__main__":
         genome = data.open_genome(args.genome, args.data_dir, args.cache)
         values, counts, npmi_path = npmi_table(args, genome)
         ranks, (header, *lines) = npmi_rank(values), npmi_lines(values, counts, args.k)
+        about_npmi = f"npmi     of {len(lines)} of {4 ** args.k} {args.k}-mers: {npmi_path}"
         if args.npmi_only:
-            say(header, *lines[:20], "...", *lines[20:][-20:], sep="\n")
-            say(f"NPMI of {len(lines)} of {4 ** args.k} {args.k}-mers: {npmi_path}")
+            say(header, *lines[:20], "...", *lines[20:][-20:], about_npmi, sep="\n")
             training.finish()
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
@@ -355,29 +355,28 @@ if __name__ == "__main__":
         bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
         run = {"method": "cm_gems", "config": dataclasses.asdict(model.config), "args": vars(args),
                "data": f"{genome.fingerprint}, NPMI {zlib.crc32(ranks.numpy()):08x}"}
-        start, perplexities, switch_step = 0, [], None       # the last two: of the curriculum
-        strategy = "genemask" if args.strategy == "cm_gems" else args.strategy
+        in_force = "genemask" if args.strategy == "cm_gems" else args.strategy
+        start, curriculum = 0, {"strategy": in_force, "perplexities": [], "switch_step": None}
         if args.resume:
             state = training.load_run(args.out, run, fixed=("eval_every",))    # that decides when it switches
-            start, strategy, perplexities, switch_step = (
-                state[name] for name in ("step", "strategy", "perplexities", "switch_step"))
+            start, curriculum = state["step"], {name: state[name] for name in curriculum}
             model.load_state_dict(state["model"])
             optimizer.load_state_dict(state["optimizer"])
             del state
         if rank == 0 and not args.show_masks:
             lock = training.open_run(args.out, args, start)
-    p = {masker: args.p_scale * center_probability(masker, args.k) for masker in MASKERS}
+    center_p = {masker: args.p_scale * center_probability(masker, args.k) for masker in MASKERS}
     ranks = ranks.to(device)
 
     def get_batch(table, n, strategy, step, *key):
-        """n sequences, a function of the key alone, and what is masked: tokens, centers, masked (n, T)."""
+        """n sequences, a function of the key, and what is masked in them: tokens, centers, masked (n, T)."""
         rng, masker = training.seed(args.seed, *key), strategy
         starts = data.draw_starts(table, n, rng)
         if strategy == "cm_step":
             share = cm_step_share(step, args.steps, args.cm_step_stages)
             masker = "global" if rng.random() < share else args.cm_step_easy
         tokens = cut_pieces(data.take_windows(bases, starts, length).to(device), args.k)
-        centers = data.draw_centers(tokens.shape, p[masker], device) & (tokens > data.MASK)
+        centers = data.draw_centers(tokens.shape, center_p[masker], device) & (tokens > data.MASK)
         return tokens, centers, MASKERS[masker](tokens, ranks, centers)
 
     if args.show_masks:
@@ -387,19 +386,16 @@ if __name__ == "__main__":
         training.finish()
 
     # what this run is
-    n_params = sum(p.numel() for p in model.parameters())
-    mean = length / 2 + (args.k + length - 1) / 4            # bases of a piece
+    n_params, mean = sum(p.numel() for p in model.parameters()), length / 2 + (args.k + length - 1) / 4
     passes = args.steps * args.batch_size * mean / int(np.diff(genome.intervals).sum())
     say(f"model    {n_params:,} parameters, {args.dtype}, {world} x {device.type}, {n_micro} micro-batches a "
         f"step{' in uneven shares' if n_micro % world else ''}")
     say(f"genome   {' '.join(args.genome)}: {genome}")
-    say(f"npmi     of {len(lines)} of {4 ** args.k} {args.k}-mers: {npmi_path}; highest "
-        f"{', '.join(line.split(',')[0] for line in lines[:5])}")
+    say(about_npmi)
     say(f"pieces   half {length} bases, half {args.k} to {length - 1}; {passes:.2g} passes over the genome")
-    say(f"masks    {strategy}, p = {', '.join(f'{p[masker]:.4g} ({masker})' for masker in p)}"
-        f"{f'; Global since step {switch_step}' if switch_step else ''}")
+    say(f"masks    {args.strategy}; p " + ", ".join(f"{p:.4g} ({masker})" for masker, p in center_p.items()))
     if start:
-        say(f"resume   after step {start}")
+        say(f"resume   after step {start}, with {curriculum['strategy']}")
 
     if args.compile or (args.compile is None and device.type == "cuda"):
         model.compile()
@@ -409,7 +405,7 @@ if __name__ == "__main__":
     span, capacity = 2 * args.k - 1, None
     if device.type == "cuda":                                # slots for masked tokens, all spans the longest
         n_tokens = min(args.micro_batch_size, args.batch_size) * args.block_size
-        capacity = models.mask_capacity(n_tokens, 1 - (1 - max(p.values())) ** span, span)
+        capacity = models.mask_capacity(n_tokens, 1 - (1 - max(center_p.values())) ** span, span)
 
     def forward(network, table, i, size, strategy, step, key):
         """(loss sum, count, number of k-mers) of micro-batch i of `size` sequences in all."""
@@ -422,21 +418,21 @@ if __name__ == "__main__":
 
     @torch.no_grad()
     def evaluate(strategy, step):
-        """Mean loss: the same sequences and masks each time, shared by the ranks."""
+        """Mean loss and perplexity: the same sequences and masks (key 0) each time, shared by the ranks."""
         model.eval()
         total = torch.zeros(3, dtype=torch.float64, device=device)
         for i in range(rank, math.ceil(args.eval_windows / args.micro_batch_size), world):
-            total += torch.stack(forward(model, val, i, args.eval_windows, strategy, step, 0))     # steps: 1..
+            total += torch.stack(forward(model, val, i, args.eval_windows, strategy, step, 0))
         model.train()
-        loss_sum, count, _ = training.all_reduce(total).tolist()
-        return loss_sum / max(count, 1)
+        loss = training.all_reduce(total)[0] / total[1].clamp(min=1)
+        return loss.item(), loss.exp().item()
 
     unread, clock, seen = [], time.perf_counter(), 0         # unread: numbers the host has not looked at yet
     training.catch_signals()
     with training.user_errors(OSError, torch.OutOfMemoryError):
         for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step",
                          disable=rank > 0 or not sys.stderr.isatty()):
-            lr = args.lr * training.linear(step, args.steps, args.warmup)
+            strategy, lr = curriculum["strategy"], args.lr * training.linear(step, args.steps, args.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = lr
             numbers = torch.zeros(5, dtype=torch.float64, device=device)
@@ -480,18 +476,18 @@ if __name__ == "__main__":
                     flops = model.flops_per_token(args.block_size, row["masked"])
                     row["mfu"] = speed * flops / world / training.peak_flops(device)
                 if to_eval:
-                    row["val_loss"] = evaluate(strategy, step)
-                    row |= {"val_ppl": math.exp(row["val_loss"]), f"val_loss_span{args.k}": evaluate("random", step)}
-                    perplexities.append(row["val_ppl"])
-                    may_switch = args.strategy == "cm_gems" and not switch_step and step >= args.switch_after
-                    if may_switch and settled(perplexities, args.switch_drop):             # so on all ranks
-                        strategy, switch_step = "global", step
-                        row |= {"switch_step": step, "val_ppl_global": math.exp(evaluate(strategy, step))}
+                    row["val_loss"], row["val_ppl"] = evaluate(strategy, step)
+                    row[f"val_loss_span{args.k}"], _ = evaluate("random", step)
+                    curriculum["perplexities"].append(row["val_ppl"])
+                    may = (args.strategy, strategy) == ("cm_gems", "genemask") and step >= args.switch_after
+                    if may and settled(curriculum["perplexities"], args.switch_drop):      # so on all ranks
+                        curriculum |= {"strategy": "global", "switch_step": step}
+                        row |= {"switch_step": step, "val_ppl_global": evaluate("global", step)[1]}
                 if rank == 0:
                     training.log(args.out, row)
             if (to_save or stop) and rank == 0:
-                state = run | {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                               "strategy": strategy, "perplexities": perplexities, "switch_step": switch_step}
+                state = run | curriculum | {"step": step, "model": model.state_dict(),
+                                            "optimizer": optimizer.state_dict()}
                 training.save(state, args.out, f"step_{step}.pt" if step in args.keep else None)
             if stop:
                 say(f"stopped  by a signal after step {step}; continue with --resume")
@@ -501,15 +497,15 @@ if __name__ == "__main__":
 
     say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
     if args.demo:
-        say(f"\nWhat it learnt, as perplexity on held-out DNA: {4 ** args.k} = any of the {4 ** args.k} {args.k}-mers")
+        say(f"\nWhat it learnt, as perplexity on held-out DNA ({4 ** args.k}: any of the {args.k}-mers)")
         for masker in ("genemask", "global"):
             tokens, _, masked = get_batch(val, args.eval_windows, masker, 1, 0, 0)
             often = torch.special.entr(tokens[masked].bincount() / masked.sum()).sum().exp()
-            ppl = math.exp(evaluate(masker, 1))
-            say(f"  {masker:8} {ppl:5.1f}; {often:4.1f} by how often it masks each {args.k}-mer: the model "
+            ppl = evaluate(masker, 1)[1]
+            say(f"  {masker:8} {ppl:5.1f}, {often:.1f} by how often it hides each {args.k}-mer: the model "
                 f"{'reads what is around' if ppl < often / 1.5 else 'hardly looks at what is around'}")
-        say(f"""{f'Global since step {switch_step}' if switch_step else 'No switch to Global'}; see val_ppl in the log.
-Next, your own DNA: its words (seconds), and a model for a laptop (--help has the rest)
+        say(f"""A model is best at what it did last; to Global after step {curriculum['switch_step']}.
+Next, your own DNA: its words, in seconds, and a model for a laptop (--help has the rest)
   python cm_gems.py --npmi_only --genome YOUR.fa.gz
   python cm_gems.py --genome YOUR.fa.gz --out out/mine --block_size 26 --n_layer 2 --n_head 2 --n_embd 64 \\
       --n_inner 256 --dropout 0 --batch_size 256 --micro_batch_size 128 --lr 8e-3 --steps 3000""")
