@@ -257,10 +257,10 @@ def load(path):
         raise ValueError(f"{path}: not a readable checkpoint ({e!r:.80}); use another one") from None
 
 
-def load_run(out, run):
+def load_run(out, run, fixed=()):
     """The newest sound checkpoint of a run folder: last.pt, else prev.pt, and says so.
 
-    ValueError unless it has the method, config, data and args of `run` (but for MAY_CHANGE).
+    ValueError unless it has the method, config, data and args of `run` (but for MAY_CHANGE without `fixed`).
     """
     last, prev = os.path.join(out, "last.pt"), os.path.join(out, "prev.pt")
     try:
@@ -270,7 +270,7 @@ def load_run(out, run):
         state, broken = load(prev), True
     there, now = (s["args"] | {name: s[name] for name in ("method", "config", "data")} for s in (state, run))
     differ = [f"{name} {there.get(name)!r} there, {now[name]!r} now" for name in now
-              if name not in MAY_CHANGE and there.get(name) != now[name]]
+              if (name in fixed or name not in MAY_CHANGE) and there.get(name) != now[name]]
     if differ:
         raise ValueError(f"--resume: {out} is another run ({'; '.join(differ)[:300]}); give its flags")
     if broken:                                               # or it would replace prev.pt at the next save

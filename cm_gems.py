@@ -1,0 +1,512 @@
+"""CM-GEMS (Roy et al.): two maskings, the second once the perplexity under the first has settled. Both hide
+the k-mers of highest NPMI, the words of a genome: GeneMask those near random centers, Global the best of all.
+
+    python cm_gems.py --demo                                 two minutes on a laptop, no data needed
+    python cm_gems.py --genome my.fa.gz --model logo         your own genome, a small model
+    torchrun --nproc_per_node 8 cm_gems.py                   the paper's run: hg38, 10,000 steps of 250
+    torchrun --nproc_per_node 8 cm_gems.py --steps 1000      its short run
+    python cm_gems.py --strategy genemask                    baselines: genemask, global, random, cm_step
+    python cm_gems.py --npmi_only --genome my.fa.gz          the k-mers of highest and lowest NPMI
+"""
+import argparse
+import contextlib
+import dataclasses
+import math
+import os
+import re
+import sys
+import time
+import zlib
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import models
+import training
+from training import number
+
+MASK_RATE = 0.15                                             # the papers'; over the mean span = p of a center
+F_MIN = 101                                                  # rarest n-gram in GeneMask's NPMI vocabulary
+HG38_NPMI_CONTIGS = ["chr1", "chr2", "chr3"]                 # that GeneMask's published table was counted on
+BETAS, EPS = (0.9, 0.98), 1e-6                               # GeneMask's pretraining script
+MODELS = {"dnabert": dict(n_layer=12, n_head=12, n_embd=768, n_inner=3072, dropout=0.1),     # and its configs
+          "logo": dict(n_layer=2, n_head=8, n_embd=256, n_inner=3072, dropout=0.0)}
+CHUNK = 1 << 18                                              # k-mers counted at a time: their ids fit in L2
+DEMO = dict(genome=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64, n_inner=256, dropout=0.0,
+            lr=5e-3, batch_size=64, micro_batch_size=32, steps=2500, switch_drop=0.5, switch_after=1200,
+            out="out/demo_cm_gems", eval_windows=256)
+
+
+def count_kmers(bases, intervals, k):
+    """Exact counts of the 1..k-mers in the intervals (n, 2) of bases, one strand: k tables in token order."""
+    table, tails = np.zeros(4 ** k, np.int64), np.full((len(intervals), k - 1), 4, np.uint8)
+    for tail, (start, end) in zip(tails, intervals.tolist()):
+        for at in range(start, end - k + 1, CHUNK):
+            chunk = torch.from_numpy(bases[at:min(at + CHUNK + k - 1, end)])[None]
+            table += torch.bincount(data.kmer_tokens(chunk, k, 1)[0], minlength=4 ** k + 5)[5:].numpy()
+        last = bases[max(start, end - k + 1):end]            # no k-mer starts here, but shorter ones do
+        tail[:len(last)] = last
+    tables = [table.reshape(4 ** n, -1).sum(1) for n in range(1, k)]
+    for n, shorter in enumerate(tables, 1):
+        ids = data.kmer_tokens(torch.from_numpy(tails), n, 1).flatten()
+        shorter += torch.bincount(ids, minlength=4 ** n + 5)[5:].numpy()
+    return [*tables, table]
+
+
+def npmi(counts, f_min=F_MIN, max_part=2, halve_p=True):
+    """NPMI of the k-mers in token order, (4**k,) float64; -inf for those that do not occur.
+
+    PMI = the least ln p(k-mer) - sum of ln p(part) over its divisions into parts of at most max_part letters,
+    NPMI = PMI x ln f / (ln f + ln f_min). By default as GeneMask's published table was made; max_part=k,
+    halve_p=False: the textbooks' PMI. counts: of the k-mers (parts: as their prefixes), or count_kmers'.
+    """
+    if np.ndim(counts[0]) == 0:
+        k = round(math.log(len(counts), 4))
+        counts = [np.reshape(counts, (4 ** n, -1)).sum(1) for n in range(1, k + 1)]
+    k, best = len(counts), [np.zeros(1)]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_p = [np.log(c / c.sum() / (1 + halve_p)) for c in counts]
+        for n in range(1, k + 1):                            # best[n]: division of each n-letter prefix
+            parts = range(1, min(n, max_part, k - 1) + 1)
+            best.append(np.max([np.add.outer(best[n - j], log_p[j - 1]).ravel() for j in parts], axis=0))
+        log_f = np.log(counts[-1])
+        values = (log_p[-1] - best[-1]) * log_f / (log_f + math.log(f_min))
+    return np.where(np.isfinite(values), values, -np.inf)
+
+
+def npmi_rank(values):
+    """NPMI (4**k,) -> its rank by token id, (4**k + 5,) int64: 0 = highest, ties by id, specials last."""
+    ranks = torch.full((len(values) + 5,), len(values))
+    ranks[torch.from_numpy(np.argsort(-values, kind="stable")) + 5] = torch.arange(len(values))
+    return ranks
+
+
+def npmi_lines(values, counts, k):
+    """The table as lines of a CSV, highest NPMI first, rank 1; without the k-mers that do not occur."""
+    names, order = models.vocabulary(k)[5:], np.argsort(-values, kind="stable").tolist()
+    rows = [f"{names[i]},{counts[i]},{values[i]},{n}" for n, i in enumerate(order, 1) if values[i] > -np.inf]
+    return ["kmer,count,npmi,rank", *rows]
+
+
+def read_npmi(path, k):
+    """NPMI (4**k,) from our CSV or GeneMask's (ngram, norm_dp_true_pmi); -inf for what is not in it."""
+    wanted = {"kmer": ("kmer", "ngram"), "npmi": ("npmi", "norm_dp_true_pmi")}
+    columns, places = data.read_columns(path, wanted)
+    values = {}
+    for kmer, (value,), place in zip(columns["kmer"], data.numbers([columns["npmi"]], places), places):
+        if not re.fullmatch(f"[ACGT]{{{k}}}", kmer.upper()) or kmer.upper() in values:
+            raise ValueError(f"{place}: {data.show(kmer)}; each line is another {k}-mer of A, C, G, T (--k)")
+        values[kmer.upper()] = value
+    return np.array([values.get(kmer, -np.inf) for kmer in models.vocabulary(k)[5:]])
+
+
+def npmi_table(args, genome):
+    """NPMI, counts ('' if not counted now), file: --npmi_table, or in the genome's cache, found or made."""
+    if args.npmi_table:
+        return read_npmi(args.npmi_table, args.k), [""] * 4 ** args.k, args.npmi_table
+    contigs = args.npmi_contigs or (HG38_NPMI_CONTIGS if args.genome == ["hg38"] else list(genome.contigs))
+    unknown = set(contigs) - set(genome.contigs)
+    if unknown:
+        raise ValueError(f"--npmi_contigs: {data.show(min(unknown))} is not in the genome; use some of "
+                         f"{', '.join([*genome.contigs][:5])} ...")
+    key = f"{genome.fingerprint}_{zlib.crc32(repr(sorted(set(contigs))).encode()):08x}"
+    path = os.path.join(os.path.dirname(genome.bases.filename), f"npmi_{args.k}_{args.npmi}_{key}.csv")
+    if os.path.exists(path) and not args.npmi_only:
+        return read_npmi(path, args.k), [""] * 4 ** args.k, path
+    at = np.searchsorted(np.cumsum(list(genome.contigs.values())), genome.intervals[:, 0], side="right")
+    chosen = np.isin(np.array(list(genome.contigs))[at], contigs)
+    counts = count_kmers(genome.bases, genome.intervals[chosen], args.k)
+    if counts[-1].sum() < 4 ** args.k:
+        raise ValueError(f"genome too small for an NPMI: {counts[-1].sum()} {args.k}-mers, of {4 ** args.k} "
+                         f"different ones; use a larger genome, a smaller --k or --npmi_table")
+    values = npmi(counts) if args.npmi == "published" else npmi(counts, max_part=args.k, halve_p=False)
+    try:
+        with open(f"{path}.{os.getpid()}.tmp", "w") as f:    # ranks may write it at the same time
+            f.write("\n".join(npmi_lines(values, counts[-1], args.k)) + "\n")
+        os.replace(f.name, path)
+    except OSError as e:
+        raise ValueError(f"{path}: cannot be written ({e.strerror}); give --cache FOLDER") from None
+    return values, counts[-1], path
+
+
+def letters(npmi_rank):
+    """k of a table by token id."""
+    return round(math.log(len(npmi_rank) - 5, 4))
+
+
+def lowest(key, n):
+    """int64 (B, S): where the n (B,) lowest keys of each row (B, T) are, lowest first; T behind them."""
+    T = key.shape[1]
+    S = T if key.is_cuda else min(int(n.max()), T)           # asking a GPU would make it wait
+    at = key.topk(S, largest=False).indices
+    return torch.where(torch.arange(S, device=key.device) < n[:, None], at, T)
+
+
+def mark(at, T):
+    """bool (B, T): True at the positions (B, S), but for T."""
+    return torch.zeros(len(at), T + 1, dtype=torch.bool, device=at.device).scatter_(1, at, True)[:, :T]
+
+
+def random_mask(tokens, npmi_rank, centers):
+    """DNABERT: the k tokens around every center."""
+    k = letters(npmi_rank)
+    return data.span_mask(centers, tokens > data.MASK, (k - 1) // 2, k // 2)
+
+
+def best_tokens(tokens, npmi_rank, centers):
+    """bool (B, T): the token of highest NPMI in the k around each high center (of equals the center, then the
+    first). High are ceil(m / 2) of a row's m centers, by that NPMI, then by position; if under 5, all m.
+    """
+    T, k, maskable, device = tokens.shape[1], letters(npmi_rank), tokens > data.MASK, tokens.device
+    m, position = (centers & maskable).sum(1), torch.arange(T, device=device)
+    at = lowest(torch.where(centers & maskable, position, T), m)               # (B, S): the centers in order
+    near = at[..., None] + torch.arange(-((k - 1) // 2), k // 2 + 1, device=device)        # (B, S, k)
+    near = near.clamp(0, T - 1)                              # a position twice changes nothing
+    rank = npmi_rank[tokens].masked_fill(~maskable, len(npmi_rank))
+    best, which = rank.gather(1, near.flatten(1)).view(near.shape).min(2)      # of equals the first
+    own = rank.gather(1, at.clamp(max=T - 1)) == best
+    best_at = torch.where(own, at, near.gather(2, which[..., None])[..., 0])
+    half = (m + 1) // 2
+    key = (best * T + at).masked_fill(at == T, torch.iinfo(torch.int64).max)
+    high = lowest(key, torch.where(half < 5, m, half))
+    return mark(F.pad(best_at, (0, 1), value=T).gather(1, high), T)
+
+
+def gene_mask(tokens, npmi_rank, centers):
+    """GeneMask: the k tokens around every center; around best_tokens 2k - 1, which hide all letters of it.
+
+    tokens int64 (B, T), npmi_rank by token id (0 = highest NPMI), centers -> masked, bool (B, T).
+    """
+    best, reach = best_tokens(tokens, npmi_rank, centers), letters(npmi_rank) - 1
+    return random_mask(tokens, npmi_rank, centers) | data.span_mask(best, tokens > data.MASK, reach, reach)
+
+
+def top_tokens(tokens, npmi_rank, m):
+    """bool (B, T): the m (B,) tokens of highest NPMI of each row, of equals the first."""
+    T, maskable = tokens.shape[1], tokens > data.MASK
+    key = npmi_rank[tokens] * T + torch.arange(T, device=tokens.device)
+    return mark(lowest(key.masked_fill(~maskable, torch.iinfo(key.dtype).max), m), T) & maskable
+
+
+def global_mask(tokens, npmi_rank, m):
+    """Global: the 2k - 1 tokens around each of the m (B,) top_tokens; masked bool (B, T)."""
+    top, reach = top_tokens(tokens, npmi_rank, m), letters(npmi_rank) - 1
+    return data.span_mask(top, tokens > data.MASK, reach, reach)
+
+
+MASKERS = {"random": random_mask, "genemask": gene_mask,     # (tokens, npmi_rank, centers) -> masked
+           "global": lambda tokens, npmi_rank, centers: global_mask(tokens, npmi_rank, centers.sum(1))}
+
+
+def center_probability(masker, k):
+    """p that would mask 15 % without overlaps; k = 6: 0.025, 0.0176, 0.0136 as published (rounded there)."""
+    return round(MASK_RATE / {"random": k, "genemask": (3 * k - 1) / 2, "global": 2 * k - 1}[masker], 4)
+
+
+def cut_pieces(windows, k):
+    """Windows (B, L), half of them cut to k..L - 1 bases -> [CLS] k-mers [SEP] [PAD]... (B, T)."""
+    (B, L), device = windows.shape, windows.device
+    cut = torch.randint(k, L, (B,), device=device)
+    end = (torch.where(torch.rand(B, device=device) < 0.5, cut, L) - k + 2)[:, None]       # place of [SEP]
+    tokens = data.kmer_tokens(windows, k, 1, specials=True)
+    at = torch.arange(tokens.shape[1], device=device)
+    return tokens.masked_fill_(at == end, data.SEP).masked_fill_(at > end, data.PAD)
+
+
+def settled(perplexities, drop):
+    """CM-GEMS switches once two evaluations in a row differ by less than `drop`, up or down."""
+    return len(perplexities) > 1 and abs(perplexities[-1] - perplexities[-2]) < drop
+
+
+def cm_step_share(step, steps, stages):
+    """CM-Step: share of Global at step 1..: 0, 1 / stages, ... 1 - 1 / stages."""
+    return stages * (step - 1) // steps / stages
+
+
+def show(masker, npmi_rank, tokens, centers, masked):
+    """Prints sequences, and below the first base of each k-mer: # masked, o center, * chosen for its NPMI."""
+    names, chosen = models.vocabulary(letters(npmi_rank)), torch.zeros_like(masked)
+    if masker == "genemask":
+        chosen = best_tokens(tokens, npmi_rank, centers)
+    if masker == "global":                                   # there centers only say how many
+        chosen, centers = top_tokens(tokens, npmi_rank, centers.sum(1)), chosen
+    marks = torch.where(chosen, 3, masked.long() + centers)
+    for n, row in enumerate(tokens > data.MASK):
+        words = [names[token] for token in tokens[n, row]]
+        picked = ", ".join(f"{names[token]} {npmi_rank[token] + 1}" for token in tokens[n, chosen[n]])
+        print(f"{masker}, sequence {n}: {masked[n].sum() / row.sum():.1%} masked (#); chosen (*), with rank: "
+              f"{picked or 'none'}", "".join(word[0] for word in words) + words[-1][1:],
+              "".join(".#o*"[mark] for mark in marks[n, row]), sep="\n")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, positive, names = parser.add_argument, number(int, 1), lambda text: text.split(",")
+    add("--genome", nargs="+", default=["hg38"], help="FASTA files (plain or gzip), or hg38, or demo (hg38)")
+    add("--data_dir", default="data", help="where hg38.fa.gz lies (%(default)s)")
+    add("--cache", help="folder of the packed genome (beside the FASTA)")
+    add("--val_contigs", type=names, default=[], help="held-out contigs, a,b,... (the last 1 %% of each)")
+    add("--k", type=number(int, 2, 9), default=6, help="k-mer length, 2 to 8 (%(default)s)")
+    add("--block_size", type=positive, default=512, help="positions; pieces have one base less (%(default)s)")
+    add("--model", choices=MODELS, default="dnabert", help="sets the next five flags (%(default)s)")
+    add("--n_layer", type=positive, help="layers (dnabert 12, logo 2)")
+    add("--n_head", type=positive, help="attention heads (dnabert 12, logo 8)")
+    add("--n_embd", type=positive, help="width (dnabert 768, logo 256)")
+    add("--n_inner", type=positive, help="width of the feed-forward layers (3072)")
+    add("--dropout", type=number(float, 0, 1), help="(dnabert 0.1, logo 0)")
+    add("--init", help="start from these weights: a checkpoint, or hf:FOLDER")
+    add("--strategy", choices=("cm_gems", "cm_step", *MASKERS), default="cm_gems", help="(%(default)s)")
+    add("--p_scale", type=number(float, 1e-9, 6), default=1.0, help="times the probability of a center (1)")
+    add("--switch_drop", type=number(float, 0), default=1.0, help="cm_gems: change of perplexity (1)")
+    add("--switch_after", type=number(int, 0), default=0, help="cm_gems: no switch before this step (0)")
+    add("--cm_step_stages", type=positive, default=10, help="stages of cm_step (10; released code: 100)")
+    add("--cm_step_easy", choices=("genemask", "random"), default="genemask", help="(released code: random)")
+    add("--npmi", choices=("published", "textbook"), default="published", help="formula (%(default)s)")
+    add("--npmi_contigs", type=names, help="contigs to count, a,b,... (all; of hg38 chr1,chr2,chr3)")
+    add("--npmi_table", help="do not count, read this CSV: ours, or GeneMask's")
+    add("--npmi_only", action="store_true", help="count, print the top and bottom k-mers, and stop")
+    add("--batch_size", type=positive, default=250, help="sequences of a step, over all GPUs (%(default)s)")
+    add("--micro_batch_size", type=positive, default=32, help="sequences of a forward pass (%(default)s)")
+    add("--steps", type=positive, default=10_000, help="steps (%(default)s)")
+    add("--lr", type=number(float, 1e-30), default=8e-4, help="peak learning rate (%(default)s)")
+    add("--warmup", type=number(int, 0), help="steps of linear warm-up (5 %% of the steps)")
+    add("--weight_decay", type=number(float, 0), default=0.01, help="(%(default)s)")
+    add("--grad_clip", type=number(float, 1e-30), default=1.0, help="largest gradient norm (%(default)s)")
+    add("--out", default="out/cm_gems", help="run folder (%(default)s)")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--keep", type=positive, nargs="+", default=[], help="steps whose checkpoint stays")
+    add("--log_every", type=positive, default=100, help="steps (%(default)s)")
+    add("--eval_every", type=positive, help="steps from one perplexity to the next (steps / 20)")
+    add("--eval_windows", type=positive, default=2000, help="fixed validation sequences (%(default)s)")
+    add("--save_every", type=positive, default=1000, help="steps (%(default)s)")
+    add("--seed", type=number(int, 0, 2 ** 63), default=42, help="(%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on CUDA)")
+    add("--show_masks", type=positive, metavar="N", help="print what is masked in N sequences, and stop")
+    add("--demo", action="store_true", help="a tiny model on a synthetic genome")
+    args = parser.parse_args()
+    parser.set_defaults(**MODELS[args.model] | (DEMO if args.demo else {}))
+    return parser.parse_args()
+
+
+def complete_args(args):
+    """Fills in the defaults that depend on other flags. ValueError for flags that contradict each other."""
+    if args.block_size < args.k + 2:
+        raise ValueError(f"--block_size {args.block_size}: give {args.k + 2} or more for k = {args.k}")
+    if args.npmi_table and args.npmi_contigs:
+        raise ValueError("--npmi_table and --npmi_contigs: a table is counted already; drop one of them")
+    if args.warmup is None:
+        args.warmup = round(0.05 * args.steps)               # 500 of 10,000
+    if args.eval_every is None:
+        args.eval_every = max(1, round(args.steps / 20))
+    if args.init and args.resume:
+        raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
+    if args.warmup > args.steps:
+        raise ValueError(f"--warmup {args.warmup}: more than --steps {args.steps}")
+
+
+def build_model(args):
+    """The network of the flags, started from --init where given: a checkpoint of ours, or hf:FOLDER."""
+    config = models.BertConfig(4 ** args.k + 5, args.block_size, args.n_layer, args.n_head, args.n_embd,
+                               args.n_inner, args.dropout)
+    training.seed(args.seed)
+    model = models.Bert(config)
+    if args.init and args.init.startswith("hf:"):
+        source = models.load_hf(args.init[3:])
+        models.copy_weights(model, dataclasses.asdict(source.config), source.state_dict(), args.init)
+    elif args.init:
+        source = training.load(args.init)
+        models.copy_weights(model, source["config"], source["model"], args.init)
+    return model
+
+
+if __name__ == "__main__":
+    with training.user_errors():
+        args = parse_args()
+        complete_args(args)
+        if not args.show_masks and not args.npmi_only:
+            training.check_out(args.out, args.resume)
+        device, args.dtype, rank, world = training.set_up(args.device, args.dtype)
+        if args.demo:
+            torch.set_num_threads(1)                         # so small a model gains nothing from more
+        say = print if rank == 0 else lambda *_, **__: None
+        n_micro = math.ceil(args.batch_size / args.micro_batch_size)
+        if n_micro < world:
+            raise ValueError(f"--batch_size {args.batch_size}: {n_micro} micro-batches for {world} ranks; "
+                             f"lower --micro_batch_size or raise --batch_size")
+        genome = data.open_genome(args.genome, args.data_dir, args.cache)
+        values, counts, npmi_path = npmi_table(args, genome)
+        ranks, (header, *lines) = npmi_rank(values), npmi_lines(values, counts, args.k)
+        about_npmi = f"npmi     of {len(lines)} of {4 ** args.k} {args.k}-mers: {npmi_path}"
+        if args.npmi_only:
+            say(header, *lines[:20], "...", *lines[20:][-20:], about_npmi, sep="\n")
+            training.finish()
+        model = build_model(args).to(device)
+        optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
+
+        length = args.block_size - 1                         # bases of a whole piece: 511 for 512
+        train, val = (data.window_table(part, length) for part in genome.split(length, args.val_contigs))
+        bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
+        run = {"method": "cm_gems", "config": dataclasses.asdict(model.config), "args": vars(args),
+               "data": f"{genome.fingerprint}, NPMI {zlib.crc32(ranks.numpy()):08x}"}
+        in_force = "genemask" if args.strategy == "cm_gems" else args.strategy
+        start, curriculum = 0, {"strategy": in_force, "perplexities": [], "switch_step": None}
+        if args.resume:
+            state = training.load_run(args.out, run, fixed=("eval_every",))    # that decides when it switches
+            start, curriculum = state["step"], {name: state[name] for name in curriculum}
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            del state
+        if rank == 0 and not args.show_masks:
+            lock = training.open_run(args.out, args, start)
+    center_p = {masker: args.p_scale * center_probability(masker, args.k) for masker in MASKERS}
+    ranks = ranks.to(device)
+
+    def get_batch(table, n, strategy, step, *key):
+        """n sequences, a function of the key, and what is masked in them: tokens, centers, masked (n, T)."""
+        rng, masker = training.seed(args.seed, *key), strategy
+        starts = data.draw_starts(table, n, rng)
+        if strategy == "cm_step":
+            share = cm_step_share(step, args.steps, args.cm_step_stages)
+            masker = "global" if rng.random() < share else args.cm_step_easy
+        tokens = cut_pieces(data.take_windows(bases, starts, length).to(device), args.k)
+        centers = data.draw_centers(tokens.shape, center_p[masker], device) & (tokens > data.MASK)
+        return tokens, centers, MASKERS[masker](tokens, ranks, centers)
+
+    if args.show_masks:
+        both = {"cm_gems": ("genemask", "global"), "cm_step": (args.cm_step_easy, "global")}
+        for masker in both.get(args.strategy, [args.strategy]) if rank == 0 else ():
+            show(masker, ranks, *get_batch(train, args.show_masks, masker, 1, 0))
+        training.finish()
+
+    # what this run is
+    n_params, mean = sum(p.numel() for p in model.parameters()), length / 2 + (args.k + length - 1) / 4
+    passes = args.steps * args.batch_size * mean / int(np.diff(genome.intervals).sum())
+    say(f"model    {n_params:,} parameters, {args.dtype}, {world} x {device.type}, {n_micro} micro-batches a "
+        f"step{' in uneven shares' if n_micro % world else ''}")
+    say(f"genome   {' '.join(args.genome)}: {genome}")
+    say(about_npmi)
+    say(f"pieces   half {length} bases, half {args.k} to {length - 1}; {passes:.2g} passes over the genome")
+    say(f"masks    {args.strategy}; p " + ", ".join(f"{p:.4g} ({masker})" for masker, p in center_p.items()))
+    if start:
+        say(f"resume   after step {start}, with {curriculum['strategy']}")
+
+    if args.compile or (args.compile is None and device.type == "cuda"):
+        model.compile()
+    net = model
+    if world > 1:
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    span, capacity = 2 * args.k - 1, None
+    if device.type == "cuda":                                # slots for masked tokens, all spans the longest
+        n_tokens = min(args.micro_batch_size, args.batch_size) * args.block_size
+        capacity = models.mask_capacity(n_tokens, 1 - (1 - max(center_p.values())) ** span, span)
+
+    def forward(network, table, i, size, strategy, step, key):
+        """(loss sum, count, number of k-mers) of micro-batch i of `size` sequences in all."""
+        n = min(args.micro_batch_size, size - i * args.micro_batch_size)
+        tokens, _, masked = get_batch(table, n, strategy, step, key, i)
+        inputs, labels = data.corrupt(tokens, masked, n_vocab)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            loss_sum, count = network(inputs, labels, mask=tokens != data.PAD, capacity=capacity)
+        return loss_sum, count, (tokens > data.MASK).sum()
+
+    @torch.no_grad()
+    def evaluate(strategy, step):
+        """Mean loss and perplexity: the same sequences and masks (key 0) each time, shared by the ranks."""
+        model.eval()
+        total = torch.zeros(3, dtype=torch.float64, device=device)
+        for i in range(rank, math.ceil(args.eval_windows / args.micro_batch_size), world):
+            total += torch.stack(forward(model, val, i, args.eval_windows, strategy, step, 0))
+        model.train()
+        loss = training.all_reduce(total)[0] / total[1].clamp(min=1)
+        return loss.item(), loss.exp().item()
+
+    unread, clock, seen = [], time.perf_counter(), 0         # unread: numbers the host has not looked at yet
+    training.catch_signals()
+    with training.user_errors(OSError, torch.OutOfMemoryError):
+        for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step",
+                         disable=rank > 0 or not sys.stderr.isatty()):
+            strategy, lr = curriculum["strategy"], args.lr * training.linear(step, args.steps, args.warmup)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            numbers = torch.zeros(5, dtype=torch.float64, device=device)
+            for i in range(rank, n_micro, world):
+                with net.no_sync() if world > 1 and i + world < n_micro else contextlib.nullcontext():
+                    loss_sum, count, n_kmers = forward(net, train, i, args.batch_size, strategy, step, step)
+                    loss_sum.backward()
+                numbers[:3] += torch.stack([loss_sum.detach(), count, n_kmers])
+            numbers[3].fill_(training.stop_requested())      # numbers[3] = ... would make a GPU wait
+            training.all_reduce(numbers)                     # 40 bytes; gradients went with the last backward
+            # from DDP's average over ranks of sums to the mean over all masked tokens of the batch
+            numbers[4] = training.scale_gradients(model, world / numbers[1].clamp(min=1), args.grad_clip)
+            optimizer.found_inf = 1 - numbers.isfinite().all().float()         # 1: AdamW changes nothing
+            optimizer.step()
+            optimizer.zero_grad()
+
+            # the host reads these numbers while the device works on the next step, or now where they are due
+            last = step == args.steps
+            to_eval = step % args.eval_every == 0 or last
+            to_save = step % args.save_every == 0 or step in args.keep or last
+            to_log = step % args.log_every == 0 or to_eval
+            unread.append(training.read_later(numbers))
+            stop = False
+            timing = step in (start + 5, start + 20)         # the first steps compile and warm up
+            while unread and (len(unread) > (device.type == "cuda") or to_log or to_save or stop or timing):
+                loss_sum, count, n_kmers, stop, norm = unread.pop(0)()
+                seen += n_kmers
+                if not math.isfinite(loss_sum + norm):
+                    say(f"error: step {step - len(unread)}: not finite (loss sum {loss_sum}, gradient norm "
+                        f"{norm}); the checkpoint in {args.out} is older: start anew from"
+                        f" it with --init and a lower --lr", file=sys.stderr)
+                    training.finish(3)
+            speed = seen / (time.perf_counter() - clock)
+            if step == start + 20:
+                say(f"speed    {speed:,.0f} tokens/s, {training.memory(device)}, "
+                    f"{(args.steps - step) * n_kmers / speed / 3600:.2g} h left")
+            if to_log or stop:
+                row = {"step": step, "loss": loss_sum / max(count, 1), "lr": lr, "grad_norm": norm,
+                       "strategy": strategy, "masked": count / n_kmers, "tokens_per_s": speed}
+                if training.peak_flops(device):
+                    flops = model.flops_per_token(args.block_size, row["masked"])
+                    row["mfu"] = speed * flops / world / training.peak_flops(device)
+                if to_eval:
+                    row["val_loss"], row["val_ppl"] = evaluate(strategy, step)
+                    row[f"val_loss_span{args.k}"], _ = evaluate("random", step)
+                    curriculum["perplexities"].append(row["val_ppl"])
+                    may = (args.strategy, strategy) == ("cm_gems", "genemask") and step >= args.switch_after
+                    if may and settled(curriculum["perplexities"], args.switch_drop):      # so on all ranks
+                        curriculum |= {"strategy": "global", "switch_step": step}
+                        row |= {"switch_step": step, "val_ppl_global": evaluate("global", step)[1]}
+                if rank == 0:
+                    training.log(args.out, row)
+            if (to_save or stop) and rank == 0:
+                state = run | curriculum | {"step": step, "model": model.state_dict(),
+                                            "optimizer": optimizer.state_dict()}
+                training.save(state, args.out, f"step_{step}.pt" if step in args.keep else None)
+            if stop:
+                say(f"stopped  by a signal after step {step}; continue with --resume")
+                training.finish(143)
+            if to_log or to_save or step == start + 5:
+                clock, seen = time.perf_counter(), 0
+
+    say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
+    if args.demo:
+        say(f"\nWhat it learnt, as perplexity on held-out DNA ({4 ** args.k}: any of the {args.k}-mers)")
+        for masker in ("genemask", "global"):
+            tokens, _, masked = get_batch(val, args.eval_windows, masker, 1, 0, 0)
+            often = torch.special.entr(tokens[masked].bincount() / masked.sum()).sum().exp()
+            ppl = evaluate(masker, 1)[1]
+            say(f"  {masker:8} {ppl:5.1f}, {often:.1f} by how often it hides each {args.k}-mer: the model "
+                f"{'reads what is around' if ppl < often / 1.5 else 'hardly looks at what is around'}")
+        say(f"""A model is best at what it did last; to Global after step {curriculum['switch_step']}.
+Next, your own DNA: its words, in seconds, and a model for a laptop (--help has the rest)
+  python cm_gems.py --npmi_only --genome YOUR.fa.gz
+  python cm_gems.py --genome YOUR.fa.gz --out out/mine --block_size 26 --n_layer 2 --n_head 2 --n_embd 64 \\
+      --n_inner 256 --dropout 0 --batch_size 256 --micro_batch_size 128 --lr 8e-3 --steps 3000""")
+    training.finish()
