@@ -271,7 +271,8 @@ def read_init(init, args):
         try:
             spec = state["config"]
             if state["method"] != "finetune":
-                spec, config = {"kind": "bert", "stride": state["args"]["stride"]}, models.BertConfig(**spec)
+                config = models.BertConfig(**spec)
+                spec = {"kind": "bert", "stride": state["args"].get("stride", 1)}
         except (KeyError, TypeError) as e:
             raise ValueError(f"--init {init}: not a model of these scripts ({e}); use another") from None
     if spec["kind"] == "bert" and "bert" not in spec:
