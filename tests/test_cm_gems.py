@@ -200,11 +200,20 @@ def test_golden_curricula():
 
 def test_pieces():
     windows = torch.randint(4, (20_000, 51), dtype=torch.uint8)
+    torch.manual_seed(0)
     tokens = cm_gems.cut_pieces(windows, 6)
     n = (tokens > 4).sum(1)
     lengths = torch.bincount(n, minlength=47)[1:46]          # of the cut ones, in k-mers
     assert tokens.shape == (20_000, 48) and (n == 46).float().mean() == pytest.approx(0.5, abs=0.02)
     assert lengths.sum() == (n < 46).sum() and lengths.min() > 150 and lengths.max() < 300       # 222 each
+    for parts in (2, 3, 4, 8, 91, 200):                      # by length, the same lengths in all
+        each = [cm_gems.cut_pieces(windows[:20_000 // parts], 6, part, parts) for part in range(parts)]
+        sizes = [(tokens > 4).sum(1) for tokens in each]
+        assert all(a.max() <= b.min() for a, b in itertools.pairwise(sizes)) and sizes[-1].max() == 46
+        assert all(tokens.shape[1] - 2 - n.max() <= (parts > 90) for tokens, n in zip(each, sizes))
+        assert all(((tokens == 3).sum(1) == 1).all() for tokens in each)
+        whole, *_, shortest = torch.bincount(torch.cat(sizes), minlength=47).flip(0)[:46].tolist()
+        assert whole == pytest.approx(10_000, abs=400) and shortest == pytest.approx(222, abs=60)
     for row, bases, size in zip(tokens[:300], windows, n.tolist()):
         want = data.tokenize([data.decode(bases[:size + 5])])[0]
         assert torch.equal(row[:size + 2], want) and not row[size + 2:].any()
