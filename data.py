@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 LETTERS = "ATCGN"
 PAD, UNK, CLS, SEP, MASK = range(5)
-BLANK = 5                                                    # base code of no base: nothing but zeros in one_hot
+BLANK = 5                                                    # base code of no base: zeros in one_hot
 AMBIGUOUS = b"NRYSWKMBDHVnryswkmbdhv"                        # IUPAC codes of more than one base: all become N
 CODE = np.full(256, 255, np.uint8)                           # byte -> base code; 255 = not DNA
 CODE[np.frombuffer(AMBIGUOUS, np.uint8)] = 4

@@ -212,7 +212,7 @@ class Permute(torch.autograd.Function):
 def rotations(L, n_tracks, n_rotated, lengths=None, device=None):
     """Row indices that rotate (.., L, n_tracks, D) viewed as rows of D, and that rotate it back.
 
-    Track 0 stays, track g = 1..n_rotated moves by 2**(g-1) along the sequence: out[t] = in[(t + 2**(g-1)) % L].
+    Track 0 stays, track g = 1..n_rotated turns by 2**(g-1): out[t] = in[(t + 2**(g-1)) % L].
     With lengths (B,) each sequence turns within its own length and the padding behind it stays where it is:
     the indices are then of all rows of the batch.
     """
@@ -237,7 +237,7 @@ class MixerBlock(nn.Module):
         p = self.p if self.training else 0.0
         y = self.fc2(F.dropout(F.gelu(self.fc1(x)), p))
         y = F.dropout(y, 1 - (1 - p) ** 2)                   # two in a row there: the MLP's and the block's
-        rows = y.view(-1, len(index), self.track_size)       # (B, L * n_tracks, D); with lengths (1, B * .., D)
+        rows = y.view(-1, len(index), self.track_size)       # (B, L * n_tracks, D), or (1, all, D)
         return x + Permute.apply(rows, index, inverse).view_as(x)
 
 
@@ -288,7 +288,7 @@ class Encoder(nn.Module):
         self.proj, self.pos_emb = nn.Linear(5, C), nn.Embedding(config.length, C)
         layer = nn.TransformerEncoderLayer(C, config.n_head, 4 * C, config.dropout, "gelu", batch_first=True,
                                            norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, config.n_layer, nn.LayerNorm(C), enable_nested_tensor=False)
+        self.layers = nn.TransformerEncoder(layer, config.n_layer, nn.LayerNorm(C), False)     # not nested
         nn.init.normal_(self.pos_emb.weight, std=0.02)
 
     def forward(self, one_hot, lengths=None):
@@ -311,7 +311,8 @@ class BaseModel(nn.Module):
 
     def __init__(self, backbone):
         super().__init__()
-        self.config, self.backbone, self.head = backbone.config, backbone, nn.Linear(backbone.config.n_embd, 5)
+        self.config, self.backbone = backbone.config, backbone
+        self.head = nn.Linear(backbone.config.n_embd, 5)
 
     def forward(self, one_hot):
         x = self.backbone(one_hot)
@@ -384,7 +385,7 @@ def copy_weights(model, config, weights, source):
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f"--init {source}: {show(str(e).splitlines()[-1])}; is it a Bert?") from None
+        raise ValueError(f"--init {source}: {show(str(e).splitlines()[-1])}; is it such a network?") from None
 
 
 def labelled_positions(labels, capacity=None):
