@@ -324,8 +324,8 @@ if __name__ == "__main__":
         f"{device.type}, {n_micro} micro-batches a step{' in uneven shares' if n_micro % world else ''}")
     say(f"genome   {' '.join(args.genome)}: {genome}")
     say(f"windows  {args.windows:,}{' fresh ones' * args.fresh_windows} an epoch, {passes:.3g} epochs")
-    say(f"guesses  of a base, right: {constant:.1%} from its frequency ({order0:.3f} nats), {flanked:.1%} from "
-        f"the base on either side ({order1:.3f} nats)")
+    say(f"guesses  of a base: {constant:.1%} are right from its frequency ({order0:.3f} nats), {flanked:.1%} "
+        f"from the base on either side ({order1:.3f} nats)")
     if start:
         say(f"resume   after step {start}")
 
@@ -467,7 +467,8 @@ What it learnt: how many of the masked bases of held-out DNA are guessed right (
   {100 * acc:.1f} %  ({loss:.3f})  this model {verdict}
 The teacher {says}: what it says of a sequence has {row["q_information"]:.2f} nats about which one it is
 Next, what this is good for: a probe, or fine-tuning, from these weights and from random ones
-  python finetune.py --csv YOUR.csv --init {args.out}/last.pt random:{args.out}/last.pt kmer --lr 3e-3
+  python finetune.py --csv YOUR.csv --init {args.out}/last.pt random:{args.out}/last.pt kmer \\
+      --lr 1e-2 --epochs 20
 Or your own DNA, at a size for a laptop (--help has the rest):
   python findna.py --genome YOUR.fa.gz --out out/mine --length 246 --n_layer 2 --track_size 8 --hidden 64 \\
       --windows 20000 --steps 2000 --alpha 0.97 --lr 1e-2 --micro_batch_size 32""")

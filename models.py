@@ -333,9 +333,12 @@ class BaseClassifier(nn.Module):
         self.hidden = nn.Linear(C, C) if mlp else None
         self.out = nn.Linear(C, n_out)
 
+    def outputs(self, one_hot, lengths=None):
+        return self.backbone(one_hot, lengths, **self.more)  # (B, L, C)
+
     def embed(self, one_hot, lengths=None):
         """(B, C): the mean over the bases, or over the [CLS]."""
-        x = self.backbone(one_hot, lengths, **self.more)
+        x = self.outputs(one_hot, lengths)
         if lengths is None:
             return x[:, -self.n_cls:].mean(1)                # -0: all
         at, lengths = torch.arange(x.shape[1], device=x.device), lengths[:, None]

@@ -1,0 +1,529 @@
+"""FinDNA: ChordMixer, views and losses against literal readings; findna.py through faults; what finetune.py
+makes of its checkpoints."""
+import hashlib
+import itertools
+import json
+import math
+import os
+import random
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data
+import findna
+import finetune                                              # noqa: F401, its imports take long
+import models
+import training
+from harness import (at_call, cases, contents, die, equal, log_rows, random_dna, refused, run, slow, start, wait,
+                     wait_rows, write_fasta)
+
+STEPS, K = 8, findna.N_CLS
+
+
+def tiny(out, **flags):
+    """Flags of a run of 8 steps of two micro-batches; 3 steps are an epoch of 24 windows less one."""
+    flags = dict(genome=FASTA, length=30, windows=23, n_layer=1, track_size=2, hidden=8, lr=3e-3, batch_size=8,
+                 micro_batch_size=4, steps=STEPS, eval_every=4, eval_windows=10, log_every=1, save_every=3,
+                 device="cpu", out=out) | flags
+    return [str(x) for name, value in flags.items() for x in
+            (f"--{name}", *(value if isinstance(value, range) else [value] * (value is not True)))]
+
+
+def pretrain(args, patches={}, ranks=1):
+    return run(args, patches, ranks, script="findna.py")
+
+
+def checkpoint(path):
+    state = torch.load(path, weights_only=True)
+    return {key: state[key] for key in ("step", "model", "optimizer", "teacher", "center")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def left_alone(tmp_path_factory):
+    """The run that nothing disturbs, with the checkpoint of every step, in the folder WHOLE."""
+    global FASTA, WHOLE
+    folder, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
+    FASTA = write_fasta(folder / "genome.fa", {"a": random_dna(4000, rng), "b": random_dna(3000, rng)})
+    WHOLE = folder / "out"
+    assert pretrain(tiny(WHOLE, keep=range(1, STEPS + 1))).code == 0
+
+
+@pytest.fixture
+def out(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "out"
+
+
+def stopped(out, step):
+    """Makes a run folder as a stop after `step` leaves it, but with rows of later steps in its log."""
+    out.mkdir()
+    shutil.copy(WHOLE / "log.jsonl", out)
+    return shutil.copy(WHOLE / f"step_{step}.pt", out / "last.pt")
+
+
+def check_resume(out, ranks=1, **flags):
+    """Resumes the run in `out`; it must end as the one left alone."""
+    result = pretrain(tiny(out, resume=True, **flags), ranks=ranks)
+    assert set(result.codes) == {0}, result.err
+    equal(checkpoint(out / "last.pt"), checkpoint(WHOLE / "last.pt"))
+    assert log_rows(out) == log_rows(WHOLE)
+
+
+def test_parameters():
+    model = models.BaseModel(models.ChordMixer(models.ChordMixerConfig()))
+    block = [(512, 308), (512,), (308, 512), (308,)]
+    assert [tuple(p.shape) for p in model.parameters()] == [(308, 5), (308,), *block * 40, (5, 308), (5,)]
+    assert sum(p.numel() for p in model.parameters()) == 12_651_873 == 1_848 + 40 * 316_212 + 1_545
+
+
+def roll(x, track_size, n_rotated, lengths):
+    """Rotation as in the paper, a sequence and a track at a time: x (B, L, C)."""
+    rows = []
+    for row, length in zip(x, lengths):
+        tracks = row[:length].split(track_size, -1)
+        tracks = [track.roll(-2 ** (g - 1), 0) if 0 < g <= n_rotated else track
+                  for g, track in enumerate(tracks)]
+        rows.append(torch.cat([torch.cat(tracks, -1), row[length:]]))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("L, n_rotated, lengths", [(64, 6, None), (37, 6, None), (5, 6, None), (100, 3, None),
+                                                   (1, 6, None), (37, 6, [37, 1, 2, 30]), (37, 2, [7, 37, 8, 9])])
+def test_rotation(L, n_rotated, lengths):
+    x = torch.randn(4, L, 7 * 3, dtype=torch.float64, requires_grad=True)
+    index = models.rotations(L, 7, n_rotated, lengths and torch.tensor(lengths))
+
+    def ours(x):
+        return models.Permute.apply(x.view(-1, len(index[0]), 3), *index).view_as(x)
+    want, grad = roll(x, 3, n_rotated, lengths or [L] * 4), torch.randn_like(x)
+    equal(ours(x), want)
+    equal(torch.autograd.grad(ours(x), x, grad), torch.autograd.grad(want, x, grad))
+    assert torch.autograd.gradcheck(ours, x[:, :, :].detach().requires_grad_(), fast_mode=True)
+
+
+@pytest.mark.parametrize("L, sizes", [(1010, {0: 1, 1: 11, 2: 57, 7: 986, 8: 1010}), (37, {1: 7, 2: None, 3: None}),
+                                      (64, {1: 7, 5: None, 6: 64})])
+def test_reach(L, sizes):
+    """One base changes exactly the outputs that it is a sum of b offsets ahead of."""
+    torch.manual_seed(L)
+    model = models.ChordMixer(models.ChordMixerConfig(L, 1, 2, 8)).double()
+    offsets, s = [0, *(2 ** g for g in range(model.config.n_blocks))], L // 3
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    blocks, x = model.blocks, data.one_hot(torch.randint(4, (1, L))).double()
+    changed = x.clone()
+    changed[0, s] = torch.randn(5)
+    reached = {0: {s}}
+    for b in range(1, 9):
+        reached[b] = {(t - offset) % L for t in reached[b - 1] for offset in offsets}
+    for b, size in sizes.items():
+        model.blocks = blocks[:b]
+        with torch.no_grad():
+            differ = (model(x) != model(changed)).any(-1)[0]
+        assert set(torch.where(differ)[0].tolist()) == reached[b] and size in (None, len(reached[b]))
+
+
+@pytest.mark.parametrize("config", [models.ChordMixerConfig(40, 2, 3, 16), models.EncoderConfig(200, 2, 2, 16)])
+@pytest.mark.parametrize("n_cls, n_blocks", [(0, None), (10, None), (0, 4)])
+def test_padding_does_not_leak(config, n_cls, n_blocks):
+    n_blocks = n_blocks if isinstance(config, models.ChordMixerConfig) else None
+    net = models.BaseClassifier(models.make_backbone(vars(config)), 3, n_cls, True, n_blocks).eval()
+    lengths = torch.tensor([11, 20, 40, 64, 150])            # some longer than in pretraining
+    one_hot = torch.randn(5, 160, 5)                         # what is behind the ends could be anything
+    together = net.outputs(one_hot, lengths), net.embed(one_hot, lengths), net(one_hot, lengths)
+    for i, n in enumerate(lengths):
+        alone = one_hot[i:i + 1, :n]
+        x = net.outputs(alone)
+        torch.testing.assert_close(together[0][i:i + 1, :n], x)
+        torch.testing.assert_close(together[1][i:i + 1], x[:, -n_cls:].mean(1))
+        torch.testing.assert_close(together[2][i:i + 1], net(alone))
+    assert n_blocks is None or not torch.allclose(net.backbone(alone), x)
+
+
+def test_dropout_and_unused_blocks():
+    torch.manual_seed(0)
+    config = models.ChordMixerConfig(16, 2, 4, 8, dropout=0.2)
+    block, x = models.MixerBlock(config), torch.zeros(1, 16, 20)
+    torch.nn.init.ones_(block.fc2.bias), torch.nn.init.zeros_(block.fc2.weight)
+    index = models.rotations(16, 5, 4)
+    kept = torch.stack([block(x, *index) for _ in range(200)])
+    assert kept.unique().tolist() == pytest.approx([0, 1 / 0.64]) and abs(kept.mean() - 1) < 0.02
+    model = models.ChordMixer(config).eval()
+    got = model(data.one_hot(torch.randint(4, (2, 6))), n_blocks=3)
+    got.sum().backward()
+    assert [block.fc1.weight.grad is not None for block in model.blocks] == [True, True, True, False] * 2
+
+
+def literal_edits(row, deletion, insertion, shift):
+    """(length, start, filler) twice and a shift, a base at a time."""
+    L = len(row)
+    length, at, filler = deletion
+    front, behind = filler[:20], filler[20:]
+    row = front[20 - length // 2:] + row[:at] + row[at + length:] + behind[:length - length // 2]
+    assert len(row) == L
+    length, at, filler = insertion
+    row = (row[:at] + filler[:length] + row[at:])[:L]
+    return row[-shift % L:] + row[:-shift % L] if shift else row
+
+
+def test_edits():
+    rng, L, rows = random.Random(0), 45, torch.arange(45, dtype=torch.uint8).repeat(500, 1)
+    drawn = [(d := rng.randint(0, 20), rng.randint(0, L - d), n := rng.randint(0, 20), rng.randint(0, L - 1),
+              rng.randint(-L, L)) for _ in rows]
+    fillers = torch.arange(100, 160, dtype=torch.uint8).repeat(500, 1)         # every base has a name
+    d, s, n, at, shift = torch.tensor(drawn).T
+    got = findna.insert(findna.delete(rows, d, s, fillers[:, :40]), n, at, fillers[:, 40:])
+    got = findna.translocate(got, shift)
+    filler = list(range(100, 160))
+    want = [literal_edits(list(range(L)), (d, s, filler[:40]), (n, at, filler[40:]), shift)
+            for d, s, n, at, shift in drawn]
+    assert got.dtype == torch.uint8 and got.tolist() == want
+
+
+def test_draws_of_edits(monkeypatch):
+    drawn = {name: [] for name in ("delete", "insert", "translocate")}
+    for name in drawn:
+        monkeypatch.setattr(findna, name, lambda bases, *args, name=name: drawn[name].append(args) or bases)
+    for _ in range(40):
+        findna.augment(torch.zeros(500, 30, dtype=torch.uint8), "MDIT", 20)
+    n = 20_000
+    for length, start, filler in ([torch.cat(x) for x in zip(*drawn[name])] for name in ("delete", "insert")):
+        assert (length.bincount() / n - 1 / 21).abs().max() < 0.01 and len(length) == n
+        assert (filler.flatten().bincount() / filler.numel() - 0.25).abs().max() < 0.01
+        for d in range(21):                                  # insertions: before any base
+            most = 31 - d if filler.shape[1] == 40 else 30
+            assert set(start[length == d].tolist()) == set(range(most))
+    assert (torch.cat([x for x, in drawn["translocate"]]).add(20).bincount() / n - 1 / 41).abs().max() < 0.01
+
+
+def test_one_hot_and_other_strand():
+    bases = data.encode("ACGTNacgtRY")
+    assert data.one_hot(torch.tensor([0, 2, 3, 1, 4, 5])).tolist() == torch.eye(6, 5).tolist()  # A C G T N blank
+    x = data.one_hot(torch.from_numpy(bases)[None])
+    want = data.one_hot(torch.from_numpy(data.reverse_complement(bases).copy())[None])
+    equal(findna.other_strand(x), want)
+    noisy = x + torch.randn_like(x)
+    equal(findna.other_strand(findna.other_strand(noisy)), noisy)
+
+
+@pytest.mark.parametrize("views", findna.VIEWS)
+def test_views(views):
+    bases = torch.randint(4, (400, 50), dtype=torch.uint8)
+    torch.manual_seed(1)
+    view_u, target, view_v = findna.make_views(bases, views, 20)
+    torch.manual_seed(1)
+    edited = findna.augment(bases, views.split("+")[0], 20)  # the same draws
+    equal(view_u + target, data.one_hot(edited))             # the targets follow the edits,
+    masked = target.any(-1)
+    assert (masked.sum(1) == 15).all() and not view_u[masked].any() and view_u[~masked].any(-1).all()
+    assert (masked.float().mean(0) - 0.3).abs().max() < 0.12
+    assert torch.equal(edited, bases) == (views.startswith("M+"))
+    plain = data.one_hot(bases)
+    if views == "M+none":
+        equal(view_v, plain)
+    elif views == "MDIT+NR":
+        there, back = ((view - plain).flatten(1).std(1) for view in (view_v, findna.other_strand(view_v)))
+        flipped, noise = back < there, torch.where((back < there)[:, None, None], findna.other_strand(view_v), view_v) - plain
+        assert 160 < flipped.sum() < 240 and abs(noise.mean()) < 0.01 and noise.std().item() == pytest.approx(0.2, abs=0.005)
+    else:
+        assert set(view_v.unique().tolist()) == {0, 1} and (view_v != plain).any() and (view_v.sum(-1) == 1).all()
+
+
+def test_dissimilarity():
+    u, v = torch.randn(2, 3, 7, 5)
+    p, q = u.softmax(-1).double(), v.softmax(-1).double()
+    want = sum(p[i] * math.log(p[i] / q[i]) for i in itertools.product(range(3), range(7), range(5))) / 21
+    assert findna.dissimilarity(u, v).item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("dim", [2, 1], ids=["features", "tokens"])
+def test_losses(dim):
+    """A literal float64 reading of Eqs 2 to 8."""
+    B, L, K, C = 3, 20, 4, 6
+    bases, logits = torch.randint(4, (B, L)), torch.randn(B, L, 5)
+    masked = findna.draw_masked((B, L), "cpu")
+    target = data.one_hot(bases.masked_fill(~masked, data.BLANK))
+    channel = ["ACGTN".index("ATCGN"[b]) for b in range(5)]
+    want = sum(-math.log(math.exp(logits[b, t, channel[bases[b, t]]]) / sum(map(math.exp, logits[b, t].tolist())))
+               for b in range(B) for t in range(L) if masked[b, t]) / 6
+    assert findna.mnm_loss(logits, target).item() == pytest.approx(want, rel=1e-5)
+    P, Q, center, loss = torch.randn(B, K, C), torch.randn(B, K, C), torch.randn(K, C), 0
+    for b, k, i in itertools.product(range(B), range(K), range(C)):
+        over = [(k, j) for j in range(C)] if dim == 2 else [(j, i) for j in range(K)]
+        p = math.exp(P[b, k, i] / 0.1) / sum(math.exp(P[(b, *at)] / 0.1) for at in over)
+        q = math.exp((Q[b, k, i] - center[k, i]) / 0.04) / sum(math.exp((Q[(b, *at)] - center[at]) / 0.04) for at in over)
+        loss -= q * math.log(p) / K
+    assert findna.cl_loss(P, findna.teacher_outputs(Q, center, dim), dim).item() == pytest.approx(loss, rel=1e-4)
+
+
+def test_collapse_measures():
+    same = torch.randn(1, 10, 16).softmax(-1).expand(50, -1, -1)
+    each = F.one_hot(torch.arange(50) % 16, 16).float()[:, None].expand(-1, 10, -1)
+    sums = findna.teacher_sums(same, same, 2).double()
+    got = findna.collapse(sums, 50, (10, 16), 2)
+    assert got["q_information"] == pytest.approx(0, abs=1e-5) and got["cls_cos"] == pytest.approx(1, abs=1e-5)
+    got = findna.collapse(findna.teacher_sums(each, each, 2).double(), 50, (10, 16), 2)
+    assert got["q_entropy"] == 0 and got["q_information"] == pytest.approx(math.log(16), abs=0.01)
+    cos = [a == b for a, b in itertools.permutations([i % 16 for i in range(50)], 2)]
+    assert got["cls_cos"] == pytest.approx(np.mean(cos))
+    got = findna.collapse(findna.teacher_sums(each.mT, each.mT, 1).double(), 50, (16, 10), 1)
+    assert got["q_information"] == pytest.approx(math.log(16), abs=0.01)
+
+
+def test_windows_and_guesses():
+    windows = np.arange(100, 123)
+    parts = [findna.pass_over(windows, 7, first, 10) for first in range(0, 115, 10)]
+    order = np.concatenate(parts)[:115].reshape(5, 23)
+    assert all(sorted(epoch) == windows.tolist() for epoch in order) and len({tuple(epoch) for epoch in order}) == 5
+    assert findna.pass_over(windows, 7, 46, 23).tolist() == order[2].tolist()
+    text = random_dna(3000, np.random.default_rng(0), "AACGT") + "NNN" + "ACG" * 500
+    (constant, order0), (flanked, order1) = findna.guesses(data.encode(text))
+    counts = {}
+    for a, b, c in zip(text, text[1:], text[2:]):
+        if "N" not in (a, b, c):
+            counts.setdefault((a, c), {}).setdefault(b, 0)
+            counts[a, c][b] += 1
+    n = sum(sum(here.values()) for here in counts.values())
+    assert flanked == pytest.approx(sum(max(here.values()) for here in counts.values()) / n)
+    assert order1 == pytest.approx(-sum(m * math.log(m / sum(here.values())) for here in counts.values() for m in here.values()) / n)
+    one = [sum(here.get(b, 0) for here in counts.values()) / n for b in "ACGT"]
+    assert constant == pytest.approx(max(one)) and order0 == pytest.approx(-sum(p * math.log(p) for p in one))
+
+
+def test_whole_run_is_what_the_paper_says():
+    """Teacher, center and losses of each step from the checkpoints, in float64, one micro-batch at a time."""
+    rows, genome = log_rows(WHOLE), data.Genome(FASTA)
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    table = data.window_table(genome.split(30)[0], 30)
+    windows = data.draw_starts(table, 23, np.random.default_rng((42, 0, 1, 1)))
+    config = models.ChordMixerConfig(40, 1, 2, 8)
+    student, teacher = (models.BaseModel(models.ChordMixer(config)).double() for _ in range(2))
+    before = None
+    for step, row in enumerate(rows, 1):
+        state = torch.load(WHOLE / f"step_{step}.pt", weights_only=True)
+        assert state["args"]["warmup"] == 2 and state["config"] == vars(config)
+        if before:
+            student.load_state_dict(before["model"]), teacher.load_state_dict(before["teacher"])
+            center, total, Qs = before["center"].double(), 0, []
+            for i in range(2):
+                training.seed(42, step, i)
+                starts = findna.pass_over(windows, 42, (step - 1) * 8 + 4 * i, 4)
+                bases = data.take_windows(genome.bases, starts, 30)
+                view_u, target, view_v = (F.pad(x.double(), (0, 0, 0, K)) for x in findna.make_views(bases, "MDIT+NR", 20))
+                with torch.no_grad():
+                    (x, logits), (y, _) = student(view_u), teacher(view_v)
+                q = ((y[:, -K:] - center) / 0.04).softmax(2)
+                total -= torch.stack([(logits.log_softmax(2) * target).sum() / 9, (q * (x[:, -K:] / 0.1).log_softmax(2)).sum() / K])
+                Qs.append(y[:, -K:])
+            mnm, cl = (total / 8).tolist()
+            assert [row["mnm_loss"], row["cl_loss"]] == pytest.approx([mnm, cl], rel=1e-5)
+            assert row["loss"] == pytest.approx((mnm + cl) / 2, rel=1e-5)
+            torch.testing.assert_close(state["center"].double(), 0.996 * center + 0.004 * torch.cat(Qs).mean(0), rtol=1e-4, atol=1e-7)
+            ema = 1 - 0.004 * (math.cos(math.pi * (step - 1) / STEPS) + 1) / 2
+            assert row["ema"] == pytest.approx(ema)
+            for name, p in before["teacher"].items():
+                want = ema * p.double() + (1 - ema) * state["model"][name].double()
+                torch.testing.assert_close(state["teacher"][name].double(), want, rtol=1e-5, atol=1e-7)
+        before = state
+    want = {"val_loss", "val_mnm_loss", "val_acc", "val_cl_loss", "view_kl", "view_kl_sum", "center_norm",
+            "q_entropy", "mean_q_entropy", "q_information", "cls_cos"}
+    assert [row["step"] for row in rows if want <= row.keys()] == [4, 8]
+
+
+def test_resume_at_every_step(out):
+    shutil.copytree(WHOLE, out)
+    check_resume(out)                                        # nothing is left to do,
+    assert "--resume" in refused(pretrain(tiny(out)))        # nothing is overwritten
+    for step in range(1, STEPS):
+        shutil.rmtree(out)
+        stopped(out, step)
+        check_resume(out)
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "teacher", "center"])
+def test_lost_state_shows(out, part):
+    last, first = stopped(out, 5), torch.load(WHOLE / "step_1.pt", weights_only=True)
+    torch.save(torch.load(last, weights_only=True) | {part: first[part]}, last)
+    with pytest.raises(AssertionError, match="not equal"):
+        check_resume(out)
+
+
+@pytest.mark.parametrize("fault", ["save", "SIGKILL", "SIGTERM"])
+def test_killed(out, fault):
+    amid = at_call("torch", "save", 2, lambda save, state, file: (file.write(b"PK" * 999), file.flush(), die()))
+    [process] = start(tiny(out), {0: amid if fault == "save" else slow}, script="findna.py")
+    if fault != "save":
+        wait_rows(process, out, 4)
+        os.kill(process.pid, getattr(signal, fault))
+    assert wait(process).code == (143 if fault == "SIGTERM" else -9)
+    check_resume(out)
+
+
+def test_two_ranks_equal_one(out):
+    processes = start(tiny(out), {0: slow}, ranks=2, script="findna.py")
+    wait_rows(processes[0], out, 3)
+    os.kill(processes[1].pid, signal.SIGTERM)                # one rank is told, both stop after the same step
+    assert wait(*processes).codes == [143, 143]
+    assert 3 <= checkpoint(out / "last.pt")["step"] == log_rows(out)[-1]["step"] < STEPS
+    check_resume(shutil.copytree(out, out.with_name("one")))
+    check_resume(out, ranks=2)
+
+
+@pytest.mark.parametrize("flags", [dict(batch_size=11), dict(objective="cl", dropout=0.1, fresh_windows=True),
+                                   dict(objective="mnm"), dict(backbone="transformer", n_embd=8, n_head=2)],
+                         ids=lambda flags: " ".join(map(str, flags.values())))
+def test_uneven_shares_and_ablations_on_two_ranks(out, flags):
+    two = out.with_name("2")
+    for codes in (pretrain(tiny(out, **flags)).codes, pretrain(tiny(two, **flags), ranks=2).codes):
+        assert set(codes) == {0}
+    states = [torch.load(folder / "last.pt", weights_only=True) for folder in (out, two)]
+    for part in {"model", "teacher", "center"} & states[0].keys():
+        torch.testing.assert_close(states[0][part], states[1][part], rtol=0, atol=1e-6)
+    for a, b in zip(log_rows(out), log_rows(two), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-6)
+    mnm = flags.get("objective") == "mnm"
+    assert ("teacher" in states[0]) != mnm and ("cl_loss" in log_rows(out)[0]) != mnm
+    head = [torch.load(folder / "last.pt", weights_only=True)["model"]["head.weight"] for folder in (out, WHOLE)]
+    assert flags.get("objective") != "cl" or log_rows(out)[0]["loss"] == log_rows(out)[0]["cl_loss"]
+
+
+@pytest.mark.parametrize("flags", [dict(cl_space="projected"), dict(cl_softmax="tokens"), dict(views="M+none"),
+                                   dict(views="MDT+DIT", translocation=30), dict(alpha=0.9, dtype="bfloat16")],
+                         ids=lambda flags: " ".join(map(str, flags.values())))
+def test_ablations(out, flags):
+    assert pretrain(tiny(out, **flags)).code == 0
+    state, row = torch.load(out / "last.pt", weights_only=True), log_rows(out)[-1]
+    assert state["center"].shape == (K, 5 if "cl_space" in flags else 14)
+    alpha = flags.get("alpha", 0.5)
+    assert row["loss"] == pytest.approx(alpha * row["mnm_loss"] + (1 - alpha) * row["cl_loss"])
+
+
+@pytest.mark.parametrize("ranks, call", [(1, 74), (1, 80), (2, 38), (2, 44)])
+def test_nan(out, ranks, call):
+    """In step 4, in the teacher or in the student: 6 blocks each, for the last micro-batch but one or two."""
+    nan = at_call("torch.nn.functional", "gelu", call, lambda real, x: real(x) * np.nan)
+    result = pretrain(tiny(out, log_every=100), {ranks - 1: nan}, ranks=ranks)
+    assert result.codes == [3] * ranks and "step 4: not finite" in result.err and result.err.count("\n") == 1, result
+    equal(checkpoint(out / "last.pt"), checkpoint(WHOLE / "step_3.pt"))
+
+
+def test_it_learns_and_warns(out, tmp_path):
+    fasta = write_fasta(tmp_path / "a.fa", {"a": "ACGGT" * 1000})
+    assert pretrain(tiny(out, genome=fasta, steps=100, lr=0.02, track_size=4, hidden=32, alpha=0.9, views="M+none",
+                         log_every=50, eval_every=100)).code == 0
+    assert log_rows(out)[-1]["val_acc"] > 0.9
+    shutil.rmtree(out)
+    fasta = write_fasta(tmp_path / "a.fa", {"a": "A" * 5000})              # all sequences are alike
+    result = pretrain(tiny(out, genome=fasta, views="M+none", eval_every=1))
+    assert result.code == 0 and result.out.count("warning: ") == 1 and "collapsed" in result.out, result
+
+
+def test_demo_and_show_masks(out, tmp_path):
+    result = pretrain(f"--demo --steps 2 --data_dir {out} --out demo --eval_windows 64 --device cpu".split())
+    assert result.code == 0 and "were these never masked" in result.out, result
+    before = contents(tmp_path)
+    result = pretrain(tiny(WHOLE, show_masks=3))
+    lines = result.out.splitlines()
+    assert result.code == 0 and len(lines) == 12 and contents(tmp_path) == before, result
+    for said, clean, masked, other in (lines[i:i + 4] for i in range(0, 12, 4)):
+        assert "30.0% masked" in said and masked.count(".") == 9 and set(clean + other) <= set("ACGT")
+        assert all(a == b or b == "." for a, b in zip(clean, masked, strict=True)) and len(other) == 30
+
+
+@pytest.mark.parametrize("case", cases("findna_flags.json"), ids=lambda c: str(c["args"]))
+def test_bad_flags(out, tmp_path, case):
+    names = {"tmp": str(tmp_path), "whole": str(WHOLE / "last.pt")}
+    flags = case["args"].split() if isinstance(case["args"], str) else case["args"]
+    result = pretrain(tiny(out) + [flag.format(**names) for flag in flags])
+    assert case["word"].format(**names) in refused(result) and result.out == "" and os.listdir() == []
+
+
+def tune(*args):
+    """Rows of results of a run of finetune.py that must succeed."""
+    result = run(["--csv", "a.csv", "--device", "cpu", "--out", "ft", *map(str, args)], script="finetune.py")
+    assert result.code == 0 and result.err == "", result
+    return [json.loads(line) for line in open("ft/results.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def table():
+    """Sequences of 8 to 30 bases, all A and C, or G and T."""
+    rng = np.random.default_rng(0)
+    return [random_dna(rng.integers(8, 31), rng, "AC" if i % 2 else "GT") for i in range(60)]
+
+
+def write_csv(texts):
+    with open("a.csv", "w") as f:
+        f.write("sequence,label\n" + "".join(f"{text},{i % 2}\n" for i, text in enumerate(texts)))
+
+
+def test_finetune_and_probe(out, table):
+    init = WHOLE / "last.pt"
+    write_csv(table)
+    for flags in (["--epochs", 8, "--lr", 0.05], ["--mode", "probe"],
+                  ["--mode", "probe", "--pool", "cls", "--eval_network", "student"],
+                  ["--epochs", 1, "--head", "mlp", "--blocks", "log2"], ["--epochs", 1, "--pool", "cls"]):
+        rows = tune("--init", init, *[f"random:{init}"] * ("--lr" in flags), *flags)
+    assert [row["score"] for row in rows[:3]] == [1, 1, 1] and rows[4]["head"] == "mlp"
+    assert [row["overrides"] for row in rows] == [{"epochs": 8, "lr": 0.05}] * 2 + [
+        {}, {"pool": "cls", "eval_network": "student"}, {"epochs": 1, "head": "mlp", "blocks": "log2"},
+        {"epochs": 1, "pool": "cls"}]
+    assert [row["n_blocks"] for row in rows] == [None] * 4 + [5, None]
+    state, want = torch.load(init, weights_only=True), {}
+    for network in ("teacher", "model"):
+        digest = hashlib.sha256()
+        for name, tensor in state[network].items():
+            digest.update(tensor.numpy().tobytes() if name != "head.weight" and name != "head.bias" else b"")
+        want[network] = digest.hexdigest()[:12]
+    weights = [row["weights"] for row in rows]
+    assert weights == [want["teacher"], weights[1], *[want["teacher"], want["model"]], *[want["teacher"]] * 2]
+    assert weights[1] not in want.values()                   # fresh ones
+
+
+def test_predict_and_embed(out, table):
+    """A sequence's outputs do not depend on the batch that it is in, and are those of the teacher."""
+    init = WHOLE / "last.pt"
+    write_csv(table)
+    model = tune("--init", init, "--epochs", 8, "--lr", 0.05)[0]["model"]
+    write_fasta(out.parent / "all.fa", {f"s{i}": text for i, text in enumerate(table)})
+    write_fasta(out.parent / "one.fa", {"s7": table[7]})
+    for name, flags in itertools.product(("all", "one"), (
+            f"--init {model} --out {{0}}.tsv --predict", f"--init {init} --out {{0}}.npz --per_base --embed",
+            f"--init {init} --out {{0}}.cls.npz --pool cls --embed")):
+        assert run([*flags.format(name).split(), f"{name}.fa"], script="finetune.py").code == 0
+    rows, [row] = ([line.split("\t")[2:] for line in open(f"{name}.tsv")][1:] for name in ("all", "one"))
+    assert [row[0] for row in rows] == ["0", "1"] * 30
+    assert [float(p) for p in rows[7][1:]] == pytest.approx([float(p) for p in row[1:]], abs=1e-5)
+    state = torch.load(init, weights_only=True)
+    net = models.BaseModel(models.make_backbone(state["config"]))
+    net.load_state_dict(state["teacher"])
+    bases = data.one_hot(torch.from_numpy(data.encode(table[7]))[None])
+    with torch.no_grad():
+        x, y = net(bases)[0][0], net(F.pad(bases, (0, 0, 0, K)))[0][0, -K:]
+    for name, i in (("all", 7), ("one", 0)):
+        found, cls = np.load(f"{name}.npz"), np.load(f"{name}.cls.npz")["embeddings"]
+        here = found["per_base"][found["offsets"][i]:found["offsets"][i + 1]]
+        for got, want in ((here, x), (found["embeddings"][i], x.mean(0)), (cls[i], y.mean(0))):
+            np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_finetune_refusals(out, table):
+    state = torch.load(shutil.copy(WHOLE / "last.pt", "both.pt"), weights_only=True)
+    del state["teacher"], state["center"]
+    torch.save(state, "mnm.pt")
+    write_csv(table)
+    assert pretrain(tiny("t", backbone="transformer", n_embd=8, n_head=2, steps=1, length=21)).code == 0
+    for args, word in (("--csv a.csv --init mnm.pt --eval_network teacher", "use student"),
+                       ("--csv a.csv --init t/last.pt --blocks log2", "transformer"),
+                       ("--embed all.fa --init t/last.pt", "40 bases for 31 positions"),
+                       ("--export new --init both.pt", "only a Bert"),
+                       ("--csv a.csv --init random:nowhere.pt", "nowhere.pt"),
+                       ("--embed a.csv --init random:both.pt", "give one checkpoint")):
+        write_fasta(out.parent / "all.fa", {"a": "A" * 40})
+        assert word in refused(run([*args.split(), "--device", "cpu"], script="finetune.py"))
+    assert tune("--init", "mnm.pt", "--epochs", 1)[0]["mixer"] == state["config"]
