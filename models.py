@@ -196,25 +196,28 @@ class ChordMixerConfig:
         return self.n_tracks * self.track_size
 
 
-class Permute(torch.autograd.Function):
-    """x (N, R, D) -> x[:, index]; backward takes the inverse permutation instead of scattering sums."""
+class Rotate(torch.autograd.Function):
+    """Turns the tracks of x (B * L, C) by the indices of `rotations`, and gradients back: no sums are due."""
 
     @staticmethod
-    def forward(ctx, x, index, inverse):
+    def forward(ctx, x, index, inverse, track_size):
         ctx.save_for_backward(inverse)
-        return x.index_select(1, index)
+        ctx.track_size = track_size
+        return x.view(-1, len(index), track_size).index_select(1, index).view_as(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad.index_select(1, *ctx.saved_tensors), None, None
+        [inverse] = ctx.saved_tensors
+        rows = grad.reshape(-1, len(inverse), ctx.track_size)
+        return rows.index_select(1, inverse).view_as(grad), None, None, None
 
 
 def rotations(L, n_tracks, n_rotated, lengths=None, device=None):
-    """Row indices that rotate (.., L, n_tracks, D) viewed as rows of D, and that rotate it back.
+    """Indices that turn the tracks, each of D channels, of x viewed as (B, L * n_tracks, D), and back.
 
     Track 0 stays, track g = 1..n_rotated turns by 2**(g-1): out[t] = in[(t + 2**(g-1)) % L].
-    With lengths (B,) each sequence turns within its own length and the padding behind it stays where it is:
-    the indices are then of all rows of the batch.
+    With lengths (B,) each sequence turns within its own length and the padding behind it stays where it is;
+    the view is then (1, B * L * n_tracks, D).
     """
     track = torch.arange(n_tracks, device=device)
     offset = torch.where(track > n_rotated, 0, (1 << track) // 2)              # 0, 1, 2, 4, ...
@@ -235,10 +238,9 @@ class MixerBlock(nn.Module):
 
     def forward(self, x, index, inverse):
         p = self.p if self.training else 0.0
-        y = self.fc2(F.dropout(F.gelu(self.fc1(x)), p))
+        y = self.fc2(F.dropout(F.gelu(self.fc1(x)), p))      # (B * L, C)
         y = F.dropout(y, 1 - (1 - p) ** 2)                   # two in a row there: the MLP's and the block's
-        rows = y.view(-1, len(index), self.track_size)       # (B, L * n_tracks, D), or (1, all, D)
-        return x + Permute.apply(rows, index, inverse).view_as(x)
+        return x + Rotate.apply(y, index, inverse, self.track_size)
 
 
 class ChordMixer(nn.Module):
@@ -255,13 +257,13 @@ class ChordMixer(nn.Module):
         self.blocks = nn.ModuleList(MixerBlock(config) for _ in range(config.n_layer * config.n_blocks))
 
     def forward(self, one_hot, lengths=None, n_blocks=None):
-        c, x = self.config, self.proj(one_hot)
+        (B, L, _), c, x = one_hot.shape, self.config, self.proj(one_hot.flatten(0, 1))           # (B * L, C)
         n_blocks = min(n_blocks or c.n_blocks, c.n_blocks)
-        index, inverse = rotations(x.shape[1], c.n_tracks, n_blocks, lengths, x.device)
+        index, inverse = rotations(L, c.n_tracks, n_blocks, lengths, x.device)
         for i, block in enumerate(self.blocks):
             if i % c.n_blocks < n_blocks:
                 x = block(x, index, inverse)
-        return x
+        return x.view(B, L, -1)
 
 
 @dataclasses.dataclass
