@@ -16,7 +16,7 @@ import models
 import training
 from bench import compare, line
 
-CONFIG = models.ChordMixerConfig()                           # FinDNA's: 40 blocks of 308 / 512, 1010 positions
+CONFIG = models.ChordMixerConfig()                           # FinDNA's: 40 blocks of 308 / 512
 N = 2                                                        # sequences of a step here
 
 
@@ -153,7 +153,8 @@ def saved(network, one_hot):
         return t
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         network(one_hot)
-    return sum(t.untyped_storage().nbytes() for t in kept.values()) - sum(p.nbytes for p in network.parameters())
+    everything = sum(t.untyped_storage().nbytes() for t in kept.values())
+    return everything - sum(p.nbytes for p in network.parameters())
 
 
 def rotation(rounds):
@@ -169,8 +170,9 @@ def rotation(rounds):
         want = x + roll(x, T)
         assert torch.equal(ours(), want)
         assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (ours(), want)))
-        compare(f"rotate {str(dtype)[6:]}", {"split, roll, cat": (lambda: torch.autograd.grad(x + roll(x, T), x, grad), 1.2)},
-                lambda: torch.autograd.grad(ours(), x, grad), rounds, 8 * L / 1e6, "Mtok/s")
+        plain = {"split, roll, cat": (lambda: torch.autograd.grad(x + roll(x, T), x, grad), 1.2)}
+        compare(f"rotate {str(dtype)[6:]}", plain, lambda: torch.autograd.grad(ours(), x, grad), rounds,
+                8 * L / 1e6, "Mtok/s")
 
 
 def views(rounds):
@@ -190,11 +192,12 @@ def ema(rounds):
         for p, s in zip(teacher.parameters(), student.parameters()):
             p.data = 0.996 * p.data + 0.004 * s.data
     pairs = [[p.data for p in net.parameters()] for net in (teacher, student)]
-    compare("ema", {"loop": (loop, 1)}, lambda: torch._foreach_lerp_(*pairs, 0.004), rounds, 12.65, "Mweights/s")
+    compare("ema", {"loop": (loop, 1)}, lambda: torch._foreach_lerp_(*pairs, 0.004), rounds, 12.65,
+            "Mweights/s")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=training.number(int, 1), default=5)
     parser.add_argument("--only", default="chordmixer,rotation,views,ema")
     args = parser.parse_args()

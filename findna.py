@@ -317,13 +317,14 @@ if __name__ == "__main__":
         training.finish()
 
     # what this run is
-    n_params, n_bases = sum(p.numel() for p in model.parameters()), args.batch_size * args.length
-    passes = args.steps * args.batch_size / args.windows
+    n_params, n_masked = sum(p.numel() for p in model.parameters()), round(MASK_RATE * args.length)
+    n_bases = args.batch_size * args.length                  # of a step
     (constant, order0), (flanked, order1) = guesses(genome.bases[:10 ** 7])
     say(f"model    {n_params:,} parameters{' and a teacher alike' * bool(teacher)}, {args.dtype}, {world} x "
         f"{device.type}, {n_micro} micro-batches a step{' in uneven shares' if n_micro % world else ''}")
     say(f"genome   {' '.join(args.genome)}: {genome}")
-    say(f"windows  {args.windows:,}{' fresh ones' * args.fresh_windows} an epoch, {passes:.3g} epochs")
+    say(f"windows  {args.windows:,}{' fresh ones' * args.fresh_windows} an epoch, "
+        f"{args.steps * args.batch_size / args.windows:.3g} epochs; masked: {n_masked} of {args.length} bases")
     say(f"guesses  of a base: {constant:.1%} are right from its frequency ({order0:.3f} nats), {flanked:.1%} "
         f"from the base on either side ({order1:.3f} nats)")
     if start:
@@ -371,11 +372,10 @@ if __name__ == "__main__":
         model.train()
         total, n = training.all_reduce(total), args.eval_windows
         mnm, cl, right, kl = (total[:4] / n).tolist()
-        row = {"val_mnm_loss": mnm, "val_acc": right / round(MASK_RATE * args.length)}
+        row = {"val_loss": alpha * mnm + (1 - alpha) * cl, "val_mnm_loss": mnm, "val_acc": right / n_masked}
         if teacher:
-            row = {"val_loss": alpha * mnm + (1 - alpha) * cl, **row, "val_cl_loss": cl, "view_kl": kl,
-                   "view_kl_sum": kl * args.length, "center_norm": center.norm().item(),
-                   **collapse(total[4:], n, center.shape, dim)}
+            row |= {"val_cl_loss": cl, "view_kl": kl, "view_kl_sum": kl * args.length,
+                    "center_norm": center.norm().item()} | collapse(total[4:], n, center.shape, dim)
         return row
 
     unread, clock, timed = [], time.perf_counter(), start    # unread: numbers the host has not looked at yet
@@ -435,7 +435,8 @@ if __name__ == "__main__":
                 mnm, cl = mnm / args.batch_size, cl / args.batch_size
                 row = {"step": step, "loss": alpha * mnm + (1 - alpha) * cl, "mnm_loss": mnm}
                 row |= {"cl_loss": cl, "ema": ema} if teacher else {}
-                row |= {"lr": lr, "grad_norm": norm, "tokens_per_s": speed} | (validate() if to_eval else {})
+                row |= {"lr": lr, "grad_norm": norm, "masked": n_masked / args.length, "tokens_per_s": speed}
+                row |= validate() if to_eval else {}
                 if rank == 0:
                     training.log(args.out, row)
                 if step > args.warmup and not warned and row.get("q_information", 1) < COLLAPSED:
