@@ -30,11 +30,11 @@ import models
 import training
 from training import number
 
-MASK_RATE = 0.3                                              # section 3.1; 4.1: data, epochs
+MASK_RATE = 0.3                                              # sections 3.1 to 3.4 and 4.1, as what follows
 N_CLS = 10                                                   # K, blank tokens behind the bases
 TEMP_STUDENT, TEMP_TEACHER = 0.1, 0.04                       # Eqs 4, 5
 CENTER_MOMENTUM, EMA = 0.996, 0.996                          # beta; lambda, which rises to 1
-EDIT, NOISE, FLIP = 20, 0.2, 0.5                             # longest edit, sd of the noise, P(other strand)
+EDIT, NOISE, FLIP = 20, 0.2, 0.5                             # EvoAug's edits; noise; P(other strand), the code's
 VIEWS = ("MDIT+NR", "M+none", "M+DIT", "MDT+DIT")            # of student + teacher; Table 4
 BETAS, EPS = (0.9, 0.999), 1e-8                              # AdamW's own: the paper gives none
 COLLAPSED = 0.01                                             # nats that teacher outputs say of their sequence
@@ -237,7 +237,7 @@ def complete_args(args):
     if args.steps is None:
         args.steps = math.ceil(args.epochs * args.windows / args.batch_size)
     if args.warmup is None:
-        args.warmup = round(0.3 * args.steps)                # section 4.1
+        args.warmup = round(0.3 * args.steps)                # the paper's
     if args.init and args.resume:
         raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
     if args.warmup > args.steps:
