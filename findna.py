@@ -34,7 +34,7 @@ MASK_RATE = 0.3                                              # sections 3.1 to 3
 N_CLS = 10                                                   # K, blank tokens behind the bases
 TEMP_STUDENT, TEMP_TEACHER = 0.1, 0.04                       # Eqs 4, 5
 CENTER_MOMENTUM, EMA = 0.996, 0.996                          # beta; lambda, which rises to 1
-EDIT, NOISE, FLIP = 20, 0.2, 0.5                             # EvoAug's edits; noise; P(other strand), the code's
+EDIT, NOISE, FLIP = 20, 0.2, 0.5                             # EvoAug's; the paper's; the released code's
 VIEWS = ("MDIT+NR", "M+none", "M+DIT", "MDT+DIT")            # of student + teacher; Table 4
 BETAS, EPS = (0.9, 0.999), 1e-8                              # AdamW's own: the paper gives none
 COLLAPSED = 0.01                                             # nats that teacher outputs say of their sequence
@@ -324,7 +324,7 @@ if __name__ == "__main__":
         f"{device.type}, {n_micro} micro-batches a step{' in uneven shares' if n_micro % world else ''}")
     say(f"genome   {' '.join(args.genome)}: {genome}")
     say(f"windows  {args.windows:,}{' fresh ones' * args.fresh_windows} an epoch, "
-        f"{args.steps * args.batch_size / args.windows:.3g} epochs; masked: {n_masked} of {args.length} bases")
+        f"{args.steps * args.batch_size / args.windows:.3g} epochs; {n_masked} of {args.length} bases masked")
     say(f"guesses  of a base: {constant:.1%} are right from its frequency ({order0:.3f} nats), {flanked:.1%} "
         f"from the base on either side ({order1:.3f} nats)")
     if start:
