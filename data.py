@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import csv
 import fcntl
+import functools
 import glob
 import gzip
 import hashlib
@@ -28,6 +29,7 @@ import torch.nn.functional as F
 
 LETTERS = "ATCGN"
 PAD, UNK, CLS, SEP, MASK = range(5)
+BLANK = 5                                                    # base code of no base: zeros in one_hot
 AMBIGUOUS = b"NRYSWKMBDHVnryswkmbdhv"                        # IUPAC codes of more than one base: all become N
 CODE = np.full(256, 255, np.uint8)                           # byte -> base code; 255 = not DNA
 CODE[np.frombuffer(AMBIGUOUS, np.uint8)] = 4
@@ -58,6 +60,17 @@ def reverse_complement(bases):
     """Codes (..., L), numpy or torch -> the other strand read 5' to 3'. N stays N; an involution."""
     flipped = bases.flip(-1) if torch.is_tensor(bases) else np.asarray(bases)[..., ::-1]
     return flipped ^ (flipped < 4)
+
+
+@functools.cache
+def channels(device):
+    """(6, 5): the row of base code A,T,C,G,N in the channels A,C,G,T,N (FinDNA's order), and one of zeros."""
+    return torch.eye(6, 5, device=device)[torch.tensor([0, 3, 1, 2, 4, 5], device=device)]
+
+
+def one_hot(bases):
+    """Codes (B, L) -> float (B, L, 5), channels A,C,G,T,N; a BLANK (masked, padding, [CLS]) is all zeros."""
+    return F.embedding(bases.int(), channels(bases.device))
 
 
 def kmer_tokens(bases, k, stride, specials=False):

@@ -79,6 +79,7 @@ DEFAULT_PROTOCOL = {"GUE": "randommask", "DeepSTARR": "randommask", "GenomicBenc
                     "MTcDNA": "findna", "few-shot": "fewshot"}                         # others: strict
 SCHEDULES = {"linear": training.linear, "cosine": training.cosine, "constant": lambda *_: 1.0}
 FLAGS = ("batch_size", "lr", "weight_decay", "epochs", "warmup", "dropout")            # override a protocol
+MIXER = {"pool": "mean", "head": "linear", "blocks": "all", "eval_network": None}      # defaults of flags
 DEMO = dict(task=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64, lr=1e-3, epochs=4)
 
 
@@ -170,12 +171,22 @@ def get_tokens(bases, starts, n, spec):
 
 
 def get_inputs(rows, index, spec):
-    """Sequences of rows (bases on the device) as the network takes them: tokens, mask, owner; or bases."""
+    """Sequences of rows (bases on the device) as the network takes them: tokens, mask, owner; a mixer:
+    one-hot bases, lengths (None where all are alike); a CNN: bases."""
     starts, lengths, device = rows.offsets[index], np.diff(rows.offsets)[index], rows.bases.device
     if spec["kind"] == "cnn":
         at = torch.arange(spec["length"], device=device)
         starts, lengths = (torch.from_numpy(x).to(device)[:, None] for x in (starts, lengths))
         return [rows.bases[(starts + at).clamp_(max=len(rows.bases) - 1)].masked_fill(at >= lengths, 4)]
+    if spec["kind"] == "mixer":
+        alike = lengths.min() == lengths.max()               # else few shapes: a multiple of 64
+        longest = int(lengths.max()) if alike else -(-int(lengths.max()) // 64) * 64
+        n_cls = spec["n_cls"] if spec["pool"] == "cls" else 0
+        at = torch.arange(longest + n_cls, device=device)
+        starts, lengths = (torch.from_numpy(x).to(device)[:, None] for x in (starts, lengths))
+        bases = rows.bases[(starts + at).clamp_(max=len(rows.bases) - 1)]
+        return [data.one_hot(bases.masked_fill(at >= lengths, data.BLANK)),
+                None if alike else lengths[:, 0] + n_cls]
     owner, first, n = cut_windows(lengths, spec)
     tokens, mask = get_tokens(rows.bases, starts[owner] + first, n, spec)
     return [tokens, mask, None if len(owner) == len(index) else torch.from_numpy(owner).to(device)]
@@ -185,8 +196,10 @@ def pieces(index, lengths, spec, most):
     """Splits an index array where `most` windows fill a forward pass; a sequence stays whole."""
     if spec["kind"] == "cnn":
         return np.split(index, range(most, len(index), most))
+    windows = -(-lengths[index] // spec["mixer"]["length"]) if spec["kind"] == "mixer" else \
+        np.bincount(cut_windows(lengths[index], spec)[0])    # a mixer: as many as would hold the bases
     cuts, full = [], 0
-    for i, n in enumerate(np.bincount(cut_windows(lengths[index], spec)[0]).tolist()):
+    for i, n in enumerate(windows.tolist()):
         if full and full + n > most:
             cuts.append(i)
             full = 0
@@ -218,19 +231,29 @@ def pooled(bert, pool):
     return function
 
 
-def per_base(bert, rows, spec, most):
-    """Embedding of every base (len(rows.bases), C), fp32: the mean over the k-mers that hold it."""
-    total, lengths = torch.zeros(len(rows.bases), spec["bert"]["n_embd"]), np.diff(rows.offsets)
+def embedder(net, pool):
+    """A function for apply() that embeds sequences with a classifier, without its head."""
+    return net.embed if isinstance(net, models.BaseClassifier) else pooled(net.bert, pool)
+
+
+@torch.no_grad()
+def per_base(net, rows, spec, most):
+    """Embedding of every base (len(rows.bases), C), fp32; of a Bert the mean over the k-mers that hold it."""
+    total, lengths = torch.zeros(len(rows.bases), net.out.in_features), np.diff(rows.offsets)
     count = torch.zeros(len(rows.bases), 1)
     for index in pieces(np.arange(len(lengths)), lengths, spec, most):
-        owner, first, n = cut_windows(lengths[index], spec)
-        starts = rows.offsets[index][owner] + first
-        with torch.no_grad():
-            x = bert.encode(*get_tokens(rows.bases, starts, n, spec))[:, 1:-1].float().cpu()   # (B, T, C)
+        if spec["kind"] == "mixer":
+            x, starts, n, k, stride = net.outputs(*get_inputs(rows, index, spec)), rows.offsets[index], \
+                lengths[index], 1, 1
+        else:
+            owner, first, n = cut_windows(lengths[index], spec)
+            starts, k, stride = rows.offsets[index][owner] + first, spec["k"], spec["stride"]
+            x = net.bert.encode(*get_tokens(rows.bases, starts, n, spec))[:, 1:-1]
+        x = x.float().cpu()                                  # (B, T, C)
         at, starts, n = torch.arange(x.shape[1]), *map(torch.from_numpy, (starts, n))
         real = at < n[:, None]
-        at = (starts[:, None] + at * spec["stride"])[real]   # first bases of the k-mers
-        for offset in range(spec["k"]):
+        at = (starts[:, None] + at * stride)[real]           # first bases of the k-mers
+        for offset in range(k):
             total.index_add_(0, at + offset, x[real])
             count.index_add_(0, at + offset, torch.ones(len(at), 1))
     return (total / count.clamp(min=1)).numpy()
@@ -254,35 +277,50 @@ def fit_linear(train, labels, test, task):
     return outputs if outputs.ndim > 1 else np.stack([-outputs, outputs], 1) / 2
 
 
+def read_checkpoint(path, args):
+    """A checkpoint of ours -> (spec, weights). Of FinDNA's two networks the one that --eval_network names."""
+    state = training.load(path)
+    spec, weights, method = state["config"], state["model"], state["method"]
+    try:
+        if method == "findna":
+            network = args.eval_network or ("teacher" if "teacher" in state else "student")
+            if network not in ("student", *state):
+                raise ValueError(f"--eval_network teacher: {path} was pretrained without one; use student")
+            weights = {name: t for name, t in state.get(network, weights).items() if "backbone" in name}
+            spec = {"kind": "mixer", "mixer": spec, "n_cls": spec["length"] - state["args"]["length"]}
+        elif method != "finetune":
+            config = models.BertConfig(**spec)
+            spec = {"kind": "bert", "bert": dataclasses.asdict(config), "k": config.k,
+                    "stride": state["args"].get("stride", 1)}
+        spec["kind"]
+    except (KeyError, TypeError) as e:
+        raise ValueError(f"--init {path}: not a model of these scripts ({e}); use another") from None
+    return spec, weights
+
+
 def read_init(init, args):
     """--init -> (spec, weights or None, name, fingerprint). spec rebuilds the network, and is stored."""
-    spec, weights = {"kind": init}, None
+    spec, weights, config, name = {"kind": init}, None, None, init
     if init == "random":
         config = models.BertConfig(4 ** args.k + 5, args.block_size, args.n_layer, args.n_head, args.n_embd,
                                    4 * args.n_embd, 0.1)
-        size = f"random {args.n_layer}x{args.n_embd} h{args.n_head} k{args.k}"
-        spec, init = {"kind": "bert", "stride": 1}, size
+        name = f"random {args.n_layer}x{args.n_embd} h{args.n_head} k{args.k}"
     elif init.startswith("hf:"):
         model = models.load_hf(init[3:])
-        spec, config, weights = {"kind": "bert", "stride": 1}, model.config, model.state_dict()
+        config, weights = model.config, model.state_dict()
+    elif init.startswith("random:"):                         # the architecture of a checkpoint, only
+        spec = {name: value for name, value in read_checkpoint(init[7:], args)[0].items()
+                if name not in ("classes", "regression")}
     elif init not in ("cnn", "kmer"):
-        state = training.load(init)
-        weights = state["model"]
-        try:
-            spec = state["config"]
-            if state["method"] != "finetune":
-                config = models.BertConfig(**spec)
-                spec = {"kind": "bert", "stride": state["args"].get("stride", 1)}
-        except (KeyError, TypeError) as e:
-            raise ValueError(f"--init {init}: not a model of these scripts ({e}); use another") from None
-    if spec["kind"] == "bert" and "bert" not in spec:
-        spec |= {"bert": dataclasses.asdict(config), "k": config.k}
+        spec, weights = read_checkpoint(init, args)
+    if config:
+        spec = {"kind": "bert", "bert": dataclasses.asdict(config), "k": config.k, "stride": 1}
     if args.stride and spec["kind"] == "bert":
         spec["stride"] = args.stride
     digest = hashlib.sha256()
     for tensor in (weights or {}).values():
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    return spec, weights, init, digest.hexdigest()[:12]
+    return spec, weights, name, digest.hexdigest()[:12]
 
 
 def build_net(spec, weights=None, seed=42):
@@ -290,13 +328,17 @@ def build_net(spec, weights=None, seed=42):
     training.seed(seed)
     if spec["kind"] == "cnn":
         net = models.Cnn(spec["length"], spec["n_out"])
+    elif spec["kind"] == "mixer":
+        net = models.BaseClassifier(models.make_backbone(spec["mixer"]), spec["n_out"], spec["n_cls"] * (
+            spec["pool"] == "cls"), spec["head"] == "mlp", spec["n_blocks"])
     else:
         net = models.Classifier(models.Bert(models.BertConfig(**spec["bert"])), spec["n_out"])
     if weights and "classes" in spec:
         net.load_state_dict(weights)
-    elif weights:                                            # of a Bert, or of a Classifier without its head
-        net.bert.load_state_dict({name.removeprefix("bert."): tensor for name, tensor in weights.items()
-                                  if not name.startswith(("pooler.", "out."))})
+    elif weights:                                            # pretrained, or of a classifier without its head
+        body, prefix = (net.backbone, "backbone.") if spec["kind"] == "mixer" else (net.bert, "bert.")
+        body.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in weights.items()
+                              if not name.startswith(("pooler.", "hidden.", "out."))})
     return net
 
 
@@ -440,6 +482,8 @@ def assign(splits, p, seed, linear):
 
 def count_lengths(lengths, spec):
     """Counts of the sequences that do not fit the network: cut, in several windows, without a k-mer."""
+    if spec["kind"] == "mixer":
+        return {}
     if spec["kind"] != "bert":
         return {"truncated": int((lengths > spec.get("length", math.inf)).sum())}
     most = (spec["bert"]["block_size"] - 3) * spec["stride"] + spec["k"]       # bases of one window
@@ -509,7 +553,8 @@ def trained_outputs(task, parts, spec, weights, run, folder, args, device):
             net.out.bias.mul_(sd).add_(mean)
     if key["seed"] == args.seed:
         name = key["init"].removesuffix("/last.pt").rstrip("/").split("/")[-1].removesuffix(".pt").split()[0]
-        how["model"] = os.path.join(os.path.dirname(folder), f"{name.removeprefix('hf:')}.pt")
+        name = "random_" * key["init"].startswith("random:") + name.split(":")[-1]
+        how["model"] = os.path.join(os.path.dirname(folder), f"{name}.pt")
         with contextlib.suppress(ValueError):                # none, or no model: this one takes the place
             if training.load(how["model"]).get("id") != os.path.basename(folder):
                 how["model"] = os.path.join(os.path.dirname(folder), f"{os.path.basename(folder)}.pt")
@@ -528,8 +573,8 @@ def linear_outputs(parts, spec, weights, seed, task, args, device):
     if spec["kind"] == "kmer":
         features = [kmer_counts(parts[split]) for split in ("train", "test")]
     else:
-        bert = build_net(spec, weights, seed).bert.to(device).eval()
-        features = [apply(pooled(bert, args.pool), on_device(parts[split], device), spec,
+        net = build_net(spec, weights, seed).to(device).eval()
+        features = [apply(embedder(net, args.pool), on_device(parts[split], device), spec,
                           args.micro_batch_size) for split in ("train", "test")]
     return fit_linear(features[0], parts["train"].labels, features[1], task)
 
@@ -538,12 +583,20 @@ def run_one(task, splits, key, spec, weights, args, device):
     """One row of results.jsonl, unless it is there: trains by the protocol, tests once."""
     start, linear = time.perf_counter(), spec["kind"] == "kmer" or args.mode == "probe"
     parts, said = assign(splits, key["numbers"], key["seed"], linear)
-    spec = {name: spec[name] for name in ("kind", "bert", "k", "stride") if name in spec} | {
+    body = ("kind", "bert", "k", "stride", "mixer", "n_cls")
+    spec = {name: spec[name] for name in body if name in spec} | {
         "long": args.long or "chunk", "dtype": args.dtype, "n_out": len(task.classes)}
+    if spec["kind"] == "mixer":
+        spec |= {"pool": args.pool, "head": args.head, "n_blocks": None}
+        if args.blocks == "log2":                            # as a network made for the longest sequence has
+            if "track_size" not in spec["mixer"]:
+                raise ValueError(f"--blocks log2: {key['init']} is a transformer; use another --init")
+            longest = np.diff(parts["train"].offsets).max() + spec["n_cls"] * (args.pool == "cls")
+            spec["n_blocks"] = max(1, int(longest - 1).bit_length())
     if spec["kind"] == "cnn":
         spec["length"] = int(np.diff(parts["train"].offsets).max())
-    if spec["kind"] == "bert" and key["numbers"].get("dropout") is not None:
-        spec["bert"] = spec["bert"] | {"dropout": key["numbers"]["dropout"]}
+    if spec["kind"] in spec and key["numbers"].get("dropout") is not None:    # a Bert's, a mixer's
+        spec[spec["kind"]] = spec[spec["kind"]] | {"dropout": key["numbers"]["dropout"]}
     identity = hashlib.sha256(json.dumps([key, spec], sort_keys=True).encode()).hexdigest()[:8]
     shots = f" {key['shots']}-shot" if key["shots"] else ""
     title = f"{task.name}{shots} | {key['init']} | seed {key['seed']}"
@@ -616,6 +669,8 @@ def run_all(args, inits, runs, device, rank, world):
             print("stopped by a signal; the same command goes on from there", flush=True)
             return 143
         spec, weights, shown, digest = inits[init]
+        own = {flag: getattr(args, flag) for flag, default in MIXER.items()
+               if spec["kind"] == "mixer" and getattr(args, flag) != default}
         try:
             if cached != (name, shots, shots and repeat):    # a set is read once, a few-shot draw each time
                 task, splits = read_csv(args) if args.csv else (data.TASKS[name], data.read_task(
@@ -627,7 +682,7 @@ def run_all(args, inits, runs, device, rank, world):
                 p["select"] = "loss"                         # PCC is blind to the scale
             key = {"task": task.name, "shots": shots, "seed": args.seed + repeat, "init": shown,
                    "weights": digest, "mode": args.mode, "pool": args.pool if args.mode == "probe" else None,
-                   "protocol": protocol, "overrides": flags, "metric": main_metric(protocol, task),
+                   "protocol": protocol, "overrides": flags | own, "metric": main_metric(protocol, task),
                    "numbers": p, "data": fingerprint(splits)}
             run_one(task, splits, key, spec, weights, args, device)
         except (ValueError, ArithmeticError) as e:
@@ -669,10 +724,11 @@ def read_blocks(path, args, size=1 << 24):
 
 def read_model(args):
     """The one --init of --predict, --embed, --export: (spec, net on the CPU)."""
-    if len(args.init) != 1 or args.init[0] in ("random", "cnn", "kmer"):
+    if len(args.init) != 1 or args.init[0] in ("random", "cnn", "kmer") or args.init[0][:7] == "random:":
         raise ValueError(f"--init {' '.join(args.init)}: give one checkpoint, or hf:FOLDER")
     spec, weights, *_ = read_init(args.init[0], args)
-    spec = {"long": "chunk", "n_out": 1} | spec | {"dtype": args.dtype}
+    spec = {"long": "chunk", "n_out": 1, "pool": args.pool, "head": "linear", "n_blocks": None} | spec | {
+        "dtype": args.dtype}
     return spec | ({"long": args.long} if args.long else {}), weights
 
 
@@ -716,17 +772,18 @@ def predict(args, device):
 def embed(args, device):
     """--embed: an .npz of ids and embeddings (n, C); --per_base: also of all bases, with their offsets."""
     spec, weights = read_model(args)
-    if spec["kind"] != "bert":
-        raise ValueError(f"--init {args.init[0]}: has no embeddings to give; use a Bert")
-    bert = build_net(spec, weights).bert.to(device).eval()
+    if spec["kind"] == "cnn":
+        raise ValueError(f"--init {args.init[0]}: has no embeddings to give; use a Bert or a ChordMixer")
+    spec["pool"] = args.pool
+    net = build_net(spec, weights).to(device).eval()
     ids, found, bases, offsets = [], [], [], [np.zeros(1, np.int64)]
     with new_file(args, args.embed, ".npz") as f:
         for names, rows in read_blocks(args.embed, args):
             rows = on_device(rows, device)
             ids += names
-            found.append(apply(pooled(bert, args.pool), rows, spec, args.micro_batch_size))
+            found.append(apply(embedder(net, args.pool), rows, spec, args.micro_batch_size))
             if args.per_base:
-                bases.append(per_base(bert, rows, spec, args.micro_batch_size))
+                bases.append(per_base(net, rows, spec, args.micro_batch_size))
                 offsets.append(rows.offsets[1:] + offsets[-1][-1])
         arrays = {"ids": np.array(ids), "embeddings": np.concatenate(found)}
         if args.per_base:
@@ -760,7 +817,8 @@ def parse_args():
     what("--export", metavar="FOLDER", help="write --init in the Hugging Face layout")
     what("--table", action="store_true", help="print and write all results in --out beside the papers'")
     what("--demo", action="store_true", help="a planted motif in synthetic DNA")
-    add("--init", nargs="+", default=["random"], help="checkpoint, hf:FOLDER, random, cnn, kmer (random)")
+    add("--init", nargs="+", default=["random"],
+        help="checkpoint, random:CHECKPOINT (its shape), hf:FOLDER, random, cnn, kmer (random)")
     add("--mode", choices=("finetune", "probe"), default="finetune", help="probe: frozen, linear")
     add("--protocol", choices=PROTOCOLS, help="(that of the papers that use the set; csv: strict)")
     add("--seeds", type=positive, help="repeats (the protocol's)")
@@ -782,7 +840,11 @@ def parse_args():
     add("--n_layer", type=positive, default=12, help="--init random: layers (%(default)s)")
     add("--n_head", type=positive, default=12, help="--init random: attention heads (%(default)s)")
     add("--n_embd", type=positive, default=768, help="--init random: width (%(default)s)")
-    add("--pool", choices=("mean", "cls"), default="mean", help="probe, embed: mean over k-mers, [CLS]")
+    add("--pool", choices=("mean", "cls"), default="mean", help="probe, embed, FinDNA: mean, [CLS]")
+    add("--eval_network", choices=("teacher", "student"), help="FinDNA: which (the teacher if it has one)")
+    add("--head", choices=("linear", "mlp"), default="linear", help="FinDNA: its layers (%(default)s)")
+    add("--blocks", choices=("all", "log2"), default="all", help="FinDNA: of each layer, all, or the first "
+        "log2 of the longest training sequence (%(default)s)")
     add("--per_base", action="store_true", help="embed: each base, too")
     add("--window", type=positive, help="predict, embed: windows of so many bases of each sequence ...")
     add("--step", type=positive, help="... so far apart (the window)")

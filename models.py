@@ -1,5 +1,6 @@
-"""The networks, in plain torch: Bert (post-LN, as in DNABERT and RandomMask) and its classification head, the
-CNN baseline; Hugging Face import and export.
+"""The networks, in plain torch: Bert (post-LN, as in DNABERT and RandomMask) and its classification head;
+ChordMixer (FinDNA) and a transformer encoder over one-hot bases, with theirs; the CNN baseline; Hugging Face
+import and export.
 
 Bert is bert-base's architecture over a k-mer vocabulary; sizes are numbers: 12 layers of 768 give DNABERT's
 89,196,549 parameters, 4 of 256 RandomMask's BERT-mini, 2 of 256 with n_head 8, n_inner 3072 LOGO (GeneMask).
@@ -173,6 +174,184 @@ class Classifier(nn.Module):
             return self.out(F.dropout(x.float(), self.bert.config.dropout, self.training))
 
 
+@dataclasses.dataclass
+class ChordMixerConfig:
+    """Defaults: FinDNA's, 1,000 bases and 10 [CLS]: 4 layers of 10 blocks, 11 tracks of 28 channels."""
+    length: int = 1010                                       # of the pretraining inputs; others work, too
+    n_layer: int = 4
+    track_size: int = 28
+    hidden: int = 512
+    dropout: float = 0.0
+
+    @property
+    def n_blocks(self):                                      # of a layer: ceil(log2 length)
+        return (self.length - 1).bit_length()
+
+    @property
+    def n_tracks(self):
+        return self.n_blocks + 1
+
+    @property
+    def n_embd(self):
+        return self.n_tracks * self.track_size
+
+
+class Rotate(torch.autograd.Function):
+    """Turns the tracks of x (B * L, C) by the indices of `rotations`, and gradients back: no sums are due."""
+
+    @staticmethod
+    def forward(ctx, x, index, inverse, track_size):
+        ctx.save_for_backward(inverse)
+        ctx.track_size = track_size
+        return x.view(-1, len(index), track_size).index_select(1, index).view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        [inverse] = ctx.saved_tensors
+        rows = grad.reshape(-1, len(inverse), ctx.track_size)
+        return rows.index_select(1, inverse).view_as(grad), None, None, None
+
+
+def rotations(L, n_tracks, n_rotated, lengths=None, device=None):
+    """Indices that turn the tracks, each of D channels, of x viewed as (B, L * n_tracks, D), and back.
+
+    Track 0 stays, track g = 1..n_rotated turns by 2**(g-1): out[t] = in[(t + 2**(g-1)) % L].
+    With lengths (B,) each sequence turns within its own length and the padding behind it stays where it is;
+    the view is then (1, B * L * n_tracks, D).
+    """
+    track = torch.arange(n_tracks, device=device)
+    offset = torch.where(track > n_rotated, 0, (1 << track) // 2)              # 0, 1, 2, 4, ...
+    at, length, first = torch.arange(L, device=device)[:, None], L, 0          # (L, 1)
+    if lengths is not None:                                                    # (B, 1, 1)
+        length, first = lengths[:, None, None], L * torch.arange(len(lengths), device=device)[:, None, None]
+    return [((torch.where(at < length, (at + shift) % length, at) + first) * n_tracks + track).flatten().int()
+            for shift in (offset, -offset)]
+
+
+class MixerBlock(nn.Module):
+    """x + rotate(MLP(x)): no normalisation. Each track brings in the bases at one distance."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(config.n_embd, config.hidden), nn.Linear(config.hidden, config.n_embd)
+        self.track_size, self.p = config.track_size, config.dropout
+
+    def forward(self, x, index, inverse):
+        p = self.p if self.training else 0.0
+        y = self.fc2(F.dropout(F.gelu(self.fc1(x)), p))      # (B * L, C)
+        y = F.dropout(y, 1 - (1 - p) ** 2)                   # two in a row there: the MLP's and the block's
+        return x + Rotate.apply(y, index, inverse, self.track_size)
+
+
+class ChordMixer(nn.Module):
+    """one_hot (B, L, 5) float -> (B, L, C), for any L (Khalitov et al., as FinDNA uses it).
+
+    lengths (B,): of rows that are padded; what is behind never reaches a real position. n_blocks: only the
+    first so many blocks of each layer, and tracks, as a network made for sequences of up to 2**n_blocks has.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.proj = nn.Linear(5, config.n_embd)
+        self.blocks = nn.ModuleList(MixerBlock(config) for _ in range(config.n_layer * config.n_blocks))
+
+    def forward(self, one_hot, lengths=None, n_blocks=None):
+        (B, L, _), c, x = one_hot.shape, self.config, self.proj(one_hot.flatten(0, 1))           # (B * L, C)
+        n_blocks = min(n_blocks or c.n_blocks, c.n_blocks)
+        index, inverse = rotations(L, c.n_tracks, n_blocks, lengths, x.device)
+        for i, block in enumerate(self.blocks):
+            if i % c.n_blocks < n_blocks:
+                x = block(x, index, inverse)
+        return x.view(B, L, -1)
+
+
+@dataclasses.dataclass
+class EncoderConfig:
+    """FinDNA-T: the size is ours, the paper gives none."""
+    length: int = 1010
+    n_layer: int = 4
+    n_head: int = 8
+    n_embd: int = 320
+    dropout: float = 0.0
+
+    def __post_init__(self):
+        if self.n_embd % self.n_head:
+            raise ValueError(f"--n_embd {self.n_embd}: not a multiple of --n_head {self.n_head}; change one")
+
+
+class Encoder(nn.Module):
+    """one_hot (B, L, 5) float -> (B, L, C): pre-LN transformer, learned positions. lengths (B,): as above."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        C = config.n_embd
+        self.proj, self.pos_emb = nn.Linear(5, C), nn.Embedding(config.length, C)
+        layer = nn.TransformerEncoderLayer(C, config.n_head, 4 * C, config.dropout, "gelu", batch_first=True,
+                                           norm_first=True)
+        self.layers = nn.TransformerEncoder(layer, config.n_layer, nn.LayerNorm(C), False)     # not nested
+        nn.init.normal_(self.pos_emb.weight, std=0.02)
+
+    def forward(self, one_hot, lengths=None):
+        L = one_hot.shape[1]
+        if L > self.config.length:
+            raise ValueError(f"{L} bases for {self.config.length} positions; use shorter sequences")
+        padding = None if lengths is None else torch.arange(L, device=lengths.device) >= lengths[:, None]
+        return self.layers(self.proj(one_hot) + self.pos_emb.weight[:L], src_key_padding_mask=padding)
+
+
+def make_backbone(config):
+    """The network over one-hot bases of a config, or of its fields as a checkpoint has them."""
+    if isinstance(config, dict):
+        config = (ChordMixerConfig if "track_size" in config else EncoderConfig)(**config)
+    return (ChordMixer if isinstance(config, ChordMixerConfig) else Encoder)(config)
+
+
+class BaseModel(nn.Module):
+    """A backbone and a linear layer to the five bases: one_hot (B, L, 5) -> (B, L, C), logits (B, L, 5)."""
+
+    def __init__(self, backbone):
+        super().__init__()
+        self.config, self.backbone = backbone.config, backbone
+        self.head = nn.Linear(backbone.config.n_embd, 5)
+
+    def forward(self, one_hot):
+        x = self.backbone(one_hot)
+        return x, self.head(x)
+
+
+class BaseClassifier(nn.Module):
+    """A backbone with a head, linear or of two layers, on the mean over a sequence's bases or its [CLS].
+
+    one_hot (B, L, 5), lengths (B,) or None -> (B, n_out). n_cls: the mean over so many last rows instead.
+    """
+
+    def __init__(self, backbone, n_out, n_cls=0, mlp=False, n_blocks=None):
+        super().__init__()
+        C = backbone.config.n_embd
+        self.backbone, self.n_cls = backbone, n_cls
+        self.more = {"n_blocks": n_blocks} if n_blocks else {}
+        self.hidden = nn.Linear(C, C) if mlp else None
+        self.out = nn.Linear(C, n_out)
+
+    def outputs(self, one_hot, lengths=None):
+        return self.backbone(one_hot, lengths, **self.more)  # (B, L, C)
+
+    def embed(self, one_hot, lengths=None):
+        """(B, C): the mean over the bases, or over the [CLS]."""
+        x = self.outputs(one_hot, lengths)
+        if lengths is None:
+            return x[:, -self.n_cls:].mean(1)                # -0: all
+        at, lengths = torch.arange(x.shape[1], device=x.device), lengths[:, None]
+        real = (at < lengths) & (at >= lengths - (self.n_cls or lengths))                       # (B, L)
+        return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+
+    def forward(self, one_hot, lengths=None):
+        x = self.embed(one_hot, lengths)
+        return self.out(x if self.hidden is None else F.gelu(self.hidden(x)))
+
+
 class Cnn(nn.Module):
     """GenomicBenchmarks' CNN, the baseline of Martinek et al.: bases (B, length) uint8 -> (B, n_out).
 
@@ -211,7 +390,7 @@ def copy_weights(model, config, weights, source):
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f"--init {source}: {show(str(e).splitlines()[-1])}; is it a Bert?") from None
+        raise ValueError(f"--init {source}: {show(str(e).splitlines()[-1])}; is it such a network?") from None
 
 
 def labelled_positions(labels, capacity=None):

@@ -1,0 +1,476 @@
+"""FinDNA: a student sees DNA with edits and masked bases; its slow average, the teacher, the same DNA with
+noise or from the other strand. The student learns to name the masked bases, and to say of the whole sequence
+what the teacher says (Yu et al., "Self-Distillation Improves DNA Sequence Inference").
+
+    python findna.py --demo                                  two minutes on a laptop, no data needed
+    python findna.py --genome my.fa.gz --micro_batch_size 64 one GPU, your own genome
+    torchrun --nproc_per_node 8 findna.py                    the paper's run: 50 epochs of 100,000 windows
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 findna.py \\
+        --micro_batch_size 4                                 two nodes: 16 micro-batches for 16 GPUs
+    python findna.py --objective mnm                         ablation CM-MNM: masked bases only, no teacher
+    python findna.py --backbone transformer                  ablation FinDNA-T
+"""
+import argparse
+import contextlib
+import copy
+import dataclasses
+import functools
+import math
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import data
+import models
+import training
+from training import number
+
+MASK_RATE = 0.3                                              # sections 3.1 to 3.4 and 4.1, as what follows
+N_CLS = 10                                                   # K, blank tokens behind the bases
+TEMP_STUDENT, TEMP_TEACHER = 0.1, 0.04                       # Eqs 4, 5
+CENTER_MOMENTUM, EMA = 0.996, 0.996                          # beta; lambda, which rises to 1
+EDIT, NOISE, FLIP = 20, 0.2, 0.5                             # EvoAug's; the paper's; the released code's
+VIEWS = ("MDIT+NR", "M+none", "M+DIT", "MDT+DIT")            # of student + teacher; Table 4
+BETAS, EPS = (0.9, 0.999), 1e-8                              # AdamW's own: the paper gives none
+COLLAPSED = 0.01                                             # nats that teacher outputs say of their sequence
+DEMO = dict(genome=["demo"], length=118, windows=9600, n_layer=1, track_size=8, hidden=64, alpha=0.97,
+            lr=1e-2, micro_batch_size=32, epochs=4, out="out/demo_findna", log_every=50, eval_every=200)
+
+
+def delete(bases, length, start, filler):
+    """Takes out bases start .. start + length - 1 of each row of (B, L); length, start (B,).
+
+    filler (B, 2 * EDIT): bases that keep L, length // 2 of them in front and the rest behind.
+    """
+    at = torch.arange(bases.shape[1], device=bases.device) + (EDIT - length // 2)[:, None]      # (B, L)
+    at = at + length[:, None] * (at >= EDIT + start[:, None])
+    return torch.cat([filler[:, :EDIT], bases, filler[:, EDIT:]], 1).gather(1, at)
+
+
+def insert(bases, length, start, filler):
+    """Puts filler[:length] before base `start` of each row; what goes beyond L at the end is cut off."""
+    at = torch.arange(bases.shape[1], device=bases.device)
+    inside = at - start[:, None]                             # position in what is inserted
+    source = torch.where(inside < length[:, None], bases.shape[1] + inside, at - length[:, None])
+    return torch.cat([bases, filler], 1).gather(1, torch.where(inside < 0, at, source))
+
+
+def translocate(bases, shift):
+    """Swaps the two parts of each row: it moves to the right by shift (B,), its end comes to the front."""
+    at = torch.arange(bases.shape[1], device=bases.device) - shift[:, None]
+    return bases.gather(1, at % bases.shape[1])
+
+
+def augment(bases, letters, reach):
+    """Deletion, insertion, translocation (those in `letters`), drawn for each row; reach: largest shift."""
+    (B, L), device = bases.shape, bases.device
+    filler = torch.randint(4, (B, 3 * EDIT), dtype=torch.uint8, device=device)
+    if "D" in letters:
+        length = torch.randint(EDIT + 1, (B,), device=device)
+        start = (torch.rand(B, device=device) * (L - length + 1)).long()
+        bases = delete(bases, length, start, filler[:, :2 * EDIT])
+    if "I" in letters:
+        length, start = (torch.randint(n, (B,), device=device) for n in (EDIT + 1, L))
+        bases = insert(bases, length, start, filler[:, 2 * EDIT:])
+    if "T" in letters:
+        bases = translocate(bases, torch.randint(-reach, reach + 1, (B,), device=device))
+    return bases
+
+
+def draw_masked(shape, device):
+    """bool (B, L): exactly round(0.3 L) positions of each row."""
+    chosen = torch.rand(shape, device=device).topk(round(MASK_RATE * shape[1]), sorted=False).indices
+    return torch.zeros(shape, dtype=torch.bool, device=device).scatter_(1, chosen, True)
+
+
+def other_strand(one_hot):
+    """Reverse complement of one-hot floats (B, L, 5): positions back to front, A<->T, C<->G; N stays."""
+    return torch.cat([one_hot[..., :4].flip(1, 2), one_hot[..., 4:].flip(1)], -1)
+
+
+def make_views(bases, views, reach):
+    """Base codes (B, L) -> view_u, target, view_v, one-hot floats (B, L, 5), with fresh draws.
+
+    view_u (student) has zeros where a base is masked, target the bases of view_u there and zeros elsewhere.
+    """
+    of_u, of_v = views.split("+")
+    bases_u = augment(bases, of_u, reach)
+    masked = draw_masked(bases.shape, bases.device)
+    view_u, target = (data.one_hot(bases_u.masked_fill(m, data.BLANK)) for m in (masked, ~masked))
+    view_v = data.one_hot(augment(bases, of_v, reach))
+    if "N" in of_v:
+        view_v = view_v + NOISE * torch.randn_like(view_v)
+    if "R" in of_v:
+        flipped = torch.rand(len(bases), 1, 1, device=bases.device) < FLIP
+        view_v = torch.where(flipped, other_strand(view_v), view_v)
+    return view_u, target, view_v
+
+
+def dissimilarity(view_u, view_v):
+    """Eq. 10, per position: KL divergence of the two views' rows, made distributions by a softmax."""
+    log_u, log_v = view_u.log_softmax(-1), view_v.log_softmax(-1)
+    return (log_u.exp() * (log_u - log_v)).sum(-1).mean()
+
+
+def mnm_loss(logits, target):
+    """Cross-entropy at the masked bases: mean over those of a sequence, sum over sequences."""
+    return -(logits.float().log_softmax(-1) * target).sum() / round(MASK_RATE * target.shape[1])
+
+
+def teacher_outputs(latent, center, dim):
+    """q: the teacher's [CLS] (B, K, C), centered and sharpened."""
+    return ((latent.float() - center) / TEMP_TEACHER).softmax(dim)
+
+
+def cl_loss(latent, q, dim):
+    """Cross-entropy of the student's [CLS] (B, K, C) with q: mean over the K tokens, sum over sequences."""
+    return -(q * (latent.float() / TEMP_STUDENT).log_softmax(dim)).sum() / q.shape[1]
+
+
+def ema_at(step, steps):
+    """lambda of step 1..steps: half a cosine from 0.996 towards 1."""
+    return 1 - (1 - EMA) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+
+
+def teacher_sums(latent, q, dim):
+    """Sums over sequences (1 + 2 K C,) from the teacher's [CLS] and their q: what `collapse` needs."""
+    return torch.cat([torch.special.entr(q).sum(dim).mean(1).sum()[None], q.sum(0).flatten(),
+                      F.normalize(latent.float(), dim=-1).sum(0).flatten()])
+
+
+def collapse(sums, n, shape, dim):
+    """teacher_sums of n sequences -> whether the teacher still tells sequences apart.
+
+    q_information, the entropy of the mean q minus the mean entropy of the q, is 0 if all q are the same, be
+    they even or peaked; cls_cos is the mean cosine of the [CLS] of two sequences.
+    """
+    entropy, (mean_q, units) = sums[0].item() / n, sums[1:].view(2, *shape)
+    of_mean = torch.special.entr(mean_q / n).sum(dim - 1).mean().item()
+    cos = (units.square().sum(1).mean().item() - n) / max(n * (n - 1), 1)
+    return {"q_entropy": entropy, "mean_q_entropy": of_mean, "q_information": of_mean - entropy,
+            "cls_cos": cos}
+
+
+def guesses(bases):
+    """Accuracy and entropy (nats) of a base guessed from its frequency, and from a base on either side."""
+    tokens = data.kmer_tokens(torch.from_numpy(bases)[None], 3, 1)[0]
+    joint = torch.bincount(tokens, minlength=69)[5:].double().view(4, 4, 4) / (tokens > data.MASK).sum()
+    joint = joint.transpose(1, 2)                            # left, right, base
+    entropy, flanks = (torch.special.entr(p).sum().item() for p in (joint, joint.sum(2)))
+    order0 = torch.special.entr(joint.sum((0, 1))).sum().item()
+    return (joint.sum((0, 1)).max().item(), order0), (joint.max(2).values.sum().item(), entropy - flanks)
+
+
+@functools.lru_cache(2)
+def shuffled(n, seed, epoch):
+    return np.random.default_rng((seed, epoch, 1, 1)).permutation(n)           # no (seed, step, micro-batch)
+
+
+def pass_over(windows, seed, first, n):
+    """Windows number first .. first + n - 1 of passes over all windows (N,), each in an order of its own."""
+    epochs, at = np.divmod(np.arange(first, first + n), len(windows))
+    return np.concatenate([windows[shuffled(len(windows), seed, int(epoch))[at[epochs == epoch]]]
+                           for epoch in np.unique(epochs)])
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, positive = parser.add_argument, number(int, 1)
+    add("--genome", nargs="+", default=["hg38"], help="FASTA files (plain or gzip), or hg38, or demo (hg38)")
+    add("--data_dir", default="data", help="where hg38.fa.gz lies (%(default)s)")
+    add("--cache", help="folder of the packed genome (beside the FASTA)")
+    add("--val_contigs", type=lambda text: text.split(","), default=[],
+        help="held-out contigs, comma-separated (the last 1 %% of each contig)")
+    add("--length", type=number(int, EDIT + 1), default=1000, help="bases of a window (%(default)s)")
+    add("--windows", type=positive, default=100_000, help="windows of an epoch (%(default)s)")
+    add("--fresh_windows", action="store_true", help="draw new windows at each step, not one set for all")
+    add("--backbone", choices=("chordmixer", "transformer"), default="chordmixer", help="(%(default)s)")
+    add("--n_layer", type=positive, default=4, help="layers (%(default)s)")
+    add("--track_size", type=positive, default=28, help="chordmixer: channels of a track (%(default)s)")
+    add("--hidden", type=positive, default=512, help="chordmixer: width of its MLPs (%(default)s)")
+    add("--n_head", type=positive, default=8, help="transformer: attention heads (%(default)s)")
+    add("--n_embd", type=positive, default=320, help="transformer: width (%(default)s)")
+    add("--dropout", type=number(float, 0, 1), default=0.0, help="(%(default)s)")
+    add("--init", help="start from the weights of this checkpoint")
+    add("--objective", choices=("both", "mnm", "cl"), default="both", help="mnm: no teacher (%(default)s)")
+    add("--alpha", type=number(float, 1e-9, 1), default=0.5, help="weight of mnm; the rest: cl (%(default)s)")
+    add("--cl_softmax", choices=("features", "tokens"), default="features", help="over which (%(default)s)")
+    add("--cl_space", choices=("latent", "projected"), default="latent", help="of the [CLS] (%(default)s)")
+    add("--views", choices=VIEWS, default=VIEWS[0],
+        help="student+teacher: Mask, Delete, Insert, Translocate, Noise, Reverse complement (%(default)s)")
+    add("--translocation", type=number(int, 0), default=EDIT, metavar="SHIFT",
+        help="largest; the --length: any breakpoint (%(default)s)")
+    add("--batch_size", type=positive, default=64, help="sequences of a step, over all GPUs (%(default)s)")
+    add("--micro_batch_size", type=positive, default=8, help="sequences of a forward pass (%(default)s)")
+    add("--epochs", type=positive, default=50, help="passes over the windows (%(default)s)")
+    add("--steps", type=positive, help="instead of --epochs")
+    add("--lr", type=number(float, 1e-30), default=3e-4, help="peak learning rate (%(default)s)")
+    add("--warmup", type=number(int, 0), help="steps of linear warm-up (30 %% of the steps)")
+    add("--weight_decay", type=number(float, 0), default=3e-4, help="(%(default)s)")
+    add("--grad_clip", type=number(float, 1e-30), default=1.0, help="largest gradient norm (%(default)s)")
+    add("--out", default="out/findna", help="run folder (%(default)s)")
+    add("--resume", action="store_true", help="continue the run in --out")
+    add("--keep", type=positive, nargs="+", default=[], help="steps whose checkpoint stays")
+    add("--log_every", type=positive, default=100, help="steps (%(default)s)")
+    add("--eval_every", type=positive, default=2000, help="steps (%(default)s)")
+    add("--eval_windows", type=positive, default=512, help="fixed validation windows (%(default)s)")
+    add("--save_every", type=positive, default=1000, help="steps (%(default)s)")
+    add("--seed", type=number(int, 0, 2 ** 63), default=42, help="(%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on CUDA)")
+    add("--show_masks", type=positive, metavar="N", help="print the views of N sequences, and stop")
+    add("--demo", action="store_true", help="a tiny model on a synthetic genome")
+    if parser.parse_args().demo:
+        parser.set_defaults(**DEMO)
+    return parser.parse_args()
+
+
+def complete_args(args):
+    """Fills in the defaults that depend on other flags. ValueError for flags that contradict each other."""
+    if args.steps is None:
+        args.steps = math.ceil(args.epochs * args.windows / args.batch_size)
+    if args.warmup is None:
+        args.warmup = round(0.3 * args.steps)                # the paper's
+    if args.init and args.resume:
+        raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
+    if args.warmup > args.steps:
+        raise ValueError(f"--warmup {args.warmup}: more than --steps {args.steps}")
+
+
+def build_model(args):
+    """The network of the flags, started from --init where given: the student of a checkpoint."""
+    length = args.length + N_CLS
+    config = (models.ChordMixerConfig(length, args.n_layer, args.track_size, args.hidden, args.dropout)
+              if args.backbone == "chordmixer" else
+              models.EncoderConfig(length, args.n_layer, args.n_head, args.n_embd, args.dropout))
+    training.seed(args.seed)
+    model = models.BaseModel(models.make_backbone(config))
+    if args.init:
+        source = training.load(args.init)
+        models.copy_weights(model, source["config"], source["model"], args.init)
+    return model
+
+
+if __name__ == "__main__":
+    with training.user_errors():
+        args = parse_args()
+        complete_args(args)
+        if not args.show_masks:
+            training.check_out(args.out, args.resume)
+        device, args.dtype, rank, world = training.set_up(args.device, args.dtype)
+        if args.demo:
+            torch.set_num_threads(1)                         # so small a model gains nothing from more
+        say = print if rank == 0 else lambda *_, **__: None
+        n_micro = math.ceil(args.batch_size / args.micro_batch_size)
+        if n_micro < world:
+            raise ValueError(f"--batch_size {args.batch_size}: {n_micro} micro-batches for {world} ranks; "
+                             f"lower --micro_batch_size or raise --batch_size")
+        model = build_model(args).to(device)
+        optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
+        teacher = None if args.objective == "mnm" else copy.deepcopy(model).eval().requires_grad_(False)
+        alpha = {"both": args.alpha, "mnm": 1.0, "cl": 0.0}[args.objective]
+        projected, dim = args.cl_space == "projected", 2 if args.cl_softmax == "features" else 1
+        width = 5 if projected else model.config.n_embd
+        center = torch.zeros(N_CLS, width if teacher else 0, device=device)
+
+        genome = data.open_genome(args.genome, args.data_dir, args.cache)
+        train, val = (data.window_table(part, args.length)
+                      for part in genome.split(args.length, args.val_contigs))
+        windows = data.draw_starts(train, args.windows, np.random.default_rng((args.seed, 0, 1, 1)))
+        bases = data.resident(genome.bases, device)
+
+        run = {"method": "findna", "config": dataclasses.asdict(model.config), "data": genome.fingerprint,
+               "args": vars(args)}
+        start = 0
+        if args.resume:
+            state = training.load_run(args.out, run)
+            start = state["step"]
+            model.load_state_dict(state["model"])
+            optimizer.load_state_dict(state["optimizer"])
+            if teacher:
+                teacher.load_state_dict(state["teacher"])
+                center.copy_(state["center"])
+            del state
+        if rank == 0 and not args.show_masks:
+            lock = training.open_run(args.out, args, start)
+
+    def get_views(starts):
+        """view_u, target, view_v of the windows at `starts`; their draws are of the last training.seed."""
+        return make_views(data.take_windows(bases, starts, args.length).to(device), args.views,
+                          args.translocation)
+
+    if args.show_masks:
+        views = get_views(data.draw_starts(train, args.show_masks, training.seed(args.seed, 0, 0)))
+        for n, (view_u, target, view_v) in enumerate(zip(*views)):
+            masked = target.any(-1)
+            say(f"sequence {n}, {masked.float().mean():.1%} masked (.): student, with and without; teacher")
+            for view in (view_u + target, view_u, view_v):   # of a noisy one the likeliest bases
+                shown = torch.where(masked & (view is view_u), 5, view.argmax(-1))
+                say("".join("ACGTN."[i] for i in shown))
+        training.finish()
+
+    # what this run is
+    n_params, n_masked = sum(p.numel() for p in model.parameters()), round(MASK_RATE * args.length)
+    n_bases = args.batch_size * args.length                  # of a step
+    (constant, order0), (flanked, order1) = guesses(genome.bases[:10 ** 7])
+    say(f"model    {n_params:,} parameters{' and a teacher alike' * bool(teacher)}, {args.dtype}, {world} x "
+        f"{device.type}, {n_micro} micro-batches a step{' in uneven shares' if n_micro % world else ''}")
+    say(f"genome   {' '.join(args.genome)}: {genome}")
+    say(f"windows  {args.windows:,}{' fresh ones' * args.fresh_windows} an epoch, "
+        f"{args.steps * args.batch_size / args.windows:.3g} epochs; {n_masked} of {args.length} bases masked")
+    say(f"guesses  of a base: {constant:.1%} are right from its frequency ({order0:.3f} nats), {flanked:.1%} "
+        f"from the base on either side ({order1:.3f} nats)")
+    if start:
+        say(f"resume   after step {start}")
+
+    if args.compile or (args.compile is None and device.type == "cuda"):
+        model.compile()
+        if teacher:
+            teacher.compile()
+    net = model
+    if world > 1:
+        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+    def cls_of(x, logits):
+        """The outputs (B, K, C or 5) at the [CLS] of what the network returns."""
+        return (logits if projected else x)[:, -N_CLS:]
+
+    def forward(network, view_u, target, view_v):
+        """Loss sums over sequences, mnm and cl; the student's logits; the teacher's [CLS] and their q."""
+        latent, q, cl = center[None], None, torch.zeros((), device=device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+            if teacher:
+                with torch.no_grad():
+                    latent = cls_of(*teacher(F.pad(view_v, (0, 0, 0, N_CLS))))
+                    q = teacher_outputs(latent, center, dim)
+            x, logits = network(F.pad(view_u, (0, 0, 0, N_CLS)))
+            if teacher:
+                cl = cl_loss(cls_of(x, logits), q, dim)
+            logits = logits[:, :-N_CLS]
+            return mnm_loss(logits, target), cl, logits, latent, q
+
+    @torch.no_grad()
+    def validate():
+        """A row for the log: the same windows with the same draws each time, shared by the ranks."""
+        model.eval()
+        total = torch.zeros(5 + 2 * center.numel(), dtype=torch.float64, device=device)
+        for i in range(rank, math.ceil(args.eval_windows / args.micro_batch_size), world):
+            n = min(args.micro_batch_size, args.eval_windows - i * args.micro_batch_size)
+            view_u, target, view_v = get_views(data.draw_starts(val, n, training.seed(args.seed, 0, i)))
+            mnm, cl, logits, latent, q = forward(model, view_u, target, view_v)
+            right = target.gather(-1, logits.argmax(-1, keepdim=True)).sum()
+            total[:4] += torch.stack([mnm, cl, right, n * dissimilarity(view_u, view_v)])
+            if teacher:
+                total[4:] += teacher_sums(latent, q, dim)
+        model.train()
+        total, n = training.all_reduce(total), args.eval_windows
+        mnm, cl, right, kl = (total[:4] / n).tolist()
+        row = {"val_loss": alpha * mnm + (1 - alpha) * cl, "val_mnm_loss": mnm, "val_acc": right / n_masked}
+        if teacher:
+            row |= {"val_cl_loss": cl, "view_kl": kl, "view_kl_sum": kl * args.length,
+                    "center_norm": center.norm().item()} | collapse(total[4:], n, center.shape, dim)
+        return row
+
+    unread, clock, timed = [], time.perf_counter(), start    # unread: numbers the host has not looked at yet
+    warned = False
+    training.catch_signals()
+    with training.user_errors(OSError, torch.OutOfMemoryError):
+        for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step",
+                         disable=rank > 0 or not sys.stderr.isatty()):
+            lr, ema = args.lr * training.cosine(step, args.steps, args.warmup), ema_at(step, args.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            # loss sums (mnm, cl), stop, norm; then the sum of the teacher's [CLS]
+            numbers = torch.zeros(4 + center.numel(), dtype=torch.float64, device=device)
+            for i in range(rank, n_micro, world):
+                first, rng = i * args.micro_batch_size, training.seed(args.seed, step, i)
+                n = min(args.micro_batch_size, args.batch_size - first)
+                starts = (data.draw_starts(train, n, rng) if args.fresh_windows else
+                          pass_over(windows, args.seed, (step - 1) * args.batch_size + first, n))
+                with net.no_sync() if world > 1 and i + world < n_micro else contextlib.nullcontext():
+                    mnm, cl, _, latent, _ = forward(net, *get_views(starts))
+                    (alpha * mnm + (1 - alpha) * cl).backward()
+                numbers[:2] += torch.stack([mnm.detach(), cl.detach()])
+                numbers[4:] += latent.sum(0).flatten()
+            numbers[2].fill_(training.stop_requested())      # numbers[2] = ... would make a GPU wait
+            training.all_reduce(numbers)                     # gradients went with the last backward
+            # from DDP's average over ranks of sums to the mean over all sequences of the batch
+            numbers[3] = training.scale_gradients(
+                model, numbers.new_full((), world / args.batch_size), args.grad_clip)
+            optimizer.found_inf = 1 - numbers.isfinite().all().float()         # 1: AdamW changes nothing
+            optimizer.step()
+            optimizer.zero_grad()
+            if teacher:
+                with torch.no_grad():
+                    torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - ema)
+                    center.lerp_((numbers[4:] / args.batch_size).float().view_as(center), 1 - CENTER_MOMENTUM)
+
+            # the host reads these numbers while the device works on the next step, or now where they are due
+            last = step == args.steps
+            to_eval = step % args.eval_every == 0 or last
+            to_save = step % args.save_every == 0 or step in args.keep or last
+            to_log = step % args.log_every == 0 or to_eval
+            unread.append(training.read_later(numbers[:4]))
+            stop = False
+            timing = step in (start + 5, start + 20)         # the first steps compile and warm up
+            while unread and (len(unread) > (device.type == "cuda") or to_log or to_save or stop or timing):
+                mnm, cl, stop, norm = unread.pop(0)()
+                if not math.isfinite(mnm + cl + norm):
+                    say(f"error: step {step - len(unread)}: not finite (loss sums {mnm}, {cl}, gradient norm "
+                        f"{norm}); the checkpoint in {args.out} is older: start anew from"
+                        f" it with --init and a lower --lr", file=sys.stderr)
+                    training.finish(3)
+            speed = (step - timed) * n_bases / (time.perf_counter() - clock)
+            if step == start + 20:
+                say(f"speed    {speed:,.0f} bases/s, {training.memory(device)}, "
+                    f"{(args.steps - step) * n_bases / speed / 3600:.2g} h left")
+            if to_log or stop:
+                mnm, cl = mnm / args.batch_size, cl / args.batch_size
+                row = {"step": step, "loss": alpha * mnm + (1 - alpha) * cl, "mnm_loss": mnm}
+                row |= {"cl_loss": cl, "ema": ema} if teacher else {}
+                row |= {"lr": lr, "grad_norm": norm, "masked": n_masked / args.length, "tokens_per_s": speed}
+                row |= validate() if to_eval else {}
+                if rank == 0:
+                    training.log(args.out, row)
+                if step > args.warmup and not warned and row.get("q_information", 1) < COLLAPSED:
+                    warned = True
+                    say(f"warning: step {step}: collapsed, the teacher says the same of every sequence "
+                        f"({row['q_information']:.2g} nats about which it is); try another --seed or --lr")
+            if (to_save or stop) and rank == 0:
+                state = run | {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
+                state |= {"teacher": teacher.state_dict(), "center": center} if teacher else {}
+                training.save(state, args.out, f"step_{step}.pt" if step in args.keep else None)
+            if stop:
+                say(f"stopped  by a signal after step {step}; continue with --resume")
+                training.finish(143)
+            if to_log or to_save or step == start + 5:
+                clock, timed = time.perf_counter(), step
+
+    say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
+    if args.demo and teacher:
+        row = validate()
+        acc, loss = row["val_acc"], row["val_mnm_loss"]
+        verdict = "has learnt more of this DNA's grammar than neighbours tell" if acc > flanked else \
+            "has learnt some of this DNA's grammar" if acc > constant else "has learnt little"
+        says = "tells sequences apart" if row["q_information"] > COLLAPSED else "has collapsed"
+        say(f"""
+What it learnt: how many of the masked bases of held-out DNA are guessed right (and nats per base)
+  25.0 %  (1.386)  knowing nothing
+  {100 * constant:.1f} %  ({order0:.3f})  always the most frequent base
+  {100 * flanked:.1f} %  ({order1:.3f})  from the base on either side, were these never masked
+  {100 * acc:.1f} %  ({loss:.3f})  this model {verdict}
+The teacher {says}: what it says of a sequence has {row["q_information"]:.2f} nats about which one it is
+Next, what this is good for: a probe, or fine-tuning, from these weights and from random ones
+  python finetune.py --csv YOUR.csv --init {args.out}/last.pt random:{args.out}/last.pt kmer \\
+      --lr 1e-2 --epochs 20
+Or your own DNA, at a size for a laptop (--help has the rest):
+  python findna.py --genome YOUR.fa.gz --out out/mine --length 246 --n_layer 2 --track_size 8 --hidden 64 \\
+      --windows 20000 --steps 2000 --alpha 0.97 --lr 1e-2 --micro_batch_size 32""")
+    training.finish()
