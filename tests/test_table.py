@@ -19,7 +19,8 @@ EMP = data.GROUPS["emp"]
 def run(task, init, score, seed=42, **fields):
     return {"id": "0", "task": task, "shots": None, "seed": seed, "init": init, "weights": "",
             "data": "", "long": "chunk", "pool": None, "mode": "finetune", "protocol": "randommask",
-            "stride": 1, "overrides": {}, "metric": data.TASKS[task].metric, "score": score, "collapsed": False, "test": {}} | fields
+            "stride": 1, "overrides": {}, "metric": data.TASKS[task].metric,
+            "score": score, "collapsed": False, "test": {}} | fields
 
 
 @pytest.fixture
