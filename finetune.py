@@ -33,6 +33,7 @@ from scipy import special, stats
 from sklearn import linear_model, metrics, pipeline, preprocessing
 from tqdm import tqdm
 
+import card
 import data
 import models
 import table
@@ -792,16 +793,34 @@ def embed(args, device):
     print(", ".join(f"{name} {array.shape}" for name, array in arrays.items()))
 
 
+def recorded(init, state):
+    """Scores of a fine-tuned checkpoint in its results.jsonl, else the last losses in the log beside it."""
+    numbers = [row["test"] | {"task": row["task"], "seed": row["seed"]} for row in
+               read_results(os.path.dirname(os.path.dirname(init))) if state.get("id") == row["id"]]
+    log = os.path.join(os.path.dirname(init), "log.jsonl")
+    if not numbers and os.path.exists(log):
+        last = json.loads(open(log).readlines()[-1])
+        return {name: value for name, value in last.items() if "val" in name or name in ("step", "loss")}
+    return numbers
+
+
 def export(args):
-    """--export: a Hugging Face folder of a fine-tuned classifier or of a pretrained model."""
+    """--export: a folder for others: a Bert in the Hugging Face layout, a ChordMixer with how to load it."""
     spec, weights = read_model(args)
-    if spec["kind"] != "bert":
-        raise ValueError(f"--init {args.init[0]}: only a Bert has a Hugging Face layout")
+    if spec["kind"] == "cnn":
+        raise ValueError(f"--init {args.init[0]}: a CNN is not exported; use a Bert or a ChordMixer")
+    state = {"method": "hf", "step": "unknown", "data": "unknown", "args": {"init": args.init[0]}}
+    state = state if args.init[0].startswith("hf:") else training.load(args.init[0])
     net = build_net(spec, weights)
-    if "classes" in spec:
-        models.save_hf(net, args.export, spec["classes"], spec["regression"])
+    text = card.model_card(state, spec, args.export, recorded(args.init[0], state))
+    if spec["kind"] == "mixer":
+        keep = net.state_dict() if "classes" in spec else {
+            name: tensor for name, tensor in net.state_dict().items() if name.startswith("backbone.")}
+        models.save_folder(args.export, keep, {"config.json": spec, "README.md": text})
+    elif "classes" in spec:
+        models.save_hf(net, args.export, spec["classes"], spec["regression"], text)
     else:
-        models.save_hf(net.bert, args.export)
+        models.save_hf(net.bert, args.export, card=text)
     print(f"{args.init[0]} -> {args.export}")
 
 

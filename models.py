@@ -460,16 +460,27 @@ def stock_tensors(model):
     return {name: tensor for name, tensor in tensors.items() if not name.startswith("cls.")}
 
 
-def save_hf(model, folder, classes=(), regression=False):
-    """Writes config, model.safetensors, vocab.txt and the tokenizer files that transformers loads.
+def save_folder(folder, tensors, files):
+    """Writes model.safetensors and files {name: text, or what JSON holds}; a ValueError if folder has any."""
+    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
+        raise ValueError(f"{folder}: already exists; give the folder of a new export")
+    tmp = f"{str(folder).rstrip('/')}.{os.getpid()}.tmp"
+    os.makedirs(tmp)
+    save_file(tensors, os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
+    for name, content in files.items():
+        with open(os.path.join(tmp, name), "w", encoding="utf-8") as f:
+            f.write(content if isinstance(content, str) else json.dumps(content, indent=1))
+    os.replace(tmp, folder)
+
+
+def save_hf(model, folder, classes=(), regression=False, card=""):
+    """Writes config, model.safetensors, vocab.txt, the tokenizer files that transformers loads, and a card.
 
     model: a Bert (a masked LM; its pooler is the identity: it was never trained) or a Classifier (classes:
     the names of its outputs). The tokenizer takes k-mers (upper case) between blanks.
     ValueError if the folder exists and is not empty.
     """
     c = getattr(model, "bert", model).config
-    if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise ValueError(f"{folder}: already exists; give the folder of a new export")
     config = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": c.vocab_size,
               "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
               "intermediate_size": c.n_inner, "max_position_embeddings": c.block_size, "type_vocab_size": 2,
@@ -482,15 +493,8 @@ def save_hf(model, folder, classes=(), regression=False):
                    "label2id": {name: i for i, name in enumerate(classes)},
                    "problem_type": "regression" if regression else "single_label_classification"}
     words = vocabulary(c.k)
-    tmp = f"{str(folder).rstrip('/')}.{os.getpid()}.tmp"
-    os.makedirs(tmp)
-    save_file(stock_tensors(model), os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
-    with open(os.path.join(tmp, "vocab.txt"), "w") as f:
-        f.write("\n".join(words) + "\n")
-    for name, content in {"config": config, **hf_tokenizer(words, c.block_size)}.items():
-        with open(os.path.join(tmp, name + ".json"), "w") as f:
-            json.dump(content, f, indent=1)
-    os.replace(tmp, folder)
+    files = {"config.json": config, "vocab.txt": "\n".join(words) + "\n", **hf_tokenizer(words, c.block_size)}
+    save_folder(folder, stock_tensors(model), files | ({"README.md": card} if card else {}))
 
 
 def hf_tokenizer(words, block_size):
@@ -503,10 +507,10 @@ def hf_tokenizer(words, block_size):
              "special_tokens": {w: {"id": w, "ids": [words.index(w)], "tokens": [w]} for w in words[2:4]}}
     model = {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {word: i for i, word in enumerate(words)}}
     names = {f"{word[1:-1].lower()}_token": word for word in words[:5]}        # "pad_token": "[PAD]", ...
-    return {"tokenizer": {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
+    return {"tokenizer.json": {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
                           "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
                           "post_processor": frame, "decoder": None, "model": model},
-            "tokenizer_config": {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False,
+            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False,
                                  "model_max_length": block_size, **names}}
 
 

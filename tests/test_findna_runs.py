@@ -288,7 +288,6 @@ def test_finetune_refusals(out, table):
     for args, word in (("--csv a.csv --init mnm.pt --eval_network teacher", "use student"),
                        ("--csv a.csv --init t/last.pt --blocks log2", "transformer"),
                        ("--embed all.fa --init t/last.pt", "40 bases for 31 positions"),
-                       ("--export new --init both.pt", "only a Bert"),
                        ("--csv a.csv --init random:nowhere.pt", "nowhere.pt"),
                        ("--embed a.csv --init random:both.pt", "give one checkpoint")):
         write_fasta(out.parent / "all.fa", {"a": "A" * 40})

@@ -1,0 +1,50 @@
+"""Exports: the card is complete, and its snippet runs as it stands."""
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from harness import ROOT, run
+
+import data
+import findna
+import models
+
+
+def save(path, method, net, config, **args):
+    torch.save({"format": 1, "method": method, "step": 7, "model": net.state_dict(), "optimizer": {},
+                "config": config, "data": "abcdef123456", "args": args}, path)
+
+
+@pytest.mark.parametrize("method", ["randommask", "findna"])
+def test_the_snippet_of_a_card_runs(tmp_path, monkeypatch, method):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/log.jsonl").write_text('{"step": 7, "loss": 1.5, "val_loss": 1.25}\n')
+    if method == "findna":
+        config = dict(length=26, n_layer=1, track_size=4, hidden=8, dropout=0.0)
+        net = models.BaseModel(models.make_backbone(config))
+        save("run/last.pt", method, net, config, length=26 - findna.N_CLS, lr=0.25)
+    else:
+        config = dict(vocab_size=69, block_size=40, n_layer=1, n_head=2, n_embd=8, n_inner=16, dropout=0.0)
+        net = models.Bert(models.BertConfig(**config)).eval()
+        save("run/last.pt", method, net, config, stride=1, lr=0.25)
+    result = run(["--export", "new", "--init", "run/last.pt", "--device", "cpu"], script="finetune.py")
+    assert result.code == 0, result
+    text = (tmp_path / "new/README.md").read_text()
+    for part in ("abcdef123456", "steps: 7", '"lr": 0.25', "1.25", "Cite", "Not for clinical use", method):
+        assert part in text
+    code = re.search(r"```python\n(.*?)```", text, re.S)[1] + "import torch\n"
+    code += "x = net(data.one_hot(bases))" if method == "findna" else \
+        "x = model(**tokenizer(words, return_tensors='pt')).logits"
+    code += "\ntorch.save(x.detach(), 'out.pt')"
+    env = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env, capture_output=True)
+    dna = "ACGTTGCAACGTTGCA"
+    with torch.no_grad():
+        want = net(data.tokenize([dna], 3)) if method == "randommask" else \
+            net.backbone(data.one_hot(torch.from_numpy(data.encode(dna))[None]))
+    torch.testing.assert_close(torch.load("out.pt"), want, rtol=0, atol=1e-5)
+    assert json.loads((tmp_path / "new/config.json").read_text())
