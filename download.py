@@ -1,0 +1,503 @@
+"""Gets public data and leaves verified files where data.py looks for them, or says what to fetch by hand.
+
+    python download.py                                       what there is: size, how it is verified, licence
+    python download.py hg38                                  the genome that pretraining reads by default
+    python download.py gue deepstarr gb/human_enhancers_cohn benchmark sets, as in finetune.py --task
+    python download.py gue --check                           verify what is there: no network, nothing written
+
+A download grows in DATA_DIR/partial, where the same command goes on after a cut. It moves to its place once it
+is verified: by the checksum in SOURCES, else ("rows") by a strict read of every row and the published number of
+rows. DATA_DIR/manifest.json says what came from where, when, with which sha256. Proxies come from https_proxy,
+a mirror of huggingface.co from HF_ENDPOINT. Exit code 2: a file is not there or not sound; how to get it by
+hand is printed.
+"""
+import argparse
+import contextlib
+import datetime
+import errno
+import fcntl
+import hashlib
+import http.client
+import json
+import os
+import shlex
+import shutil
+import signal
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+import zipfile
+import zlib
+from collections import namedtuple
+
+from tqdm import tqdm
+
+import data
+import models
+import training
+
+TIMEOUT, TRIES, PAUSE = 30, 5, 1                             # seconds; without progress; seconds, then doubled
+LOCAL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "EIO", "EFBIG")}
+HUB, UCSC = "https://huggingface.co", "https://hgdownload.soe.ucsc.edu/goldenPath"
+RAW = "https://raw.githubusercontent.com/roysoumya"
+GENEMASK = f"{RAW}/GeneMask/c7614461323015ffcbbdb39fc4778e9255ddfcab/Data-B_fewshot-task-datasets/"
+CM_GEMS = f"{RAW}/curriculum-GeneMask/d0bad0d3cf49c65acf308cd0f255dfee42194f2a/data/"
+GUE = (f"{HUB}/datasets/leannmlindsey/GUE/resolve/240df51a2cd2c0fb1d88efffaf86e8d1e477f932/GUE/",
+       f"{HUB}/datasets/dnagpt/GUE/resolve/e0bc5eec01b46aca338e34ed4ab8ba97e096fe3e/")
+STARR = ("https://zenodo.org/records/5502060/files/{}?download=1",
+         "https://data.starklab.org/almeida/DeepSTARR/Data/{}")
+STARR_MD5 = {"Sequences_Train.fa": "fe474a31c23db2daf7dc4d1fc49a8e5a",
+             "Sequences_Val.fa": "9d1a0e5c9228aa033378af93074109e6",
+             "Sequences_Test.fa": "c2d831a6e2cfb9345fa5e52de76bb453",
+             "Sequences_activity_Train.txt": "4e65afa021fd426c74dbf24c31b8bbf9",
+             "Sequences_activity_Val.txt": "5f30e863b2239e4f9ade6e7b81b3ff3c",
+             "Sequences_activity_Test.txt": "011690ca80cf967d56fefd0c1386419f"}
+ENSEMBL = "https://{}/release-110/fasta/{}/cdna/{}"          # the paper names no release: counts may differ
+CDNA = {"Mus_musculus.GRCm39": 60e6, "Mus_spretus.SPRET_EiJ_v1": 40e6,         # bytes: guesses
+        "Chelonoidis_abingdonii.ASM359739v1": 40e6, "Gopherus_agassizii.ASM289641v1": 40e6}
+SHOTS = {"prom_core": (10, 50, 100, 500, 1000), "prom_300": (10, 50, 100, 500, 1000),
+         "cohn_enh": (10, 50, 100, 500), "splice_40": (10, 50, 100, 500), "silencer": (10, 50)}
+FEW_SHOT_SHA256 = dict(line.split() for line in """
+Cohn-enh/10/train.tsv 6a54e65421ea963d2a6dd36e1b6bfa435106c658700e0c6c9007a1580720c8ec
+Cohn-enh/50/train.tsv 5870edee4b0664537e0fcf114223b3687cc072b613a22a5ee6f2289ced7aff88
+Cohn-enh/500/train.tsv dcd898fbea46410d0578356e51571822dba2f362bb608f6260ff31c9fd79d124
+Prom-300/10/train.tsv ac302116db0922ea0c76ac9ce76d02b6ba690ca0fc512ec3ca8e56fbc9a8e4cb
+Prom-300/100/train.tsv 6febd8539df880dd3d7e4d79a124a5e6620c6a06831d1e53436167820e1c0153
+Prom-300/50/train.tsv ed431ec0e6ccccab239865b3eec371d4b6a7a58283154d0f445918193e9d5e81
+Prom-300/500/train.tsv 2379fa2b9f7775679473f017e27c5954f6a4d12aab0943ba86ed3600c114f1ba
+Prom-core/10/train.tsv 2981c2c47b1981a7ebbeddd679c4132ecfd9a7594a8afe32f363b113c0dcd881
+Prom-core/100/train.tsv 740b3c1e50307a22c1a547e83c810b89f5c69ad4313ecf174903ca630811908c
+Prom-core/50/train.tsv a95733e59e3ca76d82464f6fae4373d6bc80e424090b2bc15ab5c0d1bb038c8a
+Prom-core/500/train.tsv f37239f9c8eb45b1c0831b829cf6d6960e1afd29d3e489d3b8e7118c254a606b
+Prom-core/test.tsv 7a294f8b61ff5ee6756ba80e55e3c5f64d21fb94dc45b312bd9f22de4c76665c
+Splice-40/10/train_splice40_10.tsv 5894d61218db3ad7bcddfaa037ea10a1fd3fafb18c2e0b5c7b1b2d5e45b5f942
+Splice-40/50/train_splice40_50.tsv 6f540802c6bb203d56d2f6a6aea1b538dd28a753eb782730f4cb2df5cc387ffa
+Splice-40/500/train_splice40_500.tsv 578df4e841f32b735710ea80d703aacd52f95f5171a29d408eb1274f452e691f
+Splice-40/test.tsv 496445d8c0b4b5b1e9d2c1089320d1d7ca534f999eea8cf0ed84e4310cd09053
+silencer/10/dev.tsv df7dc96fba02568257fb95463e7333319bec6571630e6881f0e97a515fa99c7a
+silencer/10/train.tsv 7d9ccd78b98b4024436cd9d04dcc70656baa6de34d0f2039e3832a0a4b27e38a
+""".strip().splitlines())
+CITATIONS = {
+    "GUE": "Zhou et al., DNABERT-2, 2023", "DeepSTARR": "de Almeida et al., DeepSTARR, Nature Genetics, 2022",
+    "GenomicBenchmarks": "Gresova et al., Genomic benchmarks, BMC Genomic Data, 2023",
+    "MTcDNA": "Ensembl; the task: Yu et al., FinDNA", "few-shot": "Roy et al., GeneMask, 2023, and CM-GEMS"}
+
+# path: where the download lands, below data_dir; size: bytes, about; digest: "md5:..." or "sha256:..." or "";
+# rows: {file below data_dir: its published rows, or None}: the path itself, or what is made of an archive
+File = namedtuple("File", "path urls size digest rows")
+Source = namedtuple("Source", "files licence citation check")                  # check: the next command
+
+
+def table_file(path, urls, n, width, digest=""):
+    """A table of n rows of about `width` letters."""
+    return File(path, urls, n * (width + 3) + 15, digest, {path: n})
+
+
+def gue_files(task):
+    """Three tables; the folders of the first place are named otherwise than GUE's own."""
+    own = task.folder.removeprefix("GUE/")
+    theirs = own.replace("EMP/", "emp_").replace("tf/", "human_tf_").replace("prom/", "").replace("/", "_")
+    width = int(task.length)
+    return [table_file(f"{task.folder}/{split}.csv", [f"{GUE[0]}{theirs}/{split}.csv",
+                                                      f"{GUE[1]}{own}/{split}.csv"], task.rows[split], width)
+            for split in ("train", "dev", "test")]
+
+
+def genomic_files(task):
+    """One archive of a file per sequence, which becomes a table per split."""
+    name = task.name.removeprefix("gb/")
+    low, high = (int(n) for n in (task.length.split("-") * 2)[:2])
+    size = sum(task.rows.values()) * ((low + high) // 2 + 350)                 # 350: of a file in a zip
+    url = f"https://zenodo.org/records/16605299/files/{name}_v0.zip?download=1"
+    rows = {f"{task.folder}/{split}.csv": task.rows[split] for split in ("train", "test")}
+    return [File(f"GenomicBenchmarks/{name}_v0.zip", [url], size, "", rows)]
+
+
+def few_shot_files(task):
+    """Train files of each number of shots, and the test file or what stands in for it."""
+    train, n_sets, *tests = data.FEW_SHOT[task.name]
+    width, found = 7 * int(task.length.split("-")[-1]), []   # 6-mers with blanks between them
+    wanted = {train.format(n): n * n_sets * len(task.classes) for n in SHOTS[task.name]}
+    if task.rows:                                            # with a test of its own
+        wanted |= {tests[0].format(n): task.rows["test"] for n in SHOTS[task.name]}
+    for name, n in wanted.items():
+        path = f"{task.folder.removeprefix('fewshot/')}/{name}"
+        urls = [(CM_GEMS if task.name == "silencer" else GENEMASK)
+                + path.replace("Splice-40/test", "Splice-40/full-dataset/test")]
+        digest = FEW_SHOT_SHA256.get(path, "")
+        found.append(table_file(f"fewshot/{path}", urls, n, width, digest and f"sha256:{digest}"))
+    if task.name == "prom_300":                              # GUE's test set of the same promoters stands in
+        test = gue_files(data.TASKS["pd/all"])[2]
+        path = f"{task.folder}/{tests[1]}"
+        found.append(test._replace(path=path, rows={path: test.rows[test.path]}))
+    return found + (genomic_files(data.TASKS["gb/human_enhancers_cohn"]) if task.name == "cohn_enh" else [])
+
+
+def deepstarr_files(task):
+    """FASTA and activities of the published splits."""
+    rows = {"Train": task.rows["train"], "Val": task.rows["dev"], "Test": task.rows["test"]}
+    return [table_file(f"DeepSTARR/{name}", [url.format(name) for url in STARR],
+                       rows[name.split("_")[-1].split(".")[0]], 280 if name.endswith(".fa") else 120, f"md5:{md5}")
+            for name, md5 in STARR_MD5.items()]
+
+
+def mtcdna_files(task):
+    """The cDNA of four species."""
+    found = []
+    for assembly, size in CDNA.items():
+        name, species = f"{assembly}.cdna.all.fa.gz", assembly.split(".")[0].lower()
+        urls = [ENSEMBL.format(host, species, name) for host in ("ftp.ensembl.org/pub",
+                                                                 "ftp.ebi.ac.uk/ensemblorg/pub")]
+        found.append(File(f"MTcDNA/{name}", urls, size, "", {f"MTcDNA/{name}": None}))
+    return found
+
+
+def source_name(task):
+    """Name here of a benchmark set: DeepSTARR and MTcDNA are one download each."""
+    return task.suite.lower() if task.suite in ("DeepSTARR", "MTcDNA") else task.name
+
+
+def all_sources():
+    """{name: Source} of everything this script can get."""
+    bert = {"DNA_bert_6/config.json": 2e3, "DNA_bert_6/pytorch_model.bin": 359e6}
+    found = {
+        "hg38": Source([File("hg38.fa.gz", [data.HG38_URL], 983_659_424, "sha256:c1dd87068c254eb53d944f71e51d1311"
+                             "964fce8de24d6fc0effc9c61c01527d4", {"hg38.fa.gz": None})], "free (UCSC)",
+                       "UCSC Genome Browser; Genome Reference Consortium", "python randommask.py"),
+        "sacCer3": Source([File("sacCer3.fa.gz", [f"{UCSC}/sacCer3/bigZips/sacCer3.fa.gz"], 4e6, "",
+                                {"sacCer3.fa.gz": 17})], "free (UCSC)", "Saccharomyces Genome Database, R64",
+                          "python randommask.py --genome {}/sacCer3.fa.gz"),
+        "dnabert6": Source([File(path, [f"{HUB}/{repo}/resolve/main/{os.path.basename(path)}"
+                                        for repo in ("zhihan1996/DNA_bert_6", "armheb/DNA_bert_6")], size, "",
+                                 {path: None}) for path, size in bert.items()], "Apache-2.0",
+                           "Ji et al., DNABERT, 2021", "python finetune.py --task emp --init hf:{}/DNA_bert_6")}
+    files = {"GUE": gue_files, "GenomicBenchmarks": genomic_files, "few-shot": few_shot_files,
+             "DeepSTARR": deepstarr_files, "MTcDNA": mtcdna_files}
+    for task in data.TASKS.values():
+        if task.suite != "demo":
+            found[source_name(task)] = Source(files[task.suite](task), task.licence, CITATIONS[task.suite],
+                                              f"python data.py {task.name} --data_dir {{}}")
+    return found
+
+
+SOURCES = all_sources()
+GROUPS = {"gue": data.GROUPS["gue28"], "gb": [name for name in data.TASKS if name.startswith("gb/")]} | data.GROUPS
+
+
+def source_names(args):
+    """Names of sources, groups and tasks -> names of sources, each once."""
+    found = []
+    for name in args:
+        if name not in SOURCES and name not in GROUPS and name not in data.TASKS or name == "demo":
+            raise ValueError(f"{data.show(name)}: unknown; use {' '.join([*SOURCES, *GROUPS])}")
+        tasks = [name] if name in SOURCES else GROUPS.get(name, [name])
+        found += [task if task in SOURCES else source_name(data.TASKS[task]) for task in tasks]
+    return list(dict.fromkeys(found))
+
+
+def check_url(url):
+    """ValueError unless https (http is for tests on this machine)."""
+    parts = urllib.parse.urlsplit(url)
+    if parts.scheme != "https" and (parts.scheme, parts.hostname) != ("http", "127.0.0.1"):
+        raise ValueError(f"{data.show(url)}: not https, refused")
+    return url
+
+
+class HttpsOnly(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, req, fp, code, msg, headers, newurl):
+        return super().redirect_request(req, fp, code, msg, headers, check_url(newurl))
+
+
+def receive(url, path, cap):
+    """One request: the rest of what is at path, or all of it where the server's file is another one by now.
+
+    path.from keeps the url and the server's tag of what is there. ValueError: not to be tried again here.
+    """
+    have, tag, note = os.path.getsize(path) if os.path.exists(path) else 0, None, path + ".from"
+    if os.path.exists(note):
+        with open(note) as f, contextlib.suppress(ValueError):
+            tag = json.load(f).get(url)
+    request = urllib.request.Request(url, headers={"User-Agent": "nanoDNA download.py"})
+    if have and tag:
+        request.headers |= {"Range": f"bytes={have}-", "If-range": tag}
+    with urllib.request.build_opener(HttpsOnly).open(request, timeout=TIMEOUT) as reply:
+        resumed = reply.status == 206 and reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        if reply.status != 200 and not resumed or reply.headers.get("Content-Encoding", "identity") != "identity":
+            raise ValueError(f"HTTP {reply.status}, not the plain file")
+        have, length = have * resumed, reply.headers.get("Content-Length")
+        total = have + int(length) if length else None
+        tag = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
+        with open(note, "w") as f:
+            json.dump({url: tag}, f)
+        with open(path, "ab" if resumed else "wb") as f, tqdm(
+                total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path), disable=None,
+                leave=False) as bar:
+            while have <= cap and (chunk := reply.read1(1 << 18)):
+                f.write(chunk)
+                have += len(chunk)
+                bar.update(len(chunk))
+            f.flush()
+            os.fsync(f.fileno())
+    if max(have, total or 0) > cap:
+        os.unlink(path)
+        raise ValueError(f"more than {cap:,.0f} bytes, too large for this file")
+    if total is not None and have < total:
+        raise ConnectionError(f"cut after {have:,} of {total:,} bytes")
+
+
+def fetch(url, path, cap, unreachable):
+    """Tries a url until it is all there or TRIES times without progress. ValueError: why it is not."""
+    host, tries, best = urllib.parse.urlsplit(check_url(url)).netloc, 0, 0
+    if host in unreachable:
+        raise ValueError("no connection")
+    while tries < TRIES:
+        if tries:
+            time.sleep(PAUSE * 2 ** (tries - 1))
+        try:
+            return receive(url, path, cap)
+        except urllib.error.HTTPError as e:
+            reason = f"HTTP {e.code} {e.reason}"
+            if e.code == 416:                                # nothing behind what we have: not the same file
+                os.unlink(path)
+            elif e.code < 500 and e.code not in (408, 429):
+                raise ValueError(reason) from None
+        except (OSError, http.client.HTTPException) as e:
+            if getattr(e, "errno", None) in LOCAL:
+                raise OSError(f"cannot write {path}: {e.strerror}; make room, and the same command goes on") from None
+            reason = str(getattr(e, "reason", e)) or repr(e)
+        size = os.path.getsize(path) if os.path.exists(path) else 0
+        tries, best = 1 if size > best else tries + 1, max(size, best)
+    if not best:
+        unreachable.add(host)
+    raise ValueError(f"{reason} ({TRIES} tries)")
+
+
+def count_rows(path):
+    """Rows of a table, records of a FASTA, tensors of weights: read strictly, to the end."""
+    name = os.path.basename(path)
+    if name.endswith(".json"):
+        with open(path) as f:
+            return len(json.load(f))
+    if name.endswith(".bin"):
+        return len(models.hf_tensors(os.path.dirname(path))[0])
+    if name.endswith((".fa", ".fa.gz")):
+        return sum(1 for _ in data.fasta_records(path))
+    if "activity" in name:
+        return len(data.read_columns(path, {target: [target.lower()] for target in data.TASKS["eap"].classes})[1])
+    return len(data.read_table(path)[0])
+
+
+def verify(path, digest, rows, known=None):
+    """The manifest's entry of a sound file: by checksum, by the entry there is, or by its rows. ValueError: why
+    it is not sound."""
+    with open(path, "rb") as f:
+        head = f.read(512).lstrip()
+        for magic, what in ((b"<", "an HTML or XML page"), (b"version https://git-lfs", "a git-LFS pointer")):
+            if head.startswith(magic):
+                raise ValueError(f"{what}, not the data")
+        if not head or path.endswith(".gz") and head[:2] != b"\x1f\x8b":
+            raise ValueError("empty" if not head else "not a gzip file")
+        sums = [hashlib.sha256(), hashlib.new(digest.split(":")[0] or "sha256")]
+        f.seek(0)
+        while chunk := f.read(1 << 20):
+            for checksum in sums[:1 + (digest[:4] == "md5:")]:
+                checksum.update(chunk)
+    sha256 = sums[0].hexdigest()
+    if digest:
+        got = f"{digest.split(':')[0]}:{sums[digest[:4] == 'md5:'].hexdigest()}"
+        if got != digest:
+            raise ValueError(f"{got}, but the published file has {digest}")
+    elif known and known["sha256"] == sha256:
+        return known
+    else:
+        n = count_rows(path)
+        if rows not in (None, n):
+            raise ValueError(f"{n:,} rows, but the published file has {rows:,}")
+        rows = n
+    return {"sha256": sha256, "bytes": os.path.getsize(path), "rows": rows,
+            "verified": digest.split(":")[0] or "read to its end; no published checksum or number of rows"}
+
+
+def unpack(archive, folder, classes):
+    """A zip of one-sequence files .../SPLIT/CLASS/NAME.txt -> folder/{train,test}.csv, in the order of classes
+    and names. Members are read by name and never written under theirs."""
+    try:
+        with zipfile.ZipFile(archive) as z:
+            members = {(split, name): [] for split in ("train", "test") for name in classes}
+            for member in sorted(z.infolist(), key=lambda member: member.filename):
+                parts = member.filename.split("/")
+                if ".." in parts or member.filename[0] == "/" or "\\" in member.filename:
+                    raise ValueError(f"member {data.show(member.filename)} leaves its folder")
+                if parts[-1].endswith(".txt") and tuple(parts[-3:-1]) in members and member.file_size < 1 << 16:
+                    members[tuple(parts[-3:-1])].append(member)
+            for split in ("train", "test"):
+                with open(os.path.join(folder, f"{split}.csv"), "w") as f:
+                    f.write("sequence,label\n")
+                    for label, name in enumerate(classes):
+                        f.writelines(f"{z.read(member).decode('ascii').strip()},{label}\n"
+                                     for member in members[split, name])
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeError) as e:
+        raise ValueError(f"damaged zip archive ({data.show(str(e))})") from None
+
+
+def verify_download(file, data_dir):
+    """{path in partial: (path below data_dir, manifest's entry)} of a download that is sound."""
+    landed = os.path.join(data_dir, "partial", file.path)
+    if file.path in file.rows:
+        return {landed: (file.path, verify(landed, file.digest, file.rows[file.path]))}
+    made = {os.path.join(data_dir, "partial", path): path for path in file.rows}
+    folder = os.path.dirname([*made][0])
+    os.makedirs(folder, exist_ok=True)
+    unpack(landed, folder, data.TASKS[f"gb/{os.path.basename(folder)}"].classes)
+    return {part: (path, verify(part, "", file.rows[path])) for part, path in made.items()}
+
+
+def download(file, data_dir, unreachable):
+    """Leaves a file's verified data in place: from what lies whole in partial, else from its urls in order.
+    Returns the manifest's entries. ValueError: what each url gave instead."""
+    landed, reasons, sound = os.path.join(data_dir, "partial", file.path), [], {}
+    os.makedirs(os.path.dirname(landed), exist_ok=True)
+    hub, origin = os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB, None
+    if os.path.exists(landed):                               # put there by hand, or killed at the last moment
+        with contextlib.suppress(ValueError):
+            sound = verify_download(file, data_dir)
+    for origin in [] if sound else [url.replace(HUB, hub) for url in file.urls]:
+        try:
+            fetch(origin, landed, 2 * file.size + 1e6, unreachable)
+            try:
+                sound = verify_download(file, data_dir)
+                break
+            except ValueError:
+                remove(landed)                               # no start for another try
+                raise
+        except ValueError as e:
+            reasons.append(f"{urllib.parse.urlsplit(origin).netloc}: {e}")
+    if not sound:
+        raise ValueError("; ".join(reasons))
+    for part, (path, _) in sound.items():
+        target = os.path.join(data_dir, path)
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        os.replace(part, target)
+    remove(landed)
+    return {path: {"url": origin, "date": datetime.date.today().isoformat()} | entry
+            for path, entry in sound.values()}
+
+
+def remove(landed):
+    """Removes a download with what belongs to it, and its folders in partial where they are empty."""
+    for path in (landed, landed + ".from"):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+    with contextlib.suppress(OSError):
+        os.removedirs(os.path.dirname(landed))
+
+
+def present(file, data_dir, manifest):
+    """The manifest's entries of a file whose data are there and sound; {} where they are not all there."""
+    found = {path: data.find(data_dir, path) for path in file.rows}
+    entries = {}
+    for path, place in found.items() if all(found.values()) else ():
+        digest = file.digest if place == os.path.join(data_dir, file.path) else ""       # not of our own .gz
+        try:
+            old = manifest.get(path, {"url": None, "date": None, "sha256": None})
+            entries[path] = old | verify(place, digest, file.rows[path], old)
+        except ValueError as e:
+            raise ValueError(f"{place} is there, but {e}; move it away") from None
+    return entries
+
+
+def print_recipe(name, files, data_dir):
+    """How to get files by hand."""
+    source, quoted = SOURCES[name], shlex.quote(data_dir)
+    print(f"\n{name} by hand: on a machine with internet, in this folder (or copy {quoted} here afterwards)")
+    for file in files:
+        place = os.path.join(data_dir, "" if file.path in file.rows else "partial", file.path)
+        for prefix, url in zip(["  ", *["  # or: "] * 9], file.urls):
+            print(f"{prefix}curl -fL --create-dirs -o {shlex.quote(place)} {shlex.quote(url)}")
+        if file.path not in file.rows:
+            of = os.path.basename(file.path).removesuffix("_v0.zip")
+            print(f"  python download.py {name} --data_dir {quoted}   # unpacks it, without network\n"
+                  f"  # or: git clone https://github.com/ML-Bioinfo-CEITEC/genomic_benchmarks; copy datasets/{of}\n"
+                  f"  #     to {quoted}/GenomicBenchmarks/coordinates/{of}, and use --fasta GENOME.fa")
+    print(f"  python download.py {name} --check --data_dir {quoted} && {source.check.format(quoted)}", flush=True)
+
+
+def open_data_dir(data_dir, names):
+    """Locks data_dir/partial; ValueError where another download is at work there, or for want of space."""
+    need = sum(file.size * (1 + (file.path not in file.rows)) for name in names for file in SOURCES[name].files
+               if not all(data.find(data_dir, path) for path in file.rows))
+    try:
+        os.makedirs(os.path.join(data_dir, "partial"), exist_ok=True)
+        lock = open(os.path.join(data_dir, "partial", "lock"), "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{lock.name}: another download is at work there; wait for it") from None
+    except OSError:                                          # read-only: all may be there; or no locks there
+        lock = None
+    free = shutil.disk_usage(data_dir).free if os.path.isdir(data_dir) else need
+    if free < need:
+        raise ValueError(f"{data_dir}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed; make room, or use "
+                         f"another --data_dir")
+    return lock
+
+
+def get(names, data_dir, only_check):
+    """Verifies, and unless only_check gets, the files of these sources; those that are not sound, by source."""
+    record, manifest, failed, unreachable = os.path.join(data_dir, "manifest.json"), {}, {}, set()
+    if os.path.exists(record):
+        with open(record) as f:
+            manifest = json.load(f)
+    for name in names:
+        for file in SOURCES[name].files:
+            try:
+                entries = present(file, data_dir, manifest)
+                if not entries and only_check:
+                    raise ValueError("not there")
+                entries = entries or download(file, data_dir, unreachable)
+            except ValueError as e:
+                print(f"{name}: {file.path}: {e}", flush=True)
+                failed.setdefault(name, []).append(file)
+                continue
+            for path, entry in entries.items():
+                print(f"{name}: {path}: sound ({entry['verified']}), {entry['bytes']:,} bytes", flush=True)
+            if not only_check and manifest | entries != manifest:
+                manifest |= entries
+                with open(record + ".tmp", "w") as f:
+                    json.dump(manifest, f, indent=1)
+                os.replace(record + ".tmp", record)
+    return failed
+
+
+def print_sources():
+    """What there is."""
+    print("name | size | verified by | licence as stated | cite")
+    for name, source in SOURCES.items():
+        how = sorted({file.digest.split(":")[0] or "rows" * any(file.rows.values()) or "unconfirmed"
+                      for file in source.files})
+        size = sum(file.size for file in source.files) / 1e6
+        print(f"{name} | {size:,.1f} MB | {', '.join(how)} | {source.licence} | {source.citation}")
+    print(f"groups: {' '.join(GROUPS)}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="sources or groups (none: list them)")
+    parser.add_argument("--data_dir", default="data", help="where the files go (%(default)s)")
+    parser.add_argument("--check", action="store_true", help="verify only: no network, nothing written")
+    args = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with training.user_errors():
+        names = source_names(args.names)
+        if not names:
+            print_sources()
+            raise SystemExit
+        lock = None if args.check else open_data_dir(args.data_dir, names)
+        failed = get(names, args.data_dir, args.check)
+        for name, files in failed.items():
+            print_recipe(name, files, args.data_dir)
+        if failed:
+            raise ValueError(f"{sum(map(len, failed.values()))} files not sound ({', '.join(failed)}); run the same "
+                             f"command again, or get them by hand as said above")
