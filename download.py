@@ -197,6 +197,11 @@ def source_names(args):
     return list(dict.fromkeys(found))
 
 
+def hub(urls):
+    """These urls, at the mirror HF_ENDPOINT where they are huggingface.co's."""
+    return [url.replace(HUB, os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB) for url in urls]
+
+
 def check_url(url):
     """ValueError unless https (http is for tests on this machine)."""
     parts = urllib.parse.urlsplit(url)
@@ -219,6 +224,7 @@ def receive(url, path, cap):
     if os.path.exists(note):
         with open(note) as f, contextlib.suppress(ValueError):
             tag = json.load(f).get(url)
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     request = urllib.request.Request(url, headers={"User-Agent": "nanoDNA download.py"})
     if have and tag:
         request.headers |= {"Range": f"bytes={have}-", "If-range": tag}
@@ -289,40 +295,48 @@ def count_rows(path):
     return len(data.read_table(path)[0])
 
 
-def verify(path, digest, rows, known=None):
-    """The manifest's entry of a sound file: by checksum, by the entry there is, or by its rows. ValueError: why
-    it is not sound."""
+def checksum(path, algorithm):
+    """Hexadecimal md5 or sha256 of a file."""
+    found = hashlib.new(algorithm)
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            found.update(chunk)
+    return found.hexdigest()
+
+
+def check_kind(path):
+    """ValueError for what servers send in place of data."""
     with open(path, "rb") as f:
         head = f.read(512).lstrip()
-        for magic, what in ((b"<", "an HTML or XML page"), (b"version https://git-lfs", "a git-LFS pointer")):
-            if head.startswith(magic):
-                raise ValueError(f"{what}, not the data")
-        if not head or path.endswith(".gz") and head[:2] != b"\x1f\x8b":
-            raise ValueError("empty" if not head else "not a gzip file")
-        sums = [hashlib.sha256(), hashlib.new(digest.split(":")[0] or "sha256")]
-        f.seek(0)
-        while chunk := f.read(1 << 20):
-            for checksum in sums[:1 + (digest[:4] == "md5:")]:
-                checksum.update(chunk)
-    sha256 = sums[0].hexdigest()
-    if digest:
-        got = f"{digest.split(':')[0]}:{sums[digest[:4] == 'md5:'].hexdigest()}"
-        if got != digest:
-            raise ValueError(f"{got}, but the published file has {digest}")
-    elif known and known["sha256"] == sha256:
-        return known
-    else:
-        n = count_rows(path)
+    for wrong, what in ((not head, "empty"), (head[:1] == b"<", "an HTML or XML page"),
+                        (head.startswith(b"version https://git-lfs"), "a git-LFS pointer"),
+                        (path.endswith(".gz") and head[:2] != b"\x1f\x8b", "not gzip"),
+                        (path.endswith(".zip") and head[:2] != b"PK", "not a zip archive")):
+        if wrong:
+            raise ValueError(f"{what}, not the data")
+
+
+def verify(path, digest, rows, old={}):
+    """The manifest's entry of a sound file: by its checksum, as it was verified before (old), or by reading it
+    to the end. ValueError: why it is not sound."""
+    check_kind(path)
+    sha256, (how, _, want) = checksum(path, "sha256"), digest.partition(":")
+    if digest and (got := checksum(path, how)) != want:
+        raise ValueError(f"{how} {got}, but the published file has {want}")
+    if not digest:
+        if old.get("sha256") == sha256:
+            return old
+        n, how = count_rows(path), "rows" if rows else "read to its end, no published checksum or rows"
         if rows not in (None, n):
             raise ValueError(f"{n:,} rows, but the published file has {rows:,}")
         rows = n
-    return {"sha256": sha256, "bytes": os.path.getsize(path), "rows": rows,
-            "verified": digest.split(":")[0] or "read to its end; no published checksum or number of rows"}
+    return {"sha256": sha256, "bytes": os.path.getsize(path), "rows": rows, "verified": how}
 
 
 def unpack(archive, folder, classes):
     """A zip of one-sequence files .../SPLIT/CLASS/NAME.txt -> folder/{train,test}.csv, in the order of classes
     and names. Members are read by name and never written under theirs."""
+    os.makedirs(folder, exist_ok=True)
     try:
         with zipfile.ZipFile(archive) as z:
             members = {(split, name): [] for split in ("train", "test") for name in classes}
@@ -342,47 +356,43 @@ def unpack(archive, folder, classes):
         raise ValueError(f"damaged zip archive ({data.show(str(e))})") from None
 
 
-def verify_download(file, data_dir):
-    """{path in partial: (path below data_dir, manifest's entry)} of a download that is sound."""
-    landed = os.path.join(data_dir, "partial", file.path)
-    if file.path in file.rows:
-        return {landed: (file.path, verify(landed, file.digest, file.rows[file.path]))}
-    made = {os.path.join(data_dir, "partial", path): path for path in file.rows}
-    folder = os.path.dirname([*made][0])
-    os.makedirs(folder, exist_ok=True)
-    unpack(landed, folder, data.TASKS[f"gb/{os.path.basename(folder)}"].classes)
-    return {part: (path, verify(part, "", file.rows[path])) for part, path in made.items()}
+def verify_download(file, partial):
+    """Manifest's entries by path of a download that is sound, once it is unpacked."""
+    if file.path not in file.rows:
+        name = file.path.split("/")[-1].removesuffix("_v0.zip")
+        check_kind(os.path.join(partial, file.path))
+        unpack(os.path.join(partial, file.path), os.path.join(partial, "GenomicBenchmarks", name),
+               data.TASKS[f"gb/{name}"].classes)
+    return {path: verify(os.path.join(partial, path), file.digest, n) for path, n in file.rows.items()}
 
 
 def download(file, data_dir, unreachable):
     """Leaves a file's verified data in place: from what lies whole in partial, else from its urls in order.
     Returns the manifest's entries. ValueError: what each url gave instead."""
-    landed, reasons, sound = os.path.join(data_dir, "partial", file.path), [], {}
-    os.makedirs(os.path.dirname(landed), exist_ok=True)
-    hub, origin = os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB, None
+    partial, reasons, entries, url = os.path.join(data_dir, "partial"), [], {}, None
+    landed = os.path.join(partial, file.path)
     if os.path.exists(landed):                               # put there by hand, or killed at the last moment
         with contextlib.suppress(ValueError):
-            sound = verify_download(file, data_dir)
-    for origin in [] if sound else [url.replace(HUB, hub) for url in file.urls]:
+            entries = verify_download(file, partial)
+    for url in [] if entries else hub(file.urls):
         try:
-            fetch(origin, landed, 2 * file.size + 1e6, unreachable)
+            fetch(url, landed, 2 * file.size + 1e6, unreachable)
             try:
-                sound = verify_download(file, data_dir)
+                entries = verify_download(file, partial)
                 break
             except ValueError:
                 remove(landed)                               # no start for another try
                 raise
         except ValueError as e:
-            reasons.append(f"{urllib.parse.urlsplit(origin).netloc}: {e}")
-    if not sound:
+            reasons.append(f"{urllib.parse.urlsplit(url).netloc}: {e}")
+    if not entries:
         raise ValueError("; ".join(reasons))
-    for part, (path, _) in sound.items():
-        target = os.path.join(data_dir, path)
-        os.makedirs(os.path.dirname(target), exist_ok=True)
-        os.replace(part, target)
+    for path in entries:
+        os.makedirs(os.path.dirname(os.path.join(data_dir, path)), exist_ok=True)
+        os.replace(os.path.join(partial, path), os.path.join(data_dir, path))
     remove(landed)
-    return {path: {"url": origin, "date": datetime.date.today().isoformat()} | entry
-            for path, entry in sound.values()}
+    return {path: {"url": url, "date": datetime.date.today().isoformat()} | entry
+            for path, entry in entries.items()}
 
 
 def remove(landed):
@@ -401,7 +411,7 @@ def present(file, data_dir, manifest):
     for path, place in found.items() if all(found.values()) else ():
         digest = file.digest if place == os.path.join(data_dir, file.path) else ""       # not of our own .gz
         try:
-            old = manifest.get(path, {"url": None, "date": None, "sha256": None})
+            old = manifest.get(path, {"url": None, "date": None})
             entries[path] = old | verify(place, digest, file.rows[path], old)
         except ValueError as e:
             raise ValueError(f"{place} is there, but {e}; move it away") from None
@@ -414,7 +424,7 @@ def print_recipe(name, files, data_dir):
     print(f"\n{name} by hand: on a machine with internet, in this folder (or copy {quoted} here afterwards)")
     for file in files:
         place = os.path.join(data_dir, "" if file.path in file.rows else "partial", file.path)
-        for prefix, url in zip(["  ", *["  # or: "] * 9], file.urls):
+        for prefix, url in zip(["  ", *["  # or: "] * 9], hub(file.urls)):
             print(f"{prefix}curl -fL --create-dirs -o {shlex.quote(place)} {shlex.quote(url)}")
         if file.path not in file.rows:
             of = os.path.basename(file.path).removesuffix("_v0.zip")
@@ -444,7 +454,8 @@ def open_data_dir(data_dir, names):
 
 
 def get(names, data_dir, only_check):
-    """Verifies, and unless only_check gets, the files of these sources; those that are not sound, by source."""
+    """Verifies, and unless only_check gets, the files of these sources. ValueError, after the recipes of those
+    that are not sound."""
     record, manifest, failed, unreachable = os.path.join(data_dir, "manifest.json"), {}, {}, set()
     if os.path.exists(record):
         with open(record) as f:
@@ -467,7 +478,11 @@ def get(names, data_dir, only_check):
                 with open(record + ".tmp", "w") as f:
                     json.dump(manifest, f, indent=1)
                 os.replace(record + ".tmp", record)
-    return failed
+    for name, files in failed.items():
+        print_recipe(name, files, data_dir)
+    if failed:
+        raise ValueError(f"{sum(map(len, failed.values()))} files not sound ({', '.join(failed)}); run the same "
+                         f"command again, or get them by hand as said above")
 
 
 def print_sources():
@@ -495,9 +510,4 @@ if __name__ == "__main__":
             print_sources()
             raise SystemExit
         lock = None if args.check else open_data_dir(args.data_dir, names)
-        failed = get(names, args.data_dir, args.check)
-        for name, files in failed.items():
-            print_recipe(name, files, args.data_dir)
-        if failed:
-            raise ValueError(f"{sum(map(len, failed.values()))} files not sound ({', '.join(failed)}); run the same "
-                             f"command again, or get them by hand as said above")
+        get(names, args.data_dir, args.check)
