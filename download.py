@@ -40,118 +40,100 @@ import training
 
 TIMEOUT, TRIES, PAUSE = 30, 5, 1                             # seconds; without progress; seconds, then doubled
 LOCAL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "EIO", "EFBIG")}
-HUB, UCSC = "https://huggingface.co", "https://hgdownload.soe.ucsc.edu/goldenPath"
-RAW = "https://raw.githubusercontent.com/roysoumya"
-GENEMASK = f"{RAW}/GeneMask/c7614461323015ffcbbdb39fc4778e9255ddfcab/Data-B_fewshot-task-datasets/"
-CM_GEMS = f"{RAW}/curriculum-GeneMask/d0bad0d3cf49c65acf308cd0f255dfee42194f2a/data/"
-GUE = (f"{HUB}/datasets/leannmlindsey/GUE/resolve/240df51a2cd2c0fb1d88efffaf86e8d1e477f932/GUE/",
-       f"{HUB}/datasets/dnagpt/GUE/resolve/e0bc5eec01b46aca338e34ed4ab8ba97e096fe3e/")
-STARR = ("https://zenodo.org/records/5502060/files/{}?download=1",
-         "https://data.starklab.org/almeida/DeepSTARR/Data/{}")
-STARR_MD5 = {"Sequences_Train.fa": "fe474a31c23db2daf7dc4d1fc49a8e5a",
-             "Sequences_Val.fa": "9d1a0e5c9228aa033378af93074109e6",
-             "Sequences_Test.fa": "c2d831a6e2cfb9345fa5e52de76bb453",
-             "Sequences_activity_Train.txt": "4e65afa021fd426c74dbf24c31b8bbf9",
-             "Sequences_activity_Val.txt": "5f30e863b2239e4f9ade6e7b81b3ff3c",
-             "Sequences_activity_Test.txt": "011690ca80cf967d56fefd0c1386419f"}
-ENSEMBL = "https://{}/release-110/fasta/{}/cdna/{}"          # the paper names no release: counts may differ
-CDNA = {"Mus_musculus.GRCm39": 60e6, "Mus_spretus.SPRET_EiJ_v1": 40e6,         # bytes: guesses
-        "Chelonoidis_abingdonii.ASM359739v1": 40e6, "Gopherus_agassizii.ASM289641v1": 40e6}
-SHOTS = {"prom_core": (10, 50, 100, 500, 1000), "prom_300": (10, 50, 100, 500, 1000),
-         "cohn_enh": (10, 50, 100, 500), "splice_40": (10, 50, 100, 500), "silencer": (10, 50)}
-FEW_SHOT_SHA256 = dict(line.split() for line in """
-Cohn-enh/10/train.tsv 6a54e65421ea963d2a6dd36e1b6bfa435106c658700e0c6c9007a1580720c8ec
-Cohn-enh/50/train.tsv 5870edee4b0664537e0fcf114223b3687cc072b613a22a5ee6f2289ced7aff88
-Cohn-enh/500/train.tsv dcd898fbea46410d0578356e51571822dba2f362bb608f6260ff31c9fd79d124
-Prom-300/10/train.tsv ac302116db0922ea0c76ac9ce76d02b6ba690ca0fc512ec3ca8e56fbc9a8e4cb
-Prom-300/100/train.tsv 6febd8539df880dd3d7e4d79a124a5e6620c6a06831d1e53436167820e1c0153
-Prom-300/50/train.tsv ed431ec0e6ccccab239865b3eec371d4b6a7a58283154d0f445918193e9d5e81
-Prom-300/500/train.tsv 2379fa2b9f7775679473f017e27c5954f6a4d12aab0943ba86ed3600c114f1ba
-Prom-core/10/train.tsv 2981c2c47b1981a7ebbeddd679c4132ecfd9a7594a8afe32f363b113c0dcd881
-Prom-core/100/train.tsv 740b3c1e50307a22c1a547e83c810b89f5c69ad4313ecf174903ca630811908c
-Prom-core/50/train.tsv a95733e59e3ca76d82464f6fae4373d6bc80e424090b2bc15ab5c0d1bb038c8a
-Prom-core/500/train.tsv f37239f9c8eb45b1c0831b829cf6d6960e1afd29d3e489d3b8e7118c254a606b
-Prom-core/test.tsv 7a294f8b61ff5ee6756ba80e55e3c5f64d21fb94dc45b312bd9f22de4c76665c
-Splice-40/10/train_splice40_10.tsv 5894d61218db3ad7bcddfaa037ea10a1fd3fafb18c2e0b5c7b1b2d5e45b5f942
-Splice-40/50/train_splice40_50.tsv 6f540802c6bb203d56d2f6a6aea1b538dd28a753eb782730f4cb2df5cc387ffa
-Splice-40/500/train_splice40_500.tsv 578df4e841f32b735710ea80d703aacd52f95f5171a29d408eb1274f452e691f
-Splice-40/test.tsv 496445d8c0b4b5b1e9d2c1089320d1d7ca534f999eea8cf0ed84e4310cd09053
-silencer/10/dev.tsv df7dc96fba02568257fb95463e7333319bec6571630e6881f0e97a515fa99c7a
-silencer/10/train.tsv 7d9ccd78b98b4024436cd9d04dcc70656baa6de34d0f2039e3832a0a4b27e38a
+HUB, GITHUB = "https://huggingface.co", "https://raw.githubusercontent.com/roysoumya"
+GUE = (HUB + "/datasets/leannmlindsey/GUE/resolve/240df51a2cd2c0fb1d88efffaf86e8d1e477f932/GUE/{}/{}.csv",
+       HUB + "/datasets/dnagpt/GUE/resolve/e0bc5eec01b46aca338e34ed4ab8ba97e096fe3e/{}/{}.csv")
+ZENODO = "https://zenodo.org/records/{}/files/{}?download=1"
+STARR = (ZENODO.format(5502060, "{}"), "https://data.starklab.org/almeida/DeepSTARR/Data/{}")
+SHOTS = {"prom_core": (GITHUB + "/GeneMask/c7614461323015ffcbbdb39fc4778e9255ddfcab/Data-B_fewshot-task-datasets/",
+                       10, 50, 100, 500, 1000)}
+SHOTS |= {"prom_300": SHOTS["prom_core"], "cohn_enh": SHOTS["prom_core"][:5], "splice_40": SHOTS["prom_core"][:5],
+          "silencer": (GITHUB + "/curriculum-GeneMask/d0bad0d3cf49c65acf308cd0f255dfee42194f2a/data/", 10, 50)}
+ENSEMBL = ("https://ftp.ensembl.org/pub/release-110/fasta/{}/cdna/{}",         # the paper names no release, so
+           "https://ftp.ebi.ac.uk/ensemblorg/pub/release-110/fasta/{}/cdna/{}")        # that counts may differ
+ASSEMBLIES = {"Mus_musculus": "GRCm39", "Mus_spretus": "SPRET_EiJ_v1",
+              "Chelonoidis_abingdonii": "ASM359739v1", "Gopherus_agassizii": "ASM289641v1"}
+DIGESTS = dict(line.split() for line in """
+hg38.fa.gz sha256:c1dd87068c254eb53d944f71e51d1311964fce8de24d6fc0effc9c61c01527d4
+DeepSTARR/Sequences_Train.fa md5:fe474a31c23db2daf7dc4d1fc49a8e5a
+DeepSTARR/Sequences_Val.fa md5:9d1a0e5c9228aa033378af93074109e6
+DeepSTARR/Sequences_Test.fa md5:c2d831a6e2cfb9345fa5e52de76bb453
+DeepSTARR/Sequences_activity_Train.txt md5:4e65afa021fd426c74dbf24c31b8bbf9
+DeepSTARR/Sequences_activity_Val.txt md5:5f30e863b2239e4f9ade6e7b81b3ff3c
+DeepSTARR/Sequences_activity_Test.txt md5:011690ca80cf967d56fefd0c1386419f
+fewshot/Cohn-enh/10/train.tsv sha256:6a54e65421ea963d2a6dd36e1b6bfa435106c658700e0c6c9007a1580720c8ec
+fewshot/Cohn-enh/50/train.tsv sha256:5870edee4b0664537e0fcf114223b3687cc072b613a22a5ee6f2289ced7aff88
+fewshot/Cohn-enh/500/train.tsv sha256:dcd898fbea46410d0578356e51571822dba2f362bb608f6260ff31c9fd79d124
+fewshot/Prom-300/10/train.tsv sha256:ac302116db0922ea0c76ac9ce76d02b6ba690ca0fc512ec3ca8e56fbc9a8e4cb
+fewshot/Prom-300/100/train.tsv sha256:6febd8539df880dd3d7e4d79a124a5e6620c6a06831d1e53436167820e1c0153
+fewshot/Prom-300/50/train.tsv sha256:ed431ec0e6ccccab239865b3eec371d4b6a7a58283154d0f445918193e9d5e81
+fewshot/Prom-300/500/train.tsv sha256:2379fa2b9f7775679473f017e27c5954f6a4d12aab0943ba86ed3600c114f1ba
+fewshot/Prom-core/10/train.tsv sha256:2981c2c47b1981a7ebbeddd679c4132ecfd9a7594a8afe32f363b113c0dcd881
+fewshot/Prom-core/100/train.tsv sha256:740b3c1e50307a22c1a547e83c810b89f5c69ad4313ecf174903ca630811908c
+fewshot/Prom-core/50/train.tsv sha256:a95733e59e3ca76d82464f6fae4373d6bc80e424090b2bc15ab5c0d1bb038c8a
+fewshot/Prom-core/500/train.tsv sha256:f37239f9c8eb45b1c0831b829cf6d6960e1afd29d3e489d3b8e7118c254a606b
+fewshot/Prom-core/test.tsv sha256:7a294f8b61ff5ee6756ba80e55e3c5f64d21fb94dc45b312bd9f22de4c76665c
+fewshot/Splice-40/10/train_splice40_10.tsv sha256:5894d61218db3ad7bcddfaa037ea10a1fd3fafb18c2e0b5c7b1b2d5e45b5f942
+fewshot/Splice-40/50/train_splice40_50.tsv sha256:6f540802c6bb203d56d2f6a6aea1b538dd28a753eb782730f4cb2df5cc387ffa
+fewshot/Splice-40/500/train_splice40_500.tsv sha256:578df4e841f32b735710ea80d703aacd52f95f5171a29d408eb1274f452e691f
+fewshot/Splice-40/test.tsv sha256:496445d8c0b4b5b1e9d2c1089320d1d7ca534f999eea8cf0ed84e4310cd09053
+fewshot/silencer/10/dev.tsv sha256:df7dc96fba02568257fb95463e7333319bec6571630e6881f0e97a515fa99c7a
+fewshot/silencer/10/train.tsv sha256:7d9ccd78b98b4024436cd9d04dcc70656baa6de34d0f2039e3832a0a4b27e38a
 """.strip().splitlines())
 CITATIONS = {
     "GUE": "Zhou et al., DNABERT-2, 2023", "DeepSTARR": "de Almeida et al., DeepSTARR, Nature Genetics, 2022",
     "GenomicBenchmarks": "Gresova et al., Genomic benchmarks, BMC Genomic Data, 2023",
-    "MTcDNA": "Ensembl; the task: Yu et al., FinDNA", "few-shot": "Roy et al., GeneMask, 2023, and CM-GEMS"}
+    "MTcDNA": "Ensembl; the task: Yu et al., FinDNA", "few-shot": "Roy et al., GeneMask, 2023; CM-GEMS"}
 
-# path: where the download lands, below data_dir; size: bytes, about; digest: "md5:..." or "sha256:..." or "";
-# rows: {file below data_dir: its published rows, or None}: the path itself, or what is made of an archive
-File = namedtuple("File", "path urls size digest rows")
+# path: where the download lands, below data_dir; size: bytes, about; rows: {file below data_dir: its published
+# rows, or None}: the path itself, or what is made of an archive; digest: "md5:...", "sha256:..." or "" (unknown)
+File = namedtuple("File", "path urls size rows digest")
 Source = namedtuple("Source", "files licence citation check")                  # check: the next command
 
 
-def table_file(path, urls, n, width, digest=""):
-    """A table of n rows of about `width` letters."""
-    return File(path, urls, n * (width + 3) + 15, digest, {path: n})
+def plain_file(path, urls, size, n=None):
+    """A file that is kept as it comes, of n rows where that is known."""
+    return File(path, list(urls), size, {path: n}, DIGESTS.get(path, ""))
 
 
-def gue_files(task):
-    """Three tables; the folders of the first place are named otherwise than GUE's own."""
-    own = task.folder.removeprefix("GUE/")
-    theirs = own.replace("EMP/", "emp_").replace("tf/", "human_tf_").replace("prom/", "").replace("/", "_")
-    width = int(task.length)
-    return [table_file(f"{task.folder}/{split}.csv", [f"{GUE[0]}{theirs}/{split}.csv",
-                                                      f"{GUE[1]}{own}/{split}.csv"], task.rows[split], width)
-            for split in ("train", "dev", "test")]
+def task_files(task):
+    """The files of a benchmark set."""
+    folder, name, rows = task.folder, task.folder.split("/")[-1], task.rows
+    low, high = (int(n) for n in (task.length.split("-") * 2)[:2])             # bases
+    if task.suite == "GUE":                                  # the first place renames the folders
+        theirs = folder[4:].replace("EMP/", "emp_").replace("tf/", "human_tf_").replace("prom/", "").replace("/", "_")
+        return [plain_file(f"{folder}/{split}.csv", [GUE[0].format(theirs, split), GUE[1].format(folder[4:], split)],
+                           n * (high + 3), n) for split, n in rows.items()]
+    if task.suite == "GenomicBenchmarks":                    # a zip of one file a sequence -> a table a split
+        made = {f"{folder}/{split}.csv": n for split, n in rows.items()}
+        size = sum(rows.values()) * ((low + high) // 2 + 350)                  # 350: of a file in a zip
+        return [File(f"{folder}_v0.zip", [ZENODO.format(16605299, f"{name}_v0.zip")], size, made, "")]
+    if task.suite == "MTcDNA":
+        files = [(species.lower(), f"{species}.{ASSEMBLIES[species]}.cdna.all.fa.gz") for species in data.MTCDNA]
+        return [plain_file(f"{folder}/{file}", [url.format(of, file) for url in ENSEMBL], 60e6) for of, file in files]
+    if task.suite == "DeepSTARR":
+        files = [(name.format(split), rows[key]) for name in ("Sequences_{}.fa", "Sequences_activity_{}.txt")
+                 for split, key in (("Train", "train"), ("Val", "dev"), ("Test", "test"))]
+        return [plain_file(f"{folder}/{file}", [url.format(file) for url in STARR], 280 * n, n) for file, n in files]
+    return few_shot_files(task, high)
 
 
-def genomic_files(task):
-    """One archive of a file per sequence, which becomes a table per split."""
-    name = task.name.removeprefix("gb/")
-    low, high = (int(n) for n in (task.length.split("-") * 2)[:2])
-    size = sum(task.rows.values()) * ((low + high) // 2 + 350)                 # 350: of a file in a zip
-    url = f"https://zenodo.org/records/16605299/files/{name}_v0.zip?download=1"
-    rows = {f"{task.folder}/{split}.csv": task.rows[split] for split in ("train", "test")}
-    return [File(f"GenomicBenchmarks/{name}_v0.zip", [url], size, "", rows)]
-
-
-def few_shot_files(task):
+def few_shot_files(task, length):
     """Train files of each number of shots, and the test file or what stands in for it."""
     train, n_sets, *tests = data.FEW_SHOT[task.name]
-    width, found = 7 * int(task.length.split("-")[-1]), []   # 6-mers with blanks between them
-    wanted = {train.format(n): n * n_sets * len(task.classes) for n in SHOTS[task.name]}
+    place, *shots = SHOTS[task.name]
+    wanted = {train.format(n): n * n_sets * len(task.classes) for n in shots}
     if task.rows:                                            # with a test of its own
-        wanted |= {tests[0].format(n): task.rows["test"] for n in SHOTS[task.name]}
-    for name, n in wanted.items():
-        path = f"{task.folder.removeprefix('fewshot/')}/{name}"
-        urls = [(CM_GEMS if task.name == "silencer" else GENEMASK)
-                + path.replace("Splice-40/test", "Splice-40/full-dataset/test")]
-        digest = FEW_SHOT_SHA256.get(path, "")
-        found.append(table_file(f"fewshot/{path}", urls, n, width, digest and f"sha256:{digest}"))
+        wanted |= {tests[0].format(n): task.rows["test"] for n in shots}
+    files = []
+    for name, n in wanted.items():                           # 6-mers with blanks between them
+        path = f"{task.folder}/{name}"
+        url = place + path.removeprefix("fewshot/").replace("Splice-40/test", "Splice-40/full-dataset/test")
+        files.append(plain_file(path, [url], n * 7 * length, n))
     if task.name == "prom_300":                              # GUE's test set of the same promoters stands in
-        test = gue_files(data.TASKS["pd/all"])[2]
-        path = f"{task.folder}/{tests[1]}"
-        found.append(test._replace(path=path, rows={path: test.rows[test.path]}))
-    return found + (genomic_files(data.TASKS["gb/human_enhancers_cohn"]) if task.name == "cohn_enh" else [])
-
-
-def deepstarr_files(task):
-    """FASTA and activities of the published splits."""
-    rows = {"Train": task.rows["train"], "Val": task.rows["dev"], "Test": task.rows["test"]}
-    return [table_file(f"DeepSTARR/{name}", [url.format(name) for url in STARR],
-                       rows[name.split("_")[-1].split(".")[0]], 280 if name.endswith(".fa") else 120, f"md5:{md5}")
-            for name, md5 in STARR_MD5.items()]
-
-
-def mtcdna_files(task):
-    """The cDNA of four species."""
-    found = []
-    for assembly, size in CDNA.items():
-        name, species = f"{assembly}.cdna.all.fa.gz", assembly.split(".")[0].lower()
-        urls = [ENSEMBL.format(host, species, name) for host in ("ftp.ensembl.org/pub",
-                                                                 "ftp.ebi.ac.uk/ensemblorg/pub")]
-        found.append(File(f"MTcDNA/{name}", urls, size, "", {f"MTcDNA/{name}": None}))
-    return found
+        test = {file.path: file for file in task_files(data.TASKS["pd/all"])}["GUE/prom/prom_300_all/test.csv"]
+        files.append(plain_file(f"{task.folder}/{tests[1]}", test.urls, test.size, *test.rows.values()))
+    return files + (task_files(data.TASKS["gb/human_enhancers_cohn"]) if task.name == "cohn_enh" else [])
 
 
 def source_name(task):
@@ -159,30 +141,19 @@ def source_name(task):
     return task.suite.lower() if task.suite in ("DeepSTARR", "MTcDNA") else task.name
 
 
-def all_sources():
-    """{name: Source} of everything this script can get."""
-    bert = {"DNA_bert_6/config.json": 2e3, "DNA_bert_6/pytorch_model.bin": 359e6}
-    found = {
-        "hg38": Source([File("hg38.fa.gz", [data.HG38_URL], 983_659_424, "sha256:c1dd87068c254eb53d944f71e51d1311"
-                             "964fce8de24d6fc0effc9c61c01527d4", {"hg38.fa.gz": None})], "free (UCSC)",
-                       "UCSC Genome Browser; Genome Reference Consortium", "python randommask.py"),
-        "sacCer3": Source([File("sacCer3.fa.gz", [f"{UCSC}/sacCer3/bigZips/sacCer3.fa.gz"], 4e6, "",
-                                {"sacCer3.fa.gz": 17})], "free (UCSC)", "Saccharomyces Genome Database, R64",
-                          "python randommask.py --genome {}/sacCer3.fa.gz"),
-        "dnabert6": Source([File(path, [f"{HUB}/{repo}/resolve/main/{os.path.basename(path)}"
-                                        for repo in ("zhihan1996/DNA_bert_6", "armheb/DNA_bert_6")], size, "",
-                                 {path: None}) for path, size in bert.items()], "Apache-2.0",
-                           "Ji et al., DNABERT, 2021", "python finetune.py --task emp --init hf:{}/DNA_bert_6")}
-    files = {"GUE": gue_files, "GenomicBenchmarks": genomic_files, "few-shot": few_shot_files,
-             "DeepSTARR": deepstarr_files, "MTcDNA": mtcdna_files}
-    for task in data.TASKS.values():
-        if task.suite != "demo":
-            found[source_name(task)] = Source(files[task.suite](task), task.licence, CITATIONS[task.suite],
-                                              f"python data.py {task.name} --data_dir {{}}")
-    return found
-
-
-SOURCES = all_sources()
+SOURCES = {
+    "hg38": Source([plain_file("hg38.fa.gz", [data.HG38_URL], 983_659_424)], "free (UCSC)",
+                   "UCSC Genome Browser; Genome Reference Consortium", "python randommask.py --data_dir {}"),
+    "sacCer3": Source([plain_file("sacCer3.fa.gz", [data.HG38_URL.replace("hg38", "sacCer3")], 4e6, 17)],
+                      "free (UCSC)", "Saccharomyces Genome Database, R64",
+                      "python randommask.py --genome {}/sacCer3.fa.gz"),
+    "dnabert6": Source([plain_file(f"DNA_bert_6/{name}", [f"{HUB}/{of}/DNA_bert_6/resolve/main/{name}"
+                                                          for of in ("zhihan1996", "armheb")], size)
+                        for name, size in (("config.json", 2e3), ("pytorch_model.bin", 359e6))], "Apache-2.0",
+                       "Ji et al., DNABERT, 2021", "python finetune.py --task emp --init hf:{}/DNA_bert_6")}
+SOURCES |= {source_name(task): Source(task_files(task), task.licence, CITATIONS[task.suite],
+                                      f"python data.py {task.name} --data_dir {{}}")
+            for task in data.TASKS.values() if task.suite != "demo"}
 GROUPS = {"gue": data.GROUPS["gue28"], "gb": [name for name in data.TASKS if name.startswith("gb/")]} | data.GROUPS
 
 

@@ -182,7 +182,7 @@ def test_every_source(name, server, tmp_path, monkeypatch, capsys):
             made = [(text, c) for c in range(len(data.TASKS[name].classes)) for text in dna(3, 20, c + 5)]
             assert pairs(splits["train"]) == made
         if name == "emp/H3":
-            assert pairs(splits["dev"]) == list(zip(dna(6, 20, 1), [0, 1] * 3))
+            assert pairs(splits["dev"]) == list(zip(dna(6, 20, 2), [0, 1] * 3))
 
 
 BODY = csv(400)
@@ -208,7 +208,7 @@ def test_ends_well(case, server, tmp_path, monkeypatch):
     replies, n, asked = ENDS_WELL[case]
     server.replies |= {"/first": [*replies], "/mirror": [GOOD]}
     rows, digest = {"GUE/a.csv": 400}, f"sha256:{hashlib.sha256(BODY).hexdigest()}"
-    file = download.File("GUE/a.csv", [server.url + "first", server.url + "mirror"], len(BODY), digest, rows)
+    file = download.File("GUE/a.csv", [server.url + "first", server.url + "mirror"], len(BODY), rows, digest)
     monkeypatch.setitem(download.SOURCES, "a", download.Source([file], "none", "none", "check {}"))
     run(["a"], tmp_path)
     assert (tmp_path / "GUE/a.csv").read_bytes() == BODY
@@ -256,7 +256,7 @@ def test_refused(case, server, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(download, "TIMEOUT", 0.1)
     server.replies["/first"] = [*replies]
     rows = {f"{COHN}/{split}.csv": 2 for split in ("train", "test")} if "zip" in path else {path: 400}
-    file = download.File(path, [server.url + "first"], len(BODY), "", rows)
+    file = download.File(path, [server.url + "first"], len(BODY), rows, "")
     monkeypatch.setitem(download.SOURCES, "a", download.Source([file], "none", "none", "python data.py a {}"))
     folder = tmp_path / "data"
     with pytest.raises(ValueError, match="1 files not sound .a."):
@@ -278,7 +278,7 @@ def test_refused(case, server, tmp_path, monkeypatch, capsys):
 
 def one_file(server, monkeypatch, replies):
     server.replies["/first"] = replies
-    file = download.File("a.csv", [server.url + "first"], len(BODY), "", {"a.csv": 400})
+    file = download.File("a.csv", [server.url + "first"], len(BODY), {"a.csv": 400}, "")
     monkeypatch.setitem(download.SOURCES, "a", download.Source([file], "none", "none", "python data.py a"))
 
 
@@ -347,7 +347,7 @@ def test_files_that_are_there(server, tmp_path, monkeypatch, capsys):
 def test_command(server, tmp_path, monkeypatch):
     """The command itself: the hub's files from HF_ENDPOINT, published numbers of rows, exit codes, messages."""
     for split, n in data.TASKS["cpd/tata"].rows.items():
-        path = f"/datasets/dnagpt/GUE/resolve/{download.GUE[1].split('/')[-2]}/prom/prom_core_tata/{split}.csv"
+        path = f"/datasets/dnagpt/GUE/resolve/{download.GUE[1].split('/')[-3]}/prom/prom_core_tata/{split}.csv"
         server.replies[path] = [{"body": csv(n, width=70, seed=n)}]
     monkeypatch.setenv("HF_ENDPOINT", server.url)
     result = harness.run(["cpd/tata", "--data_dir", tmp_path], script="download.py")
@@ -372,8 +372,7 @@ def test_table():
     assert sum(len(source.files) for name, source in download.SOURCES.items() if name in data.GROUPS["gue28"]) == 84
     assert {re.fullmatch(r"(|md5:[0-9a-f]{32}|sha256:[0-9a-f]{64})", file.digest) is None
             for file in files.values()} == {False}
-    used = {file.digest.removeprefix("sha256:") for file in files.values()}
-    assert set(download.FEW_SHOT_SHA256.values()) < used
+    assert {path for path, file in files.items() if file.digest} == set(download.DIGESTS)
     assert files["fewshot/Splice-40/500/train_splice40_500.tsv"].rows == {
         "fewshot/Splice-40/500/train_splice40_500.tsv": 15000}
     urls = [url for file in files.values() for url in file.urls]
