@@ -6,10 +6,10 @@
     python download.py gue --check                           verify what is there: no network, nothing written
 
 A download grows in DATA_DIR/partial, where the same command goes on after a cut. It moves to its place once it
-is verified: by the checksum in SOURCES, else ("rows") by a strict read of every row and the published number of
-rows. DATA_DIR/manifest.json says what came from where, when, with which sha256. Proxies come from https_proxy,
-a mirror of huggingface.co from HF_ENDPOINT. Exit code 2: a file is not there or not sound; how to get it by
-hand is printed.
+is verified: by its published checksum, else ("rows") by a strict read of all of it and the published number of
+rows. DATA_DIR/manifest.json says what came from where, when, with which sha256. Proxies are those of
+https_proxy; HF_ENDPOINT stands in for huggingface.co. Exit code 2: a file is not there or not sound, and how to
+get it by hand is printed.
 """
 import argparse
 import contextlib
@@ -20,6 +20,7 @@ import hashlib
 import http.client
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -187,31 +188,31 @@ class HttpsOnly(urllib.request.HTTPRedirectHandler):
 
 
 def receive(url, path, cap):
-    """One request: the rest of what is at path, or all of it where the server's file is another one by now.
-
-    path.from keeps the url and the server's tag of what is there. ValueError: not to be tried again here.
-    """
-    have, tag, note = os.path.getsize(path) if os.path.exists(path) else 0, None, path + ".from"
+    """One request: the rest of what is at path, or all of it where the server has another file by now. Beside
+    it, path.from keeps the url and the server's tag. ValueError: in vain to ask again."""
+    have, old, note = os.path.getsize(path) if os.path.exists(path) else 0, None, path + ".from"
     if os.path.exists(note):
         with open(note) as f, contextlib.suppress(ValueError):
-            tag = json.load(f).get(url)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
+            old = json.load(f).get(url)
     request = urllib.request.Request(url, headers={"User-Agent": "nanoDNA download.py"})
-    if have and tag:
-        request.headers |= {"Range": f"bytes={have}-", "If-range": tag}
+    if have and old:
+        request.headers |= {"Range": f"bytes={have}-", "If-range": old}
     with urllib.request.build_opener(HttpsOnly).open(request, timeout=TIMEOUT) as reply:
-        resumed = reply.status == 206 and reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")
-        if reply.status != 200 and not resumed or reply.headers.get("Content-Encoding", "identity") != "identity":
-            raise ValueError(f"HTTP {reply.status}, not the plain file")
-        have, length = have * resumed, reply.headers.get("Content-Length")
-        total = have + int(length) if length else None
-        tag = reply.headers.get("ETag") or reply.headers.get("Last-Modified")
-        with open(note, "w") as f:
-            json.dump({url: tag}, f)
+        get, resumed = reply.headers.get, reply.status == 206
+        tag = get("ETag") or get("Last-Modified")
+        if resumed and (tag != old or not get("Content-Range", "").startswith(f"bytes {have}-")):
+            os.unlink(path)
+            raise ConnectionError("another file than before")
+        if reply.status not in (200, 206) or get("Content-Encoding", "identity") != "identity":
+            raise ValueError(f"HTTP {reply.status}, {get('Content-Encoding')}: not the plain file")
+        have *= resumed
+        total = have + int(get("Content-Length")) if get("Content-Length") else None
+        os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(path, "ab" if resumed else "wb") as f, tqdm(
-                total=total, initial=have, unit="B", unit_scale=True, desc=os.path.basename(path), disable=None,
-                leave=False) as bar:
-            while have <= cap and (chunk := reply.read1(1 << 18)):
+                total=total, initial=have, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            with open(note, "w") as g:
+                json.dump({url: tag}, g)
+            while max(have, total or 0) <= cap and (chunk := reply.read1(1 << 18)):
                 f.write(chunk)
                 have += len(chunk)
                 bar.update(len(chunk))
@@ -219,33 +220,33 @@ def receive(url, path, cap):
             os.fsync(f.fileno())
     if max(have, total or 0) > cap:
         os.unlink(path)
-        raise ValueError(f"more than {cap:,.0f} bytes, too large for this file")
-    if total is not None and have < total:
+        raise ValueError(f"more than {cap:,.0f} bytes: too large for this file")
+    if have < (total or 0):
         raise ConnectionError(f"cut after {have:,} of {total:,} bytes")
 
 
 def fetch(url, path, cap, unreachable):
-    """Tries a url until it is all there or TRIES times without progress. ValueError: why it is not."""
+    """Asks a url until all is there, or TRIES times without progress. ValueError: why it is not."""
     host, tries, best = urllib.parse.urlsplit(check_url(url)).netloc, 0, 0
     if host in unreachable:
-        raise ValueError("no connection")
+        raise ValueError("no answer before")
     while tries < TRIES:
-        if tries:
-            time.sleep(PAUSE * 2 ** (tries - 1))
         try:
             return receive(url, path, cap)
         except urllib.error.HTTPError as e:
             reason = f"HTTP {e.code} {e.reason}"
-            if e.code == 416:                                # nothing behind what we have: not the same file
+            if e.code == 416:                                # nothing behind what we have: another file
                 os.unlink(path)
             elif e.code < 500 and e.code not in (408, 429):
                 raise ValueError(reason) from None
         except (OSError, http.client.HTTPException) as e:
             if getattr(e, "errno", None) in LOCAL:
-                raise OSError(f"cannot write {path}: {e.strerror}; make room, and the same command goes on") from None
+                raise OSError(f"cannot write {path}: {e.strerror}; make room, the same command goes on") from None
             reason = str(getattr(e, "reason", e)) or repr(e)
         size = os.path.getsize(path) if os.path.exists(path) else 0
         tries, best = 1 if size > best else tries + 1, max(size, best)
+        print(f"  {host}: {reason}; try {tries} of {TRIES} without progress", flush=True)
+        time.sleep(PAUSE * 2 ** (tries - 1) * (tries < TRIES))
     if not best:
         unreachable.add(host)
     raise ValueError(f"{reason} ({TRIES} tries)")
@@ -304,36 +305,36 @@ def verify(path, digest, rows, old={}):
     return {"sha256": sha256, "bytes": os.path.getsize(path), "rows": rows, "verified": how}
 
 
-def unpack(archive, folder, classes):
-    """A zip of one-sequence files .../SPLIT/CLASS/NAME.txt -> folder/{train,test}.csv, in the order of classes
-    and names. Members are read by name and never written under theirs."""
-    os.makedirs(folder, exist_ok=True)
+def unpack(archive, made, classes):
+    """A zip of one-sequence files .../SPLIT/CLASS/NAME.txt -> tables, in the order of classes and names. Members
+    are read by name and never written under theirs. made: {path of a table: its rows}."""
     try:
         with zipfile.ZipFile(archive) as z:
-            members = {(split, name): [] for split in ("train", "test") for name in classes}
-            for member in sorted(z.infolist(), key=lambda member: member.filename):
-                parts = member.filename.split("/")
-                if ".." in parts or member.filename[0] == "/" or "\\" in member.filename:
-                    raise ValueError(f"member {data.show(member.filename)} leaves its folder")
-                if parts[-1].endswith(".txt") and tuple(parts[-3:-1]) in members and member.file_size < 1 << 16:
-                    members[tuple(parts[-3:-1])].append(member)
-            for split in ("train", "test"):
-                with open(os.path.join(folder, f"{split}.csv"), "w") as f:
+            every = sorted(z.infolist(), key=lambda member: member.filename)
+            for parts in (member.filename.split("/") for member in every):
+                if ".." in parts or not parts[0] or "\\" in "".join(parts):
+                    raise ValueError(f"member {data.show('/'.join(parts))} leaves its folder")
+            for path, n in made.items():
+                split = os.path.basename(path).removesuffix(".csv")
+                wanted = [re.compile(f"(.*/)?{split}/{name}/[^/]+[.]txt") for name in classes]
+                found = [(label, member) for label, pattern in enumerate(wanted) for member in every
+                         if pattern.fullmatch(member.filename)]
+                if len(found) != n or any(member.file_size > 1 << 14 for _, member in found):
+                    raise ValueError(f"{len(found):,} sequences of {split}, or too long ones; published {n:,}")
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "w") as f:
                     f.write("sequence,label\n")
-                    for label, name in enumerate(classes):
-                        f.writelines(f"{z.read(member).decode('ascii').strip()},{label}\n"
-                                     for member in members[split, name])
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, UnicodeError) as e:
+                    f.writelines(f"{z.read(member).decode().strip()},{label}\n" for label, member in found)
+    except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnicodeError) as e:
         raise ValueError(f"damaged zip archive ({data.show(str(e))})") from None
 
 
 def verify_download(file, partial):
     """Manifest's entries by path of a download that is sound, once it is unpacked."""
     if file.path not in file.rows:
-        name = file.path.split("/")[-1].removesuffix("_v0.zip")
         check_kind(os.path.join(partial, file.path))
-        unpack(os.path.join(partial, file.path), os.path.join(partial, "GenomicBenchmarks", name),
-               data.TASKS[f"gb/{name}"].classes)
+        unpack(os.path.join(partial, file.path), {os.path.join(partial, path): n for path, n in file.rows.items()},
+               data.TASKS["gb/" + os.path.basename(file.path).removesuffix("_v0.zip")].classes)
     return {path: verify(os.path.join(partial, path), file.digest, n) for path, n in file.rows.items()}
 
 
@@ -430,7 +431,10 @@ def get(names, data_dir, only_check):
     record, manifest, failed, unreachable = os.path.join(data_dir, "manifest.json"), {}, {}, set()
     if os.path.exists(record):
         with open(record) as f:
-            manifest = json.load(f)
+            try:
+                manifest = dict(json.load(f))
+            except (ValueError, TypeError):
+                raise ValueError(f"{record}: damaged; remove it, the files are verified anew") from None
     for name in names:
         for file in SOURCES[name].files:
             try:
@@ -474,7 +478,8 @@ if __name__ == "__main__":
     parser.add_argument("--data_dir", default="data", help="where the files go (%(default)s)")
     parser.add_argument("--check", action="store_true", help="verify only: no network, nothing written")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for which in (signal.SIGTERM, signal.SIGINT):            # what is there stays in partial
+        signal.signal(which, lambda *_: sys.exit(143))
     with training.user_errors():
         names = source_names(args.names)
         if not names:
