@@ -5,11 +5,11 @@
     python download.py gue deepstarr gb/human_enhancers_cohn benchmark sets, as in finetune.py --task
     python download.py gue --check                           verify what is there: no network, nothing written
 
-A download grows in DATA_DIR/partial, where the same command goes on after a cut. It moves to its place once it
-is verified: by its published checksum, else ("rows") by a strict read of all of it and the published number of
-rows. DATA_DIR/manifest.json says what came from where, when, with which sha256. Proxies are those of
-https_proxy; HF_ENDPOINT stands in for huggingface.co. Exit code 2: a file is not there or not sound, and how to
-get it by hand is printed.
+A download grows in DATA_DIR/partial, where the same command goes on after a cut, and moves to its place once
+it is verified: by its published checksum, else ("rows") by a strict read of it and the published number of
+rows. DATA_DIR/manifest.json says what came from where, when, with which sha256. Proxies: https_proxy;
+HF_ENDPOINT stands in for huggingface.co. Exit code 2: a file is not there or not sound; how to get it by hand
+is printed.
 """
 import argparse
 import contextlib
@@ -39,55 +39,56 @@ import data
 import models
 import training
 
-TIMEOUT, TRIES, PAUSE = 30, 5, 1                             # seconds; without progress; seconds, then doubled
+TIMEOUT, TRIES, PAUSE = 30, 5, 1                             # seconds; without progress; first seconds
 LOCAL = {getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EACCES", "EPERM", "EROFS", "EIO", "EFBIG")}
 HUB, GITHUB = "https://huggingface.co", "https://raw.githubusercontent.com/roysoumya"
 GUE = (HUB + "/datasets/leannmlindsey/GUE/resolve/240df51a2cd2c0fb1d88efffaf86e8d1e477f932/GUE/{}/{}.csv",
        HUB + "/datasets/dnagpt/GUE/resolve/e0bc5eec01b46aca338e34ed4ab8ba97e096fe3e/{}/{}.csv")
 ZENODO = "https://zenodo.org/records/{}/files/{}?download=1"
 STARR = (ZENODO.format(5502060, "{}"), "https://data.starklab.org/almeida/DeepSTARR/Data/{}")
-SHOTS = {"prom_core": (GITHUB + "/GeneMask/c7614461323015ffcbbdb39fc4778e9255ddfcab/Data-B_fewshot-task-datasets/",
-                       10, 50, 100, 500, 1000)}
-SHOTS |= {"prom_300": SHOTS["prom_core"], "cohn_enh": SHOTS["prom_core"][:5], "splice_40": SHOTS["prom_core"][:5],
-          "silencer": (GITHUB + "/curriculum-GeneMask/d0bad0d3cf49c65acf308cd0f255dfee42194f2a/data/", 10, 50)}
-ENSEMBL = ("https://ftp.ensembl.org/pub/release-110/fasta/{}/cdna/{}",         # the paper names no release, so
-           "https://ftp.ebi.ac.uk/ensemblorg/pub/release-110/fasta/{}/cdna/{}")        # that counts may differ
+FEW_SHOT = GITHUB + "/GeneMask/c7614461323015ffcbbdb39fc4778e9255ddfcab/Data-B_fewshot-task-datasets/{}"
+SILENCER = GITHUB + "/curriculum-GeneMask/d0bad0d3cf49c65acf308cd0f255dfee42194f2a/data/{}"
+SHOTS = {"prom_core": (10, 50, 100, 500, 1000), "prom_300": (10, 50, 100, 500, 1000),
+         "cohn_enh": (10, 50, 100, 500), "splice_40": (10, 50, 100, 500), "silencer": (10, 50)}
+ENSEMBL = ("https://ftp.ensembl.org/pub/release-110/fasta/{}/cdna/{}",         # FinDNA names no release:
+           "https://ftp.ebi.ac.uk/ensemblorg/pub/release-110/fasta/{}/cdna/{}")  # counts may differ
 ASSEMBLIES = {"Mus_musculus": "GRCm39", "Mus_spretus": "SPRET_EiJ_v1",
               "Chelonoidis_abingdonii": "ASM359739v1", "Gopherus_agassizii": "ASM289641v1"}
 DIGESTS = dict(line.split() for line in """
-hg38.fa.gz sha256:c1dd87068c254eb53d944f71e51d1311964fce8de24d6fc0effc9c61c01527d4
-DeepSTARR/Sequences_Train.fa md5:fe474a31c23db2daf7dc4d1fc49a8e5a
-DeepSTARR/Sequences_Val.fa md5:9d1a0e5c9228aa033378af93074109e6
-DeepSTARR/Sequences_Test.fa md5:c2d831a6e2cfb9345fa5e52de76bb453
-DeepSTARR/Sequences_activity_Train.txt md5:4e65afa021fd426c74dbf24c31b8bbf9
-DeepSTARR/Sequences_activity_Val.txt md5:5f30e863b2239e4f9ade6e7b81b3ff3c
-DeepSTARR/Sequences_activity_Test.txt md5:011690ca80cf967d56fefd0c1386419f
-fewshot/Cohn-enh/10/train.tsv sha256:6a54e65421ea963d2a6dd36e1b6bfa435106c658700e0c6c9007a1580720c8ec
-fewshot/Cohn-enh/50/train.tsv sha256:5870edee4b0664537e0fcf114223b3687cc072b613a22a5ee6f2289ced7aff88
-fewshot/Cohn-enh/500/train.tsv sha256:dcd898fbea46410d0578356e51571822dba2f362bb608f6260ff31c9fd79d124
-fewshot/Prom-300/10/train.tsv sha256:ac302116db0922ea0c76ac9ce76d02b6ba690ca0fc512ec3ca8e56fbc9a8e4cb
-fewshot/Prom-300/100/train.tsv sha256:6febd8539df880dd3d7e4d79a124a5e6620c6a06831d1e53436167820e1c0153
-fewshot/Prom-300/50/train.tsv sha256:ed431ec0e6ccccab239865b3eec371d4b6a7a58283154d0f445918193e9d5e81
-fewshot/Prom-300/500/train.tsv sha256:2379fa2b9f7775679473f017e27c5954f6a4d12aab0943ba86ed3600c114f1ba
-fewshot/Prom-core/10/train.tsv sha256:2981c2c47b1981a7ebbeddd679c4132ecfd9a7594a8afe32f363b113c0dcd881
-fewshot/Prom-core/100/train.tsv sha256:740b3c1e50307a22c1a547e83c810b89f5c69ad4313ecf174903ca630811908c
-fewshot/Prom-core/50/train.tsv sha256:a95733e59e3ca76d82464f6fae4373d6bc80e424090b2bc15ab5c0d1bb038c8a
-fewshot/Prom-core/500/train.tsv sha256:f37239f9c8eb45b1c0831b829cf6d6960e1afd29d3e489d3b8e7118c254a606b
-fewshot/Prom-core/test.tsv sha256:7a294f8b61ff5ee6756ba80e55e3c5f64d21fb94dc45b312bd9f22de4c76665c
-fewshot/Splice-40/10/train_splice40_10.tsv sha256:5894d61218db3ad7bcddfaa037ea10a1fd3fafb18c2e0b5c7b1b2d5e45b5f942
-fewshot/Splice-40/50/train_splice40_50.tsv sha256:6f540802c6bb203d56d2f6a6aea1b538dd28a753eb782730f4cb2df5cc387ffa
-fewshot/Splice-40/500/train_splice40_500.tsv sha256:578df4e841f32b735710ea80d703aacd52f95f5171a29d408eb1274f452e691f
-fewshot/Splice-40/test.tsv sha256:496445d8c0b4b5b1e9d2c1089320d1d7ca534f999eea8cf0ed84e4310cd09053
-fewshot/silencer/10/dev.tsv sha256:df7dc96fba02568257fb95463e7333319bec6571630e6881f0e97a515fa99c7a
-fewshot/silencer/10/train.tsv sha256:7d9ccd78b98b4024436cd9d04dcc70656baa6de34d0f2039e3832a0a4b27e38a
+hg38.fa.gz c1dd87068c254eb53d944f71e51d1311964fce8de24d6fc0effc9c61c01527d4
+DeepSTARR/Sequences_Train.fa fe474a31c23db2daf7dc4d1fc49a8e5a
+DeepSTARR/Sequences_Val.fa 9d1a0e5c9228aa033378af93074109e6
+DeepSTARR/Sequences_Test.fa c2d831a6e2cfb9345fa5e52de76bb453
+DeepSTARR/Sequences_activity_Train.txt 4e65afa021fd426c74dbf24c31b8bbf9
+DeepSTARR/Sequences_activity_Val.txt 5f30e863b2239e4f9ade6e7b81b3ff3c
+DeepSTARR/Sequences_activity_Test.txt 011690ca80cf967d56fefd0c1386419f
+fewshot/Cohn-enh/10/train.tsv 6a54e65421ea963d2a6dd36e1b6bfa435106c658700e0c6c9007a1580720c8ec
+fewshot/Cohn-enh/50/train.tsv 5870edee4b0664537e0fcf114223b3687cc072b613a22a5ee6f2289ced7aff88
+fewshot/Cohn-enh/500/train.tsv dcd898fbea46410d0578356e51571822dba2f362bb608f6260ff31c9fd79d124
+fewshot/Prom-300/10/train.tsv ac302116db0922ea0c76ac9ce76d02b6ba690ca0fc512ec3ca8e56fbc9a8e4cb
+fewshot/Prom-300/100/train.tsv 6febd8539df880dd3d7e4d79a124a5e6620c6a06831d1e53436167820e1c0153
+fewshot/Prom-300/50/train.tsv ed431ec0e6ccccab239865b3eec371d4b6a7a58283154d0f445918193e9d5e81
+fewshot/Prom-300/500/train.tsv 2379fa2b9f7775679473f017e27c5954f6a4d12aab0943ba86ed3600c114f1ba
+fewshot/Prom-core/10/train.tsv 2981c2c47b1981a7ebbeddd679c4132ecfd9a7594a8afe32f363b113c0dcd881
+fewshot/Prom-core/100/train.tsv 740b3c1e50307a22c1a547e83c810b89f5c69ad4313ecf174903ca630811908c
+fewshot/Prom-core/50/train.tsv a95733e59e3ca76d82464f6fae4373d6bc80e424090b2bc15ab5c0d1bb038c8a
+fewshot/Prom-core/500/train.tsv f37239f9c8eb45b1c0831b829cf6d6960e1afd29d3e489d3b8e7118c254a606b
+fewshot/Prom-core/test.tsv 7a294f8b61ff5ee6756ba80e55e3c5f64d21fb94dc45b312bd9f22de4c76665c
+fewshot/Splice-40/10/train_splice40_10.tsv 5894d61218db3ad7bcddfaa037ea10a1fd3fafb18c2e0b5c7b1b2d5e45b5f942
+fewshot/Splice-40/50/train_splice40_50.tsv 6f540802c6bb203d56d2f6a6aea1b538dd28a753eb782730f4cb2df5cc387ffa
+fewshot/Splice-40/500/train_splice40_500.tsv 578df4e841f32b735710ea80d703aacd52f95f5171a29d408eb1274f452e691f
+fewshot/Splice-40/test.tsv 496445d8c0b4b5b1e9d2c1089320d1d7ca534f999eea8cf0ed84e4310cd09053
+fewshot/silencer/10/dev.tsv df7dc96fba02568257fb95463e7333319bec6571630e6881f0e97a515fa99c7a
+fewshot/silencer/10/train.tsv 7d9ccd78b98b4024436cd9d04dcc70656baa6de34d0f2039e3832a0a4b27e38a
 """.strip().splitlines())
 CITATIONS = {
     "GUE": "Zhou et al., DNABERT-2, 2023", "DeepSTARR": "de Almeida et al., DeepSTARR, Nature Genetics, 2022",
     "GenomicBenchmarks": "Gresova et al., Genomic benchmarks, BMC Genomic Data, 2023",
     "MTcDNA": "Ensembl; the task: Yu et al., FinDNA", "few-shot": "Roy et al., GeneMask, 2023; CM-GEMS"}
 
-# path: where the download lands, below data_dir; size: bytes, about; rows: {file below data_dir: its published
-# rows, or None}: the path itself, or what is made of an archive; digest: "md5:...", "sha256:..." or "" (unknown)
+# path: where the download lands, below data_dir; size: bytes, about; rows: {file below data_dir: published
+# rows, or None}, the path itself or what is made of an archive; digest: md5, sha256 or '' (unknown)
+ALGORITHM = {0: "", 32: "md5", 64: "sha256"}                 # by the length of a digest
 File = namedtuple("File", "path urls size rows digest")
 Source = namedtuple("Source", "files licence citation check")                  # check: the next command
 
@@ -102,37 +103,39 @@ def task_files(task):
     folder, name, rows = task.folder, task.folder.split("/")[-1], task.rows
     low, high = (int(n) for n in (task.length.split("-") * 2)[:2])             # bases
     if task.suite == "GUE":                                  # the first place renames the folders
-        theirs = folder[4:].replace("EMP/", "emp_").replace("tf/", "human_tf_").replace("prom/", "").replace("/", "_")
-        return [plain_file(f"{folder}/{split}.csv", [GUE[0].format(theirs, split), GUE[1].format(folder[4:], split)],
+        own = folder.removeprefix("GUE/")
+        theirs = own.replace("EMP", "emp").replace("tf/", "human_tf_").replace("prom/", "").replace("/", "_")
+        return [plain_file(f"{folder}/{split}.csv", [GUE[0].format(theirs, split), GUE[1].format(own, split)],
                            n * (high + 3), n) for split, n in rows.items()]
     if task.suite == "GenomicBenchmarks":                    # a zip of one file a sequence -> a table a split
         made = {f"{folder}/{split}.csv": n for split, n in rows.items()}
         size = sum(rows.values()) * ((low + high) // 2 + 350)                  # 350: of a file in a zip
         return [File(f"{folder}_v0.zip", [ZENODO.format(16605299, f"{name}_v0.zip")], size, made, "")]
     if task.suite == "MTcDNA":
-        files = [(species.lower(), f"{species}.{ASSEMBLIES[species]}.cdna.all.fa.gz") for species in data.MTCDNA]
-        return [plain_file(f"{folder}/{file}", [url.format(of, file) for url in ENSEMBL], 60e6) for of, file in files]
+        files = [(name.lower(), f"{name}.{ASSEMBLIES[name]}.cdna.all.fa.gz") for name in data.MTCDNA]
+        return [plain_file(f"{folder}/{file}", [url.format(species, file) for url in ENSEMBL], 60e6)
+                for species, file in files]
     if task.suite == "DeepSTARR":
         files = [(name.format(split), rows[key]) for name in ("Sequences_{}.fa", "Sequences_activity_{}.txt")
                  for split, key in (("Train", "train"), ("Val", "dev"), ("Test", "test"))]
-        return [plain_file(f"{folder}/{file}", [url.format(file) for url in STARR], 280 * n, n) for file, n in files]
+        return [plain_file(f"{folder}/{file}", [url.format(file) for url in STARR], 280 * n, n)
+                for file, n in files]
     return few_shot_files(task, high)
 
 
 def few_shot_files(task, length):
     """Train files of each number of shots, and the test file or what stands in for it."""
     train, n_sets, *tests = data.FEW_SHOT[task.name]
-    place, *shots = SHOTS[task.name]
-    wanted = {train.format(n): n * n_sets * len(task.classes) for n in shots}
+    wanted = {train.format(n): n * n_sets * len(task.classes) for n in SHOTS[task.name]}
     if task.rows:                                            # with a test of its own
-        wanted |= {tests[0].format(n): task.rows["test"] for n in shots}
-    files = []
+        wanted |= {tests[0].format(n): task.rows["test"] for n in SHOTS[task.name]}
+    files, source = [], SILENCER if task.name == "silencer" else FEW_SHOT
     for name, n in wanted.items():                           # 6-mers with blanks between them
         path = f"{task.folder}/{name}"
-        url = place + path.removeprefix("fewshot/").replace("Splice-40/test", "Splice-40/full-dataset/test")
-        files.append(plain_file(path, [url], n * 7 * length, n))
+        theirs = path.removeprefix("fewshot/").replace("Splice-40/test", "Splice-40/full-dataset/test")
+        files.append(plain_file(path, [source.format(theirs)], n * 7 * length, n))
     if task.name == "prom_300":                              # GUE's test set of the same promoters stands in
-        test = {file.path: file for file in task_files(data.TASKS["pd/all"])}["GUE/prom/prom_300_all/test.csv"]
+        test, = (file for file in task_files(data.TASKS["pd/all"]) if "/test" in file.path)
         files.append(plain_file(f"{task.folder}/{tests[1]}", test.urls, test.size, *test.rows.values()))
     return files + (task_files(data.TASKS["gb/human_enhancers_cohn"]) if task.name == "cohn_enh" else [])
 
@@ -155,7 +158,7 @@ SOURCES = {
 SOURCES |= {source_name(task): Source(task_files(task), task.licence, CITATIONS[task.suite],
                                       f"python data.py {task.name} --data_dir {{}}")
             for task in data.TASKS.values() if task.suite != "demo"}
-GROUPS = {"gue": data.GROUPS["gue28"], "gb": [name for name in data.TASKS if name.startswith("gb/")]} | data.GROUPS
+GROUPS = {"gue": data.GUE, "gb": [name for name in data.TASKS if name.startswith("gb/")]} | data.GROUPS
 
 
 def source_names(args):
@@ -241,7 +244,8 @@ def fetch(url, path, cap, unreachable):
                 raise ValueError(reason) from None
         except (OSError, http.client.HTTPException) as e:
             if getattr(e, "errno", None) in LOCAL:
-                raise OSError(f"cannot write {path}: {e.strerror}; make room, the same command goes on") from None
+                raise OSError(f"cannot write {path}: {e.strerror}; make room, the same command goes "
+                              f"on") from None
             reason = str(getattr(e, "reason", e)) or repr(e)
         size = os.path.getsize(path) if os.path.exists(path) else 0
         tries, best = 1 if size > best else tries + 1, max(size, best)
@@ -263,7 +267,7 @@ def count_rows(path):
     if name.endswith((".fa", ".fa.gz")):
         return sum(1 for _ in data.fasta_records(path))
     if "activity" in name:
-        return len(data.read_columns(path, {target: [target.lower()] for target in data.TASKS["eap"].classes})[1])
+        return len(data.read_columns(path, {name: [name.lower()] for name in data.TASKS["eap"].classes})[1])
     return len(data.read_table(path)[0])
 
 
@@ -289,12 +293,12 @@ def check_kind(path):
 
 
 def verify(path, digest, rows, old={}):
-    """The manifest's entry of a sound file: by its checksum, as it was verified before (old), or by reading it
-    to the end. ValueError: why it is not sound."""
+    """The manifest's entry of a sound file: by its checksum, as it was verified before (old), or by reading
+    it to the end. ValueError: why it is not sound."""
     check_kind(path)
-    sha256, (how, _, want) = checksum(path, "sha256"), digest.partition(":")
-    if digest and (got := checksum(path, how)) != want:
-        raise ValueError(f"{how} {got}, but the published file has {want}")
+    sha256, how = checksum(path, "sha256"), ALGORITHM[len(digest)]
+    if digest and (got := checksum(path, how)) != digest:
+        raise ValueError(f"{how} {got}, but the published file has {digest}")
     if not digest:
         if old.get("sha256") == sha256:
             return old
@@ -306,8 +310,8 @@ def verify(path, digest, rows, old={}):
 
 
 def unpack(archive, made, classes):
-    """A zip of one-sequence files .../SPLIT/CLASS/NAME.txt -> tables, in the order of classes and names. Members
-    are read by name and never written under theirs. made: {path of a table: its rows}."""
+    """A zip of one-sequence files .../SPLIT/CLASS/NAME.txt -> tables, in the order of classes and names.
+    Members are read by name and never written under theirs. made: {path of a table: its rows}."""
     try:
         with zipfile.ZipFile(archive) as z:
             every = sorted(z.infolist(), key=lambda member: member.filename)
@@ -320,7 +324,7 @@ def unpack(archive, made, classes):
                 found = [(label, member) for label, pattern in enumerate(wanted) for member in every
                          if pattern.fullmatch(member.filename)]
                 if len(found) != n or any(member.file_size > 1 << 14 for _, member in found):
-                    raise ValueError(f"{len(found):,} sequences of {split}, or too long ones; published {n:,}")
+                    raise ValueError(f"{len(found):,} sequences of {split} (or too long); published {n:,}")
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 with open(path, "w") as f:
                     f.write("sequence,label\n")
@@ -331,11 +335,12 @@ def unpack(archive, made, classes):
 
 def verify_download(file, partial):
     """Manifest's entries by path of a download that is sound, once it is unpacked."""
-    if file.path not in file.rows:
-        check_kind(os.path.join(partial, file.path))
-        unpack(os.path.join(partial, file.path), {os.path.join(partial, path): n for path, n in file.rows.items()},
-               data.TASKS["gb/" + os.path.basename(file.path).removesuffix("_v0.zip")].classes)
-    return {path: verify(os.path.join(partial, path), file.digest, n) for path, n in file.rows.items()}
+    landed, made = os.path.join(partial, file.path), {os.path.join(partial, path): path for path in file.rows}
+    if landed not in made:
+        check_kind(landed)
+        classes = data.TASKS["gb/" + os.path.basename(landed).removesuffix("_v0.zip")].classes
+        unpack(landed, {part: file.rows[path] for part, path in made.items()}, classes)
+    return {path: verify(part, file.digest, file.rows[path]) for part, path in made.items()}
 
 
 def download(file, data_dir, unreachable):
@@ -401,15 +406,16 @@ def print_recipe(name, files, data_dir):
         if file.path not in file.rows:
             of = os.path.basename(file.path).removesuffix("_v0.zip")
             print(f"  python download.py {name} --data_dir {quoted}   # unpacks it, without network\n"
-                  f"  # or: git clone https://github.com/ML-Bioinfo-CEITEC/genomic_benchmarks; copy datasets/{of}\n"
-                  f"  #     to {quoted}/GenomicBenchmarks/coordinates/{of}, and use --fasta GENOME.fa")
-    print(f"  python download.py {name} --check --data_dir {quoted} && {source.check.format(quoted)}", flush=True)
+                  f"  # or: git clone https://github.com/ML-Bioinfo-CEITEC/genomic_benchmarks; copy its\n"
+                  f"  # datasets/{of} to {quoted}/GenomicBenchmarks/coordinates/{of}; use --fasta GENOME.fa")
+    print(f"  python download.py {name} --check --data_dir {quoted} && {source.check.format(quoted)}",
+          flush=True)
 
 
 def open_data_dir(data_dir, names):
     """Locks data_dir/partial; ValueError where another download is at work there, or for want of space."""
-    need = sum(file.size * (1 + (file.path not in file.rows)) for name in names for file in SOURCES[name].files
-               if not all(data.find(data_dir, path) for path in file.rows))
+    need = sum(file.size * (1 if file.path in file.rows else 2) for name in names
+               for file in SOURCES[name].files if not all(data.find(data_dir, path) for path in file.rows))
     try:
         os.makedirs(os.path.join(data_dir, "partial"), exist_ok=True)
         lock = open(os.path.join(data_dir, "partial", "lock"), "w")
@@ -420,14 +426,14 @@ def open_data_dir(data_dir, names):
         lock = None
     free = shutil.disk_usage(data_dir).free if os.path.isdir(data_dir) else need
     if free < need:
-        raise ValueError(f"{data_dir}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed; make room, or use "
-                         f"another --data_dir")
+        raise ValueError(f"{data_dir}: {free / 1e9:.1f} GB free, {need / 1e9:.1f} GB needed; make room, or "
+                         f"use another --data_dir")
     return lock
 
 
 def get(names, data_dir, only_check):
-    """Verifies, and unless only_check gets, the files of these sources. ValueError, after the recipes of those
-    that are not sound."""
+    """Verifies, and unless only_check gets, the files of these sources. ValueError, after the recipes of
+    those that are not sound."""
     record, manifest, failed, unreachable = os.path.join(data_dir, "manifest.json"), {}, {}, set()
     if os.path.exists(record):
         with open(record) as f:
@@ -456,15 +462,15 @@ def get(names, data_dir, only_check):
     for name, files in failed.items():
         print_recipe(name, files, data_dir)
     if failed:
-        raise ValueError(f"{sum(map(len, failed.values()))} files not sound ({', '.join(failed)}); run the same "
-                         f"command again, or get them by hand as said above")
+        raise ValueError(f"{sum(map(len, failed.values()))} files not sound ({', '.join(failed)}); run the "
+                         f"same command again, or get them by hand as said above")
 
 
 def print_sources():
     """What there is."""
     print("name | size | verified by | licence as stated | cite")
     for name, source in SOURCES.items():
-        how = sorted({file.digest.split(":")[0] or "rows" * any(file.rows.values()) or "unconfirmed"
+        how = sorted({ALGORITHM[len(file.digest)] or "rows" * any(file.rows.values()) or "unconfirmed"
                       for file in source.files})
         size = sum(file.size for file in source.files) / 1e6
         print(f"{name} | {size:,.1f} MB | {', '.join(how)} | {source.licence} | {source.citation}")
