@@ -61,7 +61,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    for name in ("http_proxy", "https_proxy", "all_proxy", "HF_ENDPOINT"):
+    for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.setattr(download, "PAUSE", 0.002)
@@ -249,7 +249,7 @@ REFUSED = {                                                  # name: place, repl
     "too large": ("a.csv", [{"body": b"A" * 3_000_000}], "too large"),
     "without end": ("a.csv", [{"body": b"A" * 3_000_000, "length": False}], "too large"),
     "compressed": ("a.csv", [GOOD | {"headers": {"Content-Encoding": "gzip"}}], "not the plain file"),
-    "zip with paths": (f"{COHN}_v0.zip", [{"body": zipped(ZIP | {"../train/negative/e.txt": "A"})}], "leaves"),
+    "zip with paths": (f"{COHN}_v0.zip", [{"body": zipped(ZIP | {"x/../negative/e.txt": "A"})}], "leaves"),
     "zip with roots": (f"{COHN}_v0.zip", [{"body": zipped(ZIP | {"/train/negative/e.txt": "A"})}], "leaves"),
     "truncated zip": (f"{COHN}_v0.zip", [{"body": zipped(ZIP)[:-40]}], "damaged zip"),
     "zip without a class": (f"{COHN}_v0.zip", [{"body": zipped(dict([*ZIP.items()][1::2]))}],
@@ -310,6 +310,16 @@ def test_full_disk(server, tmp_path, monkeypatch):
         with pytest.raises(OSError, match="cannot write .*a.csv: No space left on device; make room"):
             run(["a"], tmp_path)
     assert not (tmp_path / "a.csv").exists()
+    run(["a"], tmp_path)
+    assert (tmp_path / "a.csv").read_bytes() == BODY
+
+
+def test_proxy(server, tmp_path, monkeypatch):
+    one_file(server, monkeypatch, [GOOD])
+    file = download.SOURCES["a"].files[0]._replace(urls=["http://127.0.0.1:1/a"])
+    monkeypatch.setitem(download.SOURCES, "a", download.SOURCES["a"]._replace(files=[file]))
+    monkeypatch.setenv("http_proxy", server.url)
+    server.replies["http://127.0.0.1:1/a"] = [GOOD]
     run(["a"], tmp_path)
     assert (tmp_path / "a.csv").read_bytes() == BODY
 
