@@ -1,4 +1,4 @@
-"""The model card of `finetune.py --export`: what the model is, how it was made, its numbers, how to load it."""
+"""The model card of `finetune.py --export`: what a model is, how it was made, its numbers, its loading."""
 import json
 import os
 
@@ -23,7 +23,7 @@ library_name: {library}
 ## Limits
 
 It has seen reference sequence (and, fine-tuned, one labelled data set) only: populations, other species and
-other assays may differ. Not for clinical use. Benchmarks on the genome of its pretraining are not independent.
+other assays may differ. Not for clinical use. Benchmarks on the genome that it has seen are not independent.
 
 ## How it was made
 

@@ -208,14 +208,14 @@ def center_probability(masker, k):
     return round(MASK_RATE / {"random": k, "genemask": (3 * k - 1) / 2, "global": 2 * k - 1}[masker], 4)
 
 
-def cut_pieces(windows, k, part=0, parts=1):
+def cut_pieces(windows, k, low=0.0, high=1.0):
     """The corpus: windows (B, L), half of them cut to k..L - 1 bases -> [CLS] k-mers [SEP] [PAD]... (B, T).
 
-    Of the corpus in order of length this is one of so many equal parts; so little of a part is padding.
+    In order of length, this is the share `low` to `high` of the corpus; so little of a batch is padding.
     """
     L = windows.shape[1]
-    longest = min(L, k + math.ceil(2 * (L - k) * (part + 1) / parts) - 1)
-    quantile = (part + torch.rand(len(windows), device=windows.device)) / parts      # from 1/2 on: whole
+    longest = min(L, max(k, k + math.ceil(2 * (L - k) * high) - 1))
+    quantile = low + (high - low) * torch.rand(len(windows), device=windows.device)  # from 1/2 on: whole
     end = (k + (2 * (L - k) * quantile).long()).clamp(max=longest)[:, None] - k + 2        # place of [SEP]
     tokens = data.kmer_tokens(windows[:, :longest], k, 1, specials=True)
     at = torch.arange(tokens.shape[1], device=windows.device)
@@ -373,22 +373,23 @@ if __name__ == "__main__":
     center_p = {masker: args.p_scale * center_probability(masker, args.k) for masker in MASKERS}
     ranks = ranks.to(device)
 
-    def get_batch(table, n, strategy, step, key, i):
-        """Micro-batch i, a function of (key, i), and what is masked in it: tokens, centers, masked (n, T)."""
+    def get_batch(table, n, size, strategy, step, key, i):
+        """Micro-batch i, n of `size` sequences, a function of (key, i): tokens, centers, masked (n, T)."""
         rng, masker = training.seed(args.seed, key, i), strategy
         starts = data.draw_starts(table, n, rng)
         if strategy == "cm_step":
             share = cm_step_share(step, args.steps, args.cm_step_stages)
             masker = "global" if rng.random() < share else args.cm_step_easy
         windows = data.take_windows(bases, starts, length).to(device)
-        tokens = cut_pieces(windows, args.k, i % n_micro, n_micro)
+        first = i * args.micro_batch_size                    # of `size` sequences in order of length
+        tokens = cut_pieces(windows, args.k, first / size, (first + n) / size)
         centers = data.draw_centers(tokens.shape, center_p[masker], device) & (tokens > data.MASK)
         return tokens, centers, MASKERS[masker](tokens, ranks, centers)
 
     if args.show_masks:
         both = {"cm_gems": ("genemask", "global"), "cm_step": (args.cm_step_easy, "global")}
         for masker in both.get(args.strategy, [args.strategy]) if rank == 0 else ():
-            show(masker, ranks, *get_batch(train, args.show_masks, masker, 1, 0, n_micro - 1))
+            show(masker, ranks, *get_batch(train, args.show_masks, args.show_masks, masker, 1, 0, 0))
         training.finish()
 
     # what this run is
@@ -410,13 +411,13 @@ if __name__ == "__main__":
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     span, capacity = 2 * args.k - 1, None
     if device.type == "cuda":                                # slots for masked tokens, all spans the longest
-        n_tokens = min(args.micro_batch_size, args.batch_size) * args.block_size
+        n_tokens = min(args.micro_batch_size, max(args.batch_size, args.eval_windows)) * args.block_size
         capacity = models.mask_capacity(n_tokens, 1 - (1 - max(center_p.values())) ** span, span)
 
     def forward(network, table, i, size, strategy, step, key):
         """(loss sum, count, number of k-mers) of micro-batch i of `size` sequences in all."""
         n = min(args.micro_batch_size, size - i * args.micro_batch_size)
-        tokens, _, masked = get_batch(table, n, strategy, step, key, i)
+        tokens, _, masked = get_batch(table, n, size, strategy, step, key, i)
         inputs, labels = data.corrupt(tokens, masked, n_vocab)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss_sum, count = network(inputs, labels, mask=tokens != data.PAD, capacity=capacity)
@@ -505,7 +506,8 @@ if __name__ == "__main__":
     if args.demo:
         say(f"\nWhat it learnt, as perplexity on held-out DNA ({4 ** args.k}: any of the {args.k}-mers)")
         for masker in ("genemask", "global"):
-            tokens, _, masked = get_batch(val, args.eval_windows, masker, 1, 0, n_micro - 1)
+            n = args.eval_windows
+            tokens, _, masked = get_batch(val, n, n, masker, 1, 0, 0)
             often = torch.special.entr(tokens[masked].bincount() / masked.sum()).sum().exp()
             ppl = evaluate(masker, 1)[1]
             say(f"  {masker:8} {ppl:5.1f}, {often:.1f} by how often it hides each {args.k}-mer: the model "

@@ -283,7 +283,7 @@ if __name__ == "__main__":
         genome = data.open_genome(args.genome, args.data_dir, args.cache)
         train, val = (data.window_table(part, args.length)
                       for part in genome.split(args.length, args.val_contigs))
-        windows = data.draw_starts(train, args.windows, np.random.default_rng((args.seed, 0, 1, 1)))
+        windows = data.draw_starts(train, args.windows, np.random.default_rng((args.seed, 0, 1, 2)))
         bases = data.resident(genome.bases, device)
 
         run = {"method": "findna", "config": dataclasses.asdict(model.config), "data": genome.fingerprint,
@@ -360,22 +360,28 @@ if __name__ == "__main__":
     def validate():
         """A row for the log: the same windows with the same draws each time, shared by the ranks."""
         model.eval()
-        total = torch.zeros(5 + 2 * center.numel(), dtype=torch.float64, device=device)
+        total = torch.zeros(6 + 2 * center.numel(), dtype=torch.float64, device=device)
         for i in range(rank, math.ceil(args.eval_windows / args.micro_batch_size), world):
             n = min(args.micro_batch_size, args.eval_windows - i * args.micro_batch_size)
-            view_u, target, view_v = get_views(data.draw_starts(val, n, training.seed(args.seed, 0, i)))
-            mnm, cl, logits, latent, q = forward(model, view_u, target, view_v)
+            starts = data.draw_starts(val, n, training.seed(args.seed, 0, i))
+            view_u, target, view_v = get_views(starts)
+            mnm, cl, _, latent, q = forward(model, view_u, target, view_v)
+            kl = n * dissimilarity(view_u, view_v)
+            # masked, but not edited: comparable with guesses and between --views
+            view_u, target, view_v = make_views(data.take_windows(bases, starts, args.length).to(device),
+                                                VIEWS[1], 0)
+            plain, _, logits, *_ = forward(model, view_u, target, view_v)
             right = target.gather(-1, logits.argmax(-1, keepdim=True)).sum()
-            total[:4] += torch.stack([mnm, cl, right, n * dissimilarity(view_u, view_v)])
+            total[:5] += torch.stack([mnm, cl, right, kl, plain])
             if teacher:
-                total[4:] += teacher_sums(latent, q, dim)
+                total[5:] += teacher_sums(latent, q, dim)
         model.train()
         total, n = training.all_reduce(total), args.eval_windows
-        mnm, cl, right, kl = (total[:4] / n).tolist()
-        row = {"val_loss": alpha * mnm + (1 - alpha) * cl, "val_mnm_loss": mnm, "val_acc": right / n_masked}
+        mnm, cl, right, kl, plain = (total[:5] / n).tolist()
+        row = {"val_loss": alpha * mnm + (1 - alpha) * cl, "val_mnm_loss": plain, "val_acc": right / n_masked}
         if teacher:
             row |= {"val_cl_loss": cl, "view_kl": kl, "view_kl_sum": kl * args.length,
-                    "center_norm": center.norm().item()} | collapse(total[4:], n, center.shape, dim)
+                    "center_norm": center.norm().item()} | collapse(total[5:], n, center.shape, dim)
         return row
 
     unread, clock, timed = [], time.perf_counter(), start    # unread: numbers the host has not looked at yet
@@ -398,7 +404,7 @@ if __name__ == "__main__":
                     mnm, cl, _, latent, _ = forward(net, *get_views(starts))
                     (alpha * mnm + (1 - alpha) * cl).backward()
                 numbers[:2] += torch.stack([mnm.detach(), cl.detach()])
-                numbers[4:] += latent.sum(0).flatten()
+                numbers[4:] += latent.float().sum(0).flatten()
             numbers[2].fill_(training.stop_requested())      # numbers[2] = ... would make a GPU wait
             training.all_reduce(numbers)                     # gradients went with the last backward
             # from DDP's average over ranks of sums to the mean over all sequences of the batch

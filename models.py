@@ -349,7 +349,9 @@ class BaseClassifier(nn.Module):
 
     def forward(self, one_hot, lengths=None):
         x = self.embed(one_hot, lengths)
-        return self.out(x if self.hidden is None else F.gelu(self.hidden(x)))
+        x = x if self.hidden is None else F.gelu(self.hidden(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.out(x.float())
 
 
 class Cnn(nn.Module):

@@ -205,7 +205,7 @@ if __name__ == "__main__":
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
     longest, capacity = span + 2 * len(edges), None
     if device.type == "cuda":                                # slots for masked tokens, all spans the longest
-        n_tokens = min(args.micro_batch_size, args.batch_size) * args.block_size
+        n_tokens = min(args.micro_batch_size, max(args.batch_size, args.eval_windows)) * args.block_size
         capacity = models.mask_capacity(n_tokens, 1 - (1 - args.p) ** longest, longest)
 
     def forward(network, table, i, size, phase, key):

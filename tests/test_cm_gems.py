@@ -207,7 +207,8 @@ def test_pieces():
     assert tokens.shape == (20_000, 48) and (n == 46).float().mean() == pytest.approx(0.5, abs=0.02)
     assert lengths.sum() == (n < 46).sum() and lengths.min() > 150 and lengths.max() < 300       # 222 each
     for parts in (2, 3, 4, 8, 91, 200):                      # by length, the same lengths in all
-        each = [cm_gems.cut_pieces(windows[:20_000 // parts], 6, part, parts) for part in range(parts)]
+        each = [cm_gems.cut_pieces(windows[:20_000 // parts], 6, part / parts, (part + 1) / parts)
+                for part in range(parts)]
         sizes = [(tokens > 4).sum(1) for tokens in each]
         assert all(a.max() <= b.min() for a, b in itertools.pairwise(sizes)) and sizes[-1].max() == 46
         assert all(tokens.shape[1] - 2 - n.max() <= (parts > 90) for tokens, n in zip(each, sizes))
