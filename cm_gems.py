@@ -409,16 +409,15 @@ if __name__ == "__main__":
     net = model
     if world > 1:
         net = DistributedDataParallel(model, gradient_as_bucket_view=True)
-    span, capacity = 2 * args.k - 1, None
-    if device.type == "cuda":                                # slots for masked tokens, all spans the longest
-        n_tokens = min(args.micro_batch_size, max(args.batch_size, args.eval_windows)) * args.block_size
-        capacity = models.mask_capacity(n_tokens, 1 - (1 - max(center_p.values())) ** span, span)
+    span = 2 * args.k - 1                                    # the longest; of this share at most are masked:
+    at_most = 1 - (1 - max(center_p.values())) ** span
 
     def forward(network, table, i, size, strategy, step, key):
         """(loss sum, count, number of k-mers) of micro-batch i of `size` sequences in all."""
         n = min(args.micro_batch_size, size - i * args.micro_batch_size)
         tokens, _, masked = get_batch(table, n, size, strategy, step, key, i)
         inputs, labels = data.corrupt(tokens, masked, n_vocab)
+        capacity = models.mask_capacity(tokens.numel(), at_most, span) if device.type == "cuda" else None
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss_sum, count = network(inputs, labels, mask=tokens != data.PAD, capacity=capacity)
         return loss_sum, count, (tokens > data.MASK).sum()
