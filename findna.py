@@ -246,12 +246,14 @@ def complete_args(args):
 
 def build_model(args):
     """The network of the flags, started from --init where given: the student of a checkpoint."""
-    length = args.length + N_CLS
-    config = (models.ChordMixerConfig(length, args.n_layer, args.track_size, args.hidden, args.dropout)
-              if args.backbone == "chordmixer" else
-              models.EncoderConfig(length, args.n_layer, args.n_head, args.n_embd, args.dropout))
     training.seed(args.seed)
-    model = models.BaseModel(models.make_backbone(config))
+    size = args.length + N_CLS, args.n_layer
+    if args.backbone == "chordmixer":
+        config = models.ChordMixerConfig(*size, args.track_size, args.hidden, args.dropout)
+        model = models.BaseModel(models.ChordMixer(config))
+    else:
+        config = models.EncoderConfig(*size, args.n_head, args.n_embd, args.dropout)
+        model = models.BaseModel(models.Encoder(config))
     if args.init:
         source = training.load(args.init)
         models.copy_weights(model, source["config"], source["model"], args.init)

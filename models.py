@@ -301,11 +301,11 @@ class Encoder(nn.Module):
         return self.layers(self.proj(one_hot) + self.pos_emb.weight[:L], src_key_padding_mask=padding)
 
 
-def make_backbone(config):
-    """The network over one-hot bases of a config, or of its fields as a checkpoint has them."""
-    if isinstance(config, dict):
-        config = (ChordMixerConfig if "track_size" in config else EncoderConfig)(**config)
-    return (ChordMixer if isinstance(config, ChordMixerConfig) else Encoder)(config)
+def make_backbone(fields):
+    """The network over one-hot bases of the config in a checkpoint."""
+    if "track_size" in fields:
+        return ChordMixer(ChordMixerConfig(**fields))
+    return Encoder(EncoderConfig(**fields))
 
 
 class BaseModel(nn.Module):
