@@ -48,3 +48,23 @@ def test_the_snippet_of_a_card_runs(tmp_path, monkeypatch, method):
             net.backbone(data.one_hot(torch.from_numpy(data.encode(dna))[None]))
     torch.testing.assert_close(torch.load("out.pt"), want, rtol=0, atol=1e-5)
     assert json.loads((tmp_path / "new/config.json").read_text())
+
+
+def test_stock_transformers_fine_tune_an_export(tmp_path):
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    torch.manual_seed(0)
+    config = models.BertConfig(69, 40, 1, 2, 16, 32, 0.0)
+    models.save_hf(models.Bert(config), tmp_path / "hf", card="x")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf", num_labels=2)
+    dna = ["ACGT" * 5, "TTTA" * 5] * 8
+    batch = tokenizer([" ".join(s[i:i + 3] for i in range(len(s) - 2)) for s in dna], return_tensors="pt")
+    assert torch.equal(batch["input_ids"], data.tokenize(dna, 3))
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-2), []
+    for _ in range(10):
+        loss = model(**batch, labels=torch.tensor([0, 1] * 8)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.1 < losses[0]
