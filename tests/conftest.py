@@ -1,7 +1,9 @@
-"""One thread; and what is slow to import comes before the first fork, so that a forked run starts at once."""
+"""One thread; what is slow to import comes before the first fork, so that a forked run starts at once; and
+the scoreboard of the faults: `python -m pytest -q tests -m fault`."""
 import multiprocessing
 import os
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -15,9 +17,44 @@ torch.set_num_threads(1)
 torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])      # imports torch._dynamo
 tqdm.tqdm.monitor_interval = 0                               # no thread in a process that forks
 
+BOARD = defaultdict(lambda: [0, 0, 0.0])                     # kind: tried, survived, seconds
+
 
 @pytest.fixture(autouse=True)
 def no_process_stays():
     yield
     for process in multiprocessing.active_children():        # of a test that failed
         process.kill()
+
+
+@pytest.fixture
+def survived(request):
+    """Function to call after each of the n cases of a test marked fault(kind, n=...)."""
+    request.node.survived = 0
+
+    def count():
+        request.node.survived += 1
+    return count
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    mark = item.get_closest_marker("fault")
+    if mark and report.when == "call" and not report.skipped:
+        n = mark.kwargs.get("n", 1)
+        right = min(getattr(item, "survived", n * report.passed), n)
+        for i, amount in enumerate((n, right, report.duration)):
+            BOARD[mark.args[0]][i] += amount
+        if report.passed and right < n:
+            report.outcome, report.longrepr = "failed", f"{right} of {n} cases were counted"
+    return report
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.option.markexpr != "not slow" and BOARD:
+        rows = [*sorted(BOARD.items()), ("all", [sum(row[i] for row in BOARD.values()) for i in range(3)])]
+        terminalreporter.section("faults")
+        terminalreporter.write_line("| kind | tried | survived | seconds |\n|---|---|---|---|")
+        for kind, (tried, right, seconds) in rows:
+            terminalreporter.write_line(f"| {kind} | {tried:,} | {right:,} | {seconds:.1f} |")
