@@ -1,0 +1,497 @@
+"""The papers' pictures from your own runs. Each command prints its numbers and writes OUT.png and OUT.pdf.
+
+    python figures.py loss out/randommask out/dnabert               what runs logged, overlaid
+    python figures.py embeddings out/randommask/step_*.pt           t-SNE of the k-mer embeddings, silhouettes
+    python figures.py attention out/randommask/last.pt --fasta my.fa
+    python figures.py masks                                         what each method masks of one sequence
+    python figures.py results out/finetune                          results.jsonl beside the papers' numbers
+
+Each picture is a function that gives arrays and a draw_... that draws them; only these need matplotlib.
+"""
+import argparse
+import itertools
+import json
+import math
+import os
+
+import numpy as np
+import torch
+from sklearn.manifold import TSNE
+from sklearn.metrics import silhouette_score
+
+import cm_gems
+import data
+import findna
+import models
+import randommask
+import table
+import training
+
+COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"  # Okabe, Ito
+REACH = 6                                                    # tokens on either side: neighbours
+SHOWN = 120                                                  # bases in the picture of the masks
+PANELS = (                                                   # title, unit, scale, {column of the log: style}
+    ("Loss; dots: held out; triangles: the next phase's masks", "nats", "log", {
+        "loss": "-", "val_loss": "o", "val_loss_next_phase": "^"}),
+    ("Perplexity, held out; dashed: DNABERT's spans", "exp(nats)", "log", {
+        "val_loss": "-", "val_loss_span": "--"}),
+    ("FinDNA, masked bases; dots: held out", "nats", "linear", {"mnm_loss": "-", "val_mnm_loss": "o"}),
+    ("FinDNA, contrastive; dots: held out", "nats", "linear", {"cl_loss": "-", "val_cl_loss": "o"}),
+    ("Its teacher: what it says of a sequence; dashed: cosine of two", "nats", "linear", {
+        "q_information": "-", "cls_cos": "--"}),
+    ("Masked", "share of the tokens or bases", "linear", {"masked": "-"}),
+    ("Learning rate", "", "linear", {"lr": "-"}))
+
+
+def new_figure(rows, columns, width, height):
+    """A figure and its axes (rows, columns), each of width x height inches."""
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("matplotlib, which draws the figures, is missing: pip install matplotlib") from None
+    matplotlib.rcParams.update({"font.size": 7, "axes.titlesize": 8, "legend.frameon": False,
+                                "axes.spines.top": False, "axes.spines.right": False})
+    fig = Figure((columns * width, rows * height), layout="constrained")
+    return fig, fig.subplots(rows, columns, squeeze=False)
+
+
+def read_log(run):
+    """log.jsonl of a run folder -> {column: (steps, values)}. ValueError where it is none, or broken."""
+    path, log = os.path.join(run, "log.jsonl"), {}
+    data.check_file(path)
+    for n, line in enumerate(open(path, errors="replace"), 1):
+        if not line.endswith("\n"):
+            print(f"{path}: line {n} is still being written: left out")
+            break
+        try:
+            row = json.loads(line)
+            step, _ = int(row.pop("step")), float(row["loss"])
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise ValueError(f"{path}: line {n}: {data.show(line.strip())}, not a row of a pretraining log; "
+                             f"give a run folder of randommask, findna or cm_gems") from None
+        for name, value in row.items():
+            name = "val_loss_span" if name.startswith("val_loss_span") else name           # of any k
+            steps, values = log.setdefault(name, ([], []))
+            steps.append(step)
+            values.append(value)
+    if not log:
+        raise ValueError(f"{path}: no rows yet; wait for the first")
+    return {name: (np.array(steps), np.array(values)) for name, (steps, values) in log.items()}
+
+
+def events(log):
+    """[(step, what begins behind it)]: RandomMask's phases, the switch of CM-GEMS."""
+    steps, phases = log.get("phase", ((), ()))
+    found = [(int(steps[i]), f"phase {phases[i + 1]}") for i in np.flatnonzero(np.diff(phases))]
+    return found + [(int(step), "Global") for step in log.get("switch_step", ((), ()))[1]]
+
+
+def curves(log):
+    """{title: {column: (steps, values in the unit)}} of the PANELS that this log has."""
+    found = {title: {name: (log[name][0], np.exp(log[name][1]) if "exp" in unit else log[name][1])
+                     for name in styles if name in log} for title, unit, _, styles in PANELS
+             if not ("exp" in unit and "mnm_loss" in log)}   # FinDNA's is the mean of two kinds
+    return {title: lines for title, lines in found.items() if lines}
+
+
+def draw_loss(logs):
+    """logs: {run: what read_log gives}."""
+    lines = {run: curves(log) for run, log in logs.items()}
+    panels = [panel for panel in PANELS if any(panel[0] in found for found in lines.values())]
+    fig, axes = new_figure(-(-len(panels) // 2), 2, 4, 2.5)
+    for ax in axes.flat[len(panels):]:
+        ax.axis("off")
+    for ax, (title, unit, scale, styles) in zip(axes.flat, panels):
+        for color, (run, found) in zip(COLORS, lines.items()):
+            for column, (steps, values) in found.get(title, {}).items():
+                ax.plot(steps, values, styles[column], color=color, ms=3, lw=1,
+                        label=run if styles[column] == "-" else None)
+            for step, what in events(logs[run]):
+                ax.axvline(step, color=color, lw=0.8, ls=":")
+                if ax is axes[0, 0]:
+                    ax.annotate(what, (step, 1), xycoords=("data", "axes fraction"), color=color, fontsize=6,
+                                rotation=90, va="top", ha="right")
+        ax.set(title=title, xlabel="step", ylabel=unit, yscale=scale)
+        if scale == "log":                                   # 4, not 4 x 10^0
+            ax.yaxis.set_major_formatter("{x:,g}")
+            ax.yaxis.set_minor_formatter("{x:,g}")
+    axes[0, 0].legend()
+    return fig
+
+
+def read_bert(path):
+    """A checkpoint of ours, pretrained or fine-tuned, or hf:FOLDER -> (Bert in eval mode, stride)."""
+    if path.startswith("hf:"):
+        return models.load_hf(path[3:]).eval(), 1
+    state = training.load(path)
+    config, weights, stride = state["config"], state["model"], state["args"].get("stride", 1)
+    if config.get("kind") == "bert":                         # a classifier of finetune.py
+        config, stride = config["bert"], config["stride"]
+        weights = {name[5:]: tensor for name, tensor in weights.items() if name.startswith("bert.")}
+    if "vocab_size" not in config:
+        raise ValueError(f"{path}: a network of {state['method']} without k-mers; give a BERT of "
+                         f"randommask.py, cm_gems.py or finetune.py")
+    bert = models.Bert(models.BertConfig(**config))
+    bert.load_state_dict(weights)
+    return bert.eval(), stride
+
+
+def colorings(k):
+    """{name: class of each k-mer in token order (4**k,)}: by the two central letters (one if k is odd), by
+    the first and the last, by the letter at each position. Letters: A, T, C, G = 0..3."""
+    letters = np.arange(4 ** k)[:, None] // 4 ** np.arange(k - 1, -1, -1) % 4              # (4**k, k)
+    center = letters[:, k // 2] + (4 * letters[:, k // 2 - 1] if k % 2 == 0 else 0)
+    return {"center": center, "margins": letters[:, 0] * 4 + letters[:, -1]} | {
+        f"position {i + 1}": letters[:, i] for i in range(k)}
+
+
+def embeddings(bert):
+    """The k-mers' rows of the embedding matrix: t-SNE xy (4**k, 2); {coloring: classes (4**k,)}; {coloring:
+    silhouette, -1..1, in the whole space: how much nearer (cosine) a k-mer is to its class than to the next}.
+    "shuffled": classes like the center's at random, what no order would give."""
+    rows, classes = bert.tok_emb.weight[5:].detach().numpy(), colorings(bert.config.k)
+    if bert.config.k < 3:
+        raise ValueError(f"{bert.config.k}-mers: too few for a picture; use a model of k = 3 or more")
+    xy = TSNE(perplexity=min(30, len(rows) / 4), metric="cosine", random_state=0).fit_transform(rows)
+    shuffled = {"shuffled": np.random.default_rng(0).permutation(classes["center"])}
+    return xy, classes, {name: float(silhouette_score(rows, ids, metric="cosine", random_state=0,
+                                                      sample_size=min(10_000, len(ids))))
+                         for name, ids in (classes | shuffled).items()}
+
+
+def rgb(color):
+    """'#RRGGBB' -> (3,) of 0..1."""
+    return np.array([int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)])
+
+
+def shades(classes):
+    """Colors (n, 3): the hue is the letter; of two letters the first, and the lightness the second."""
+    hues = np.stack([rgb(color) for color in COLORS[:4]])
+    if classes.max() < 4:
+        return hues[classes]
+    hue, light = hues[classes // 4], np.array([-0.45, 0.0, 0.4, 0.7])[classes % 4, None]
+    return hue * (1 - abs(light)) + light.clip(0)            # towards black, towards white
+
+
+def draw_embeddings(found):
+    """found: {checkpoint: what embeddings gives}. One checkpoint: all colorings; several: the center."""
+    one = len(found) == 1
+    panels = [(by if one else name, xy, classes[by], scores[by])
+              for name, (xy, classes, scores) in found.items() for by in (classes if one else ["center"])]
+    columns = 3 if one else min(4, len(panels) + 1)
+    fig, axes = new_figure(-(-(len(panels) + 1) // columns), columns, 8 / columns, 8.6 / columns)
+    for ax in axes.flat:
+        ax.axis("off")
+    for ax, (name, xy, classes, score) in zip(axes.flat, panels):
+        ax.scatter(*xy.T, s=3, lw=0, c=shades(classes), rasterized=True)
+        ax.set_title(f"{name}\nsilhouette {score:.3f}")
+    key = axes.flat[len(panels)]
+    key.axis("on")
+    key.imshow(shades(np.arange(16)).reshape(4, 4, 3))
+    key.set(title="colors", ylabel="letter, or the first of two", xlabel="the second", xticks=range(4),
+            yticks=range(4), xticklabels="ATCG", yticklabels="ATCG")
+    return fig
+
+
+def random_windows(genome, n, length):
+    """n windows without N, uniform over the genome: bases (n, L), the place of the first. L is `length`, less
+    where no stretch is that long."""
+    sizes = np.diff(genome.intervals)[:, 0]
+    length = min(length, int(sizes.max()))
+    fits = data.window_table(genome.intervals[sizes >= length], length)
+    starts = data.draw_starts(fits, n, np.random.default_rng(0))
+    contig = [name for name, offset in genome.offsets.items() if offset <= starts[0]][-1]
+    at = int(starts[0]) - genome.offsets[contig]
+    return data.take_windows(genome.bases, starts, length), f"{contig}:{at}-{at + length}"
+
+
+def over_bases(of_kmers, k, stride):
+    """Numbers of the k-mers of sequences (n, T) -> the mean over the k-mers on each base (n, L)."""
+    n, T = of_kmers.shape
+    covered = (stride * torch.arange(T)[:, None] + torch.arange(k)).flatten()  # bases of each k-mer
+    total = torch.zeros(n + 1, int(covered[-1]) + 1)         # the last row counts
+    total.index_add_(1, covered, torch.cat([of_kmers, torch.ones(1, T)]).repeat_interleave(k, 1))
+    return total[:-1] / total[-1].clamp(min=1)
+
+
+@torch.no_grad()
+def attention(bert, tokens, stride):
+    """Attention on sequences (n, T) of [CLS] k-mers [SEP]: {name: array}.
+
+    maps (layer, H, T, T): the mean. shares (layer, 4): of what k-mers give, the share that [CLS] gets, [SEP],
+    the k-mers at most REACH tokens away; its entropy in nats. uniform (4,): the same where all get the same.
+    profile (2, L): what a base of the first sequence gets in the last layer from [CLS], and from a k-mer;
+    mean over heads and over the k-mers on it.
+    """
+    (n, T), total, entropy = tokens.shape, 0, 0
+    for i, row in enumerate(tokens):                         # one at a time: (layer, H, T, T) is large
+        weights = torch.stack(bert.encode(row[None], need_weights=True)[1])[:, 0]
+        total, entropy = total + weights, entropy - weights.xlogy(weights)[:, :, 1:-1].sum(-1).mean((1, 2))
+        if i == 0:
+            first = weights[-1].mean(0)                      # (T, T)
+    maps, at = total / n, torch.arange(T - 2, device=tokens.device)
+    given, near = maps[:, :, 1:-1].mean(1), (at[:, None] - at).abs() <= REACH  # (layer, T - 2, T)
+    shares = torch.stack([given[..., 0].mean(1), given[..., -1].mean(1),
+                          (given[..., 1:-1] * near).sum(-1).mean(1), entropy / n], 1)
+    uniform = torch.tensor([1 / T, 1 / T, near.sum() / (T - 2) / T, math.log(T)])
+    profile = over_bases(torch.stack([first[0], first[1:-1].mean(0)])[:, 1:-1].cpu(), bert.config.k, stride)
+    return {"maps": maps.cpu().numpy(), "shares": shares.cpu().numpy(), "uniform": uniform.numpy(),
+            "profile": profile.numpy()}
+
+
+def draw_attention(found, place):
+    """found: {checkpoint: what attention gives}. Shares by layer; the profile of the bases of `place`."""
+    fig, axes = new_figure(2, 2, 4, 2.5)
+    titles = {0: "Attention to [CLS]", 2: f"To k-mers at most {REACH} tokens away", 3: "Entropy of attention"}
+    for color, (name, a) in zip(COLORS, found.items()):
+        layers = range(1, len(a["shares"]) + 1)
+        for ax, (i, title) in zip(axes.flat, titles.items()):
+            ax.plot(layers, a["shares"][:, i], "o-", color=color, ms=3, lw=1, label=name)
+            ax.axhline(a["uniform"][i], color=color, lw=0.8, ls=":")
+            ax.set(title=f"{title}; dotted: uniform", xlabel="layer", xticks=layers, ylim=0,
+                   ylabel="nats" if i == 3 else "share")
+        for received, style in zip(a["profile"], ("--", "-")):
+            axes[1, 1].plot(received * a["maps"].shape[-1], style, color=color, lw=1)
+    axes[1, 1].set(title="Last layer, what a base gets from a k-mer; dashed: from [CLS]", ylim=0,
+                   xlabel=f"base of {place}", ylabel="1 = uniform")
+    axes[0, 0].legend()
+    return fig
+
+
+def draw_maps(found):
+    """Mean maps. One checkpoint: a row a layer, all heads and each; several: a row each, of its layers."""
+    rows = {name: {f"layer {i}": m for i, m in enumerate(a["maps"].mean(1), 1)} for name, a in found.items()}
+    for a in found.values() if len(found) == 1 else ():
+        rows = {f"layer {i}": {"all heads": layer.mean(0)} | {f"head {j}": m for j, m in enumerate(layer, 1)}
+                for i, layer in enumerate(a["maps"], 1)}
+    columns = max(map(len, rows.values()))
+    side = min(2.2, max(1, 8 / columns))
+    fig, axes = new_figure(len(rows), columns, side, side + 0.2)
+    for ax in axes.flat:
+        ax.set(xticks=[], yticks=[])
+    for row, (name, maps) in zip(axes, rows.items()):
+        row[0].set_ylabel(name)
+        for ax, (title, m) in zip(row, maps.items()):
+            ax.imshow(m, vmin=0, vmax=np.quantile(m, 0.99), interpolation="nearest")
+            ax.set_title(title)
+    fig.supxlabel("across: token looked at; down: token that looks; yellow: the top 1 % of a map", fontsize=7)
+    return fig
+
+
+def mask_rows(bases, npmi_rank, k):
+    """Every method on bases (n, L), each with the same seed: [(name, share of its tokens that are masked, of
+    each base the share of the tokens on it that are (n, L))]. A base is hidden where that is 1."""
+    rate, tokens, apart = randommask.MASK_RATE, data.kmer_tokens(bases, k, 1), data.kmer_tokens(bases, k, k)
+    methods = {f"RandomMask {phase}": (1, randommask.random_mask, tokens, phase, rate / k, k)
+               for phase in range(1, 6)} | {"non-overlapping": (k, randommask.random_mask, apart, 1, rate, 1)}
+    for name, masker in {"GeneMask": "genemask", "Global": "global"}.items():
+        training.seed(0)
+        centers = data.draw_centers(tokens.shape, cm_gems.center_probability(masker, k), tokens.device)
+        methods[name] = 1, cm_gems.MASKERS[masker], tokens, npmi_rank, centers
+    methods["FinDNA"] = 0, findna.draw_masked, bases.shape, bases.device
+    rows = []
+    for name, (stride, draw, *args) in methods.items():
+        training.seed(0)
+        masked = draw(*args).float()
+        share = over_bases(masked, k, stride) if stride else masked
+        share = torch.nn.functional.pad(share, (0, bases.shape[1] - share.shape[1]))       # a rest under k
+        rows.append((name, masked.mean().item(), share.numpy()))
+    return rows
+
+
+def draw_masks(rows, place):
+    """rows: what mask_rows gives. Draws SHOWN bases, of the sequence in which they are most like the mean."""
+    hidden = np.stack([share == 1 for _, _, share in rows])  # (rows, n, L)
+    means = hidden.mean((1, 2))
+    n = abs(hidden[..., :SHOWN].mean(2) - means[:, None]).sum(0).argmin()
+    share = np.stack([share[n, :SHOWN] for _, _, share in rows])[..., None]    # (rows, L, 1)
+    fig, [[ax]] = new_figure(1, 1, 8, 0.22 * len(rows) + 0.9)
+    ax.imshow(np.where(share == 1, rgb(COLORS[1]), 1 - 0.75 * share * (1 - rgb(COLORS[0]))), aspect="auto",
+              interpolation="nearest")
+    ax.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
+    ax.grid(axis="y", which="minor", color="white", lw=3)
+    ax.tick_params(which="both", length=0)
+    for i, (_, masked, _) in enumerate(rows):
+        ax.text(share.shape[1], i, f"{masked:.1%} masked, {means[i]:.1%} hidden", va="center")
+    ax.set(title="Blue: some of the tokens on this base are masked; orange: all are, it is hidden. Right: "
+                 f"mean of {hidden.shape[1]:,} sequences", xlabel=f"base of a sequence of {place}")
+    return fig
+
+
+def result_points(out):
+    """results.jsonl and the papers' values of its tasks, x 100: ours {way: {(task, shots, metric): (mean, sd
+    or nan, seeds)}}, papers {column: {key: value}}."""
+    runs = table.read_runs(os.path.join(out, "results.jsonl"))
+    ours, papers = table.our_columns(runs)[0], table.paper_columns(table.PAPER, runs)[0]
+    points = {way: {key: (float(cell[0]), cell[1] or math.nan, cell[2]) for key, cell in cells.items()}
+              for way, cells in ours.items()}
+    return points, {name: {key: cell[0] for key, cell in column.items()} for name, column in papers.items()}
+
+
+def draw_results(ours, papers):
+    """Dots with sd over seeds, a row a task (few-shot ones apart); hollow: the papers' values."""
+    order = {name: i for i, name in enumerate(data.TASKS)}
+    keys = sorted({key for cells in ours.values() for key in cells if not key[1]},
+                  key=lambda key: (order.get(key[0], len(order)), key))
+    fig, [[ax]] = new_figure(1, 1, 8, 0.25 * len(keys) + 1.2)
+    for i, (way, cells) in enumerate(ours.items()):
+        mean, sd, _ = zip(*(cells.get(key, (math.nan,) * 3) for key in keys))
+        y = np.arange(len(keys)) + 0.6 * ((i + 1) / (len(ours) + 1) - 0.5)
+        ax.errorbar(mean, y, xerr=sd, fmt="o", ms=3, lw=1, color=COLORS[i % len(COLORS)], label=way)
+    names = sorted({name.split(":")[0] for name in papers})
+    for marker, paper in zip(itertools.cycle("sD^v"), names):
+        at = [(cells[key], y) for name, cells in papers.items() for y, key in enumerate(keys)
+              if name.split(":")[0] == paper and key in cells]
+        ax.plot(*zip(*at), marker, ms=5, mfc="none", color="#999999", label=f"{paper}: its methods")
+    for y in range(1, len(keys)):
+        same = keys[y][0].split("/")[0] == keys[y - 1][0].split("/")[0]
+        ax.axhline(y - 0.5, lw=0.2 if same else 0.8, color="#999999")
+    ax.set_yticks(range(len(keys)), [f"{task} ({table.METRICS[metric]})" for task, _, metric in keys])
+    ax.invert_yaxis()
+    ax.set(title="Test scores: mean and sd over seeds; hollow: as published", xlabel="100 x score")
+    fig.legend(loc="outside right upper")
+    return fig
+
+
+def draw_shots(ours):
+    """A panel a few-shot task: mean and sd over draws by the shots of each class."""
+    tasks = sorted({key[::2] for cells in ours.values() for key in cells if key[1]})
+    fig, axes = new_figure(-(-len(tasks) // 3), min(3, len(tasks)), 8 / min(3, len(tasks)), 2.6)
+    for ax in axes.flat[len(tasks):]:
+        ax.axis("off")
+    for ax, (task, metric) in zip(axes.flat, tasks):
+        for color, (way, cells) in zip(itertools.cycle(COLORS), ours.items()):
+            points = sorted((n, *cells[name, n, of][:2]) for name, n, of in cells
+                            if n and (name, of) == (task, metric))
+            if points:
+                ax.errorbar(*zip(*points), fmt="o-", ms=3, lw=1, capsize=2, color=color, label=way)
+        shots = sorted({key[1] for cells in ours.values() for key in cells if key[1]})
+        ax.set(title=task, xlabel="rows of each class", xscale="log", ylabel=f"100 x {table.METRICS[metric]}")
+        ax.set_xticks(shots, shots)
+        ax.set_xticks([], minor=True)
+    axes[0, 0].legend()
+    return fig
+
+
+def named(args):
+    """{label: path}: of the paths as much of the end as tells them apart, or --names."""
+    paths, n = [os.path.normpath(path).removesuffix(".pt").split(os.sep) for path in args.paths], 1
+    if len(set(map(tuple, paths))) < len(paths) or len(paths) > len(COLORS):
+        raise ValueError(f"{len(paths)} paths: name each once, and at most {len(COLORS)}")
+    while len({tuple(path[-n:]) for path in paths}) < len(paths):
+        n += 1
+    labels = args.names or ["/".join(path[-n:]) for path in paths]
+    if len(set(labels)) < len(paths) or len(labels) > len(paths):
+        raise ValueError(f"--names {' '.join(labels)}: give another one for each of the {len(paths)} paths")
+    return dict(zip(labels, args.paths))
+
+
+def print_table(heads, rows):
+    """Markdown."""
+    for cells in (heads, ["---"] * len(heads), *rows):
+        print("| " + " | ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in cells) + " |")
+
+
+def plot_loss(args):
+    logs = {run: read_log(path) for run, path in named(args).items()}
+    columns = "loss", "val_loss", "val_loss_span", "val_mnm_loss", "val_acc", "masked"
+    columns = [column for column in columns if any(column in log for log in logs.values())]
+    print_table(["run", "step", *columns], [
+        [run, log["loss"][0][-1], *(log.get(name, ("", [""]))[1][-1] for name in columns)]
+        for run, log in logs.items()])
+    for run, log in logs.items():
+        before = dict(zip(*log.get("val_loss", ((), ()))))
+        for step, value in zip(*log.get("val_loss_next_phase", ((), ()))):
+            print(f"{run}: step {step}, the same weights: {before.get(step, math.nan):.3f} nats under the "
+                  f"masks of the phase, {value:.3f} under those of the next")
+    return {"": draw_loss(logs)}
+
+
+def plot_embeddings(args):
+    found = {name: embeddings(read_bert(path)[0]) for name, path in named(args).items()}
+    heads = dict.fromkeys(head for _, _, scores in found.values() for head in scores)
+    print_table(["silhouette", *heads], [[name, *(scores.get(head, "") for head in heads)]
+                                         for name, (_, _, scores) in found.items()])
+    return {"": draw_embeddings(found)}
+
+
+def plot_attention(args):
+    device, *_ = training.set_up(args.device, "float32", join=False)
+    genome, found, rows = data.Genome(args.fasta, args.cache), {}, []
+    for name, path in named(args).items():
+        bert, stride = read_bert(path)
+        length = (bert.config.block_size - 3) * stride + bert.config.k
+        bases, place = random_windows(genome, args.windows, length)
+        tokens = data.kmer_tokens(bases.to(device), bert.config.k, stride, specials=True)
+        a = found[name] = attention(bert.to(device), tokens, stride)
+        rows += [(name, i, *numbers) for i, numbers in enumerate(a["shares"].tolist(), 1)]
+        rows.append((name, f"uniform, {tokens.shape[1]} tokens", *a["uniform"].tolist()))
+    print_table(["checkpoint", "layer", "to [CLS]", "to [SEP]", f"to +-{REACH} k-mers", "entropy"], rows)
+    return {"": draw_attention(found, place), "_maps": draw_maps(found)}
+
+
+def plot_masks(args):
+    genome = data.open_genome(args.fasta, args.data_dir, args.cache)
+    counts = cm_gems.count_kmers(genome.bases, genome.intervals, args.k)
+    if counts[-1].sum() < 4 ** args.k:
+        raise ValueError(f"--fasta {args.fasta[0]}: {counts[-1].sum()} {args.k}-mers are too few for an NPMI of "
+                         f"each; give more, or a smaller --k")
+    bases, _ = random_windows(genome, 1000, 509 + args.k)    # 510 k-mers, as in pretraining
+    rows = mask_rows(bases, cm_gems.npmi_rank(cm_gems.npmi(counts)), args.k)
+    print_table(["masking", "masked", "bases hidden"], [
+        (name, masked, float((share == 1).mean())) for name, masked, share in rows])
+    return {"": draw_masks(rows, os.path.basename(args.fasta[0]))}
+
+
+def plot_results(args):
+    ours, papers = result_points(*args.paths)
+    points = [(way, *key, *point) for way, cells in ours.items() for key, point in cells.items()]
+    print_table(["way", "task", "shots", "metric", "100 x mean", "sd", "seeds"], points)
+    figures = {"": draw_results(ours, papers)} if any(not point[2] for point in points) else {}
+    return figures | ({"_shots": draw_shots(ours)} if any(point[2] for point in points) else {})
+
+
+def write(fig, path, dpi):
+    """path.png and path.pdf, each under its name once it is whole."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    for kind in ("png", "pdf"):
+        fig.savefig(f"{path}.tmp", format=kind, dpi=dpi)
+        os.replace(f"{path}.tmp", f"{path}.{kind}")
+    print(f"wrote {path}.png, {path}.pdf")
+
+
+def parse_args():
+    layout = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
+    parser, add, models = argparse.ArgumentParser(description=__doc__, **layout), {}, "checkpoints, hf:FOLDER"
+    figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
+    for plot, paths, what in ((plot_loss, "+", "run folders"), (plot_embeddings, "+", models),
+                              (plot_attention, "+", models), (plot_masks, "", ""),
+                              (plot_results, 1, "folder of finetune.py's results")):
+        name = plot.__name__.removeprefix("plot_")
+        figure = figures.add_parser(name, **layout)
+        add[name] = figure.add_argument
+        figure.set_defaults(plot=plot)
+        if paths:
+            add[name]("paths", nargs=paths, help=what)
+        if paths == "+":
+            add[name]("--names", nargs="+", help="labels (the ends of the paths)")
+        add[name]("--out", default=f"out/figures/{name}", help="without .png, .pdf (%(default)s)")
+        add[name]("--dpi", type=training.number(int, 20, 2000), default=200, help="of the .png (%(default)s)")
+    add["attention"]("--fasta", nargs="+", required=True, help="sequences to look at")
+    add["attention"]("--windows", type=training.number(int, 1), default=64, help="random ones (%(default)s)")
+    add["attention"]("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add["masks"]("--fasta", nargs="+", default=["demo"], help="sequences to mask (%(default)s)")
+    add["masks"]("--data_dir", default="data", help="where the demo genome lies (%(default)s)")
+    add["masks"]("--k", type=training.number(int, 2, 9), default=6, help="of the k-mers (%(default)s)")
+    for name in ("attention", "masks"):
+        add[name]("--cache", help="folder of packed genomes (beside the FASTA)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    with training.user_errors():
+        args = parse_args()
+        for suffix, fig in args.plot(args).items():
+            write(fig, args.out + suffix, args.dpi)
