@@ -394,10 +394,8 @@ def fine_tune(net, train, dev, task, run, folder, args):
     done, best = 0, {"value": -math.inf, "step": 0, "worse": 0, "weights": {}, "scores": {}}
     total, batches = torch.zeros(2, device=device), None     # loss sum, sequences since the last evaluation
     if any(os.path.exists(os.path.join(folder, name)) for name in ("last.pt", "prev.pt")):
-        state = training.load_run(folder, run)
+        state = training.load_run(folder, run, net, optimizer)
         done, best, total = state["step"], state["best"], state["total"].to(device)
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
     lock, saved = training.open_run(folder, args, done), time.monotonic()      # locked until we return
     bar = tqdm(initial=done, total=steps, unit="step", disable=not sys.stderr.isatty())
     while done < steps and not (p["patience"] and best["worse"] >= p["patience"]):
