@@ -53,7 +53,7 @@ def start(args, patches={}, ranks=1, script="randommask.py"):
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(ranks)}
 
     def main(rank):
-        for name in ("data", "models", "training", "table"):     # fresh, as in a new process
+        for name in ("data", "models", "training", "table", "infer"):     # fresh, as in a new process
             sys.modules.pop(name, None)
         os.environ.update(env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
         sys.argv = [str(ROOT / script), *map(str, args)]
