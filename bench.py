@@ -29,6 +29,7 @@ import torch
 import cm_gems
 import data
 import finetune
+import infer
 import models
 import randommask
 import training
@@ -228,14 +229,14 @@ def fine_tuning(rounds):
     for L in (70, 300):
         rng, config = np.random.default_rng(0), dataclasses.replace(MINI, dropout=0.1)
         rows = data.rows_of(rng.integers(4, size=32 * L, dtype=np.uint8), [L] * 32, np.arange(32) % 2, {})
-        rows = finetune.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
+        rows = infer.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
         spec = {"kind": "bert", "bert": dataclasses.asdict(config), "k": K, "stride": 1, "long": "chunk",
                 "dtype": "float32", "n_out": 2}
-        net = finetune.build_net(spec)
+        net = infer.build_net(spec)
         with tempfile.TemporaryDirectory() as tmp:
             models.save_hf(net, tmp + "/hf", ("a", "b"))
             peer = BertForSequenceClassification.from_pretrained(tmp + "/hf")
-        tokens = finetune.get_inputs(rows, np.arange(32), spec)[0]
+        tokens = infer.get_inputs(rows, np.arange(32), spec)[0]
         with torch.no_grad():
             assert (net.eval()(tokens) - peer.eval()(tokens).logits).abs().max() < 1e-5
         optimizers = (training.make_optimizer(net.train(), 3e-5, 0, (0.9, 0.999), 1e-8),

@@ -21,7 +21,6 @@ import zlib
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -310,10 +309,7 @@ def complete_args(args):
         args.warmup = round(0.05 * args.steps)               # 500 of 10,000
     if args.eval_every is None:
         args.eval_every = max(1, round(args.steps / 20))
-    if args.init and args.resume:
-        raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
-    if args.warmup > args.steps:
-        raise ValueError(f"--warmup {args.warmup}: more than --steps {args.steps}")
+    training.check_flags(args)
 
 
 def build_model(args):
@@ -322,12 +318,8 @@ def build_model(args):
                                args.n_inner, args.dropout)
     training.seed(args.seed)
     model = models.Bert(config)
-    if args.init and args.init.startswith("hf:"):
-        source = models.load_hf(args.init[3:])
-        models.copy_weights(model, dataclasses.asdict(source.config), source.state_dict(), args.init)
-    elif args.init:
-        source = training.load(args.init)
-        models.copy_weights(model, source["config"], source["model"], args.init)
+    if args.init:
+        models.copy_weights(model, args.init, training.load)
     return model
 
 
@@ -341,10 +333,7 @@ if __name__ == "__main__":
         if args.demo:
             torch.set_num_threads(1)                         # so small a model gains nothing from more
         say = print if rank == 0 else lambda *_, **__: None
-        n_micro = math.ceil(args.batch_size / args.micro_batch_size)
-        if n_micro < world:
-            raise ValueError(f"--batch_size {args.batch_size}: {n_micro} micro-batches for {world} ranks; "
-                             f"lower --micro_batch_size or raise --batch_size")
+        n_micro = training.count_micro_batches(args.batch_size, args.micro_batch_size, world)
         genome = data.open_genome(args.genome, args.data_dir, args.cache)
         values, counts, npmi_path = npmi_table(args, genome)
         ranks, (header, *lines) = npmi_rank(values), npmi_lines(values, counts, args.k)
@@ -363,10 +352,9 @@ if __name__ == "__main__":
         in_force = "genemask" if args.strategy == "cm_gems" else args.strategy
         start, curriculum = 0, {"strategy": in_force, "perplexities": [], "switch_step": None}
         if args.resume:
-            state = training.load_run(args.out, run, fixed=("eval_every",))    # that decides when it switches
+            state = training.load_run(args.out, run, model, optimizer,
+                                      fixed=("eval_every",))                   # it decides when to switch
             start, curriculum = state["step"], {name: state[name] for name in curriculum}
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
             del state
         if rank == 0 and not args.show_masks:
             lock = training.open_run(args.out, args, start)
@@ -404,11 +392,7 @@ if __name__ == "__main__":
     if start:
         say(f"resume   after step {start}, with {curriculum['strategy']}")
 
-    if args.compile or (args.compile is None and device.type == "cuda"):
-        model.compile()
-    net = model
-    if world > 1:
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    net = training.wrap(model, args.compile, device, world)
     span = 2 * args.k - 1                                    # the longest; of this share at most are masked:
     at_most = 1 - (1 - max(center_p.values())) ** span
 
@@ -466,11 +450,7 @@ if __name__ == "__main__":
             while unread and (len(unread) > (device.type == "cuda") or to_log or to_save or stop or timing):
                 loss_sum, count, n_kmers, stop, norm = unread.pop(0)()
                 seen += n_kmers
-                if not math.isfinite(loss_sum + norm):
-                    say(f"error: step {step - len(unread)}: not finite (loss sum {loss_sum}, gradient norm "
-                        f"{norm}); the checkpoint in {args.out} is older: start anew from"
-                        f" it with --init and a lower --lr", file=sys.stderr)
-                    training.finish(3)
+                training.check_finite(step - len(unread), [loss_sum], norm, args.out, rank)
             speed = seen / (time.perf_counter() - clock)
             if step == start + 20:
                 say(f"speed    {speed:,.0f} tokens/s, {training.memory(device)}, "

@@ -22,7 +22,6 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -238,10 +237,7 @@ def complete_args(args):
         args.steps = math.ceil(args.epochs * args.windows / args.batch_size)
     if args.warmup is None:
         args.warmup = round(0.3 * args.steps)                # the paper's
-    if args.init and args.resume:
-        raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
-    if args.warmup > args.steps:
-        raise ValueError(f"--warmup {args.warmup}: more than --steps {args.steps}")
+    training.check_flags(args)
 
 
 def build_model(args):
@@ -255,8 +251,7 @@ def build_model(args):
         config = models.EncoderConfig(*size, args.n_head, args.n_embd, args.dropout)
         model = models.BaseModel(models.Encoder(config))
     if args.init:
-        source = training.load(args.init)
-        models.copy_weights(model, source["config"], source["model"], args.init)
+        models.copy_weights(model, args.init, training.load)
     return model
 
 
@@ -270,10 +265,7 @@ if __name__ == "__main__":
         if args.demo:
             torch.set_num_threads(1)                         # so small a model gains nothing from more
         say = print if rank == 0 else lambda *_, **__: None
-        n_micro = math.ceil(args.batch_size / args.micro_batch_size)
-        if n_micro < world:
-            raise ValueError(f"--batch_size {args.batch_size}: {n_micro} micro-batches for {world} ranks; "
-                             f"lower --micro_batch_size or raise --batch_size")
+        n_micro = training.count_micro_batches(args.batch_size, args.micro_batch_size, world)
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
         teacher = None if args.objective == "mnm" else copy.deepcopy(model).eval().requires_grad_(False)
@@ -292,10 +284,8 @@ if __name__ == "__main__":
                "args": vars(args)}
         start = 0
         if args.resume:
-            state = training.load_run(args.out, run)
+            state = training.load_run(args.out, run, model, optimizer)
             start = state["step"]
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
             if teacher:
                 teacher.load_state_dict(state["teacher"])
                 center.copy_(state["center"])
@@ -332,13 +322,9 @@ if __name__ == "__main__":
     if start:
         say(f"resume   after step {start}")
 
-    if args.compile or (args.compile is None and device.type == "cuda"):
-        model.compile()
-        if teacher:
-            teacher.compile()
-    net = model
-    if world > 1:
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    net = training.wrap(model, args.compile, device, world)
+    if teacher:
+        training.wrap(teacher, args.compile, device, 1)      # the teacher has no gradients to share
 
     def cls_of(x, logits):
         """The outputs (B, K, C or 5) at the [CLS] of what the network returns."""
@@ -430,11 +416,7 @@ if __name__ == "__main__":
             timing = step in (start + 5, start + 20)         # the first steps compile and warm up
             while unread and (len(unread) > (device.type == "cuda") or to_log or to_save or stop or timing):
                 mnm, cl, stop, norm = unread.pop(0)()
-                if not math.isfinite(mnm + cl + norm):
-                    say(f"error: step {step - len(unread)}: not finite (loss sums {mnm}, {cl}, gradient norm "
-                        f"{norm}); the checkpoint in {args.out} is older: start anew from"
-                        f" it with --init and a lower --lr", file=sys.stderr)
-                    training.finish(3)
+                training.check_finite(step - len(unread), [mnm, cl], norm, args.out, rank)
             speed = (step - timed) * n_bases / (time.perf_counter() - clock)
             if step == start + 20:
                 say(f"speed    {speed:,.0f} bases/s, {training.memory(device)}, "

@@ -382,17 +382,26 @@ class Cnn(nn.Module):
             return self.out(x.float())
 
 
-def copy_weights(model, config, weights, source):
-    """Starts `model` from pretrained weights. ValueError naming the sizes in which their config differs."""
+def copy_weights(model, init, load):
+    """Starts `model` from --init: for a Bert also hf:FOLDER, else a checkpoint, which load(path) reads.
+
+    ValueError naming the sizes in which their config differs.
+    """
+    if init.startswith("hf:") and isinstance(model, Bert):
+        source = load_hf(init[3:])
+        config, weights = dataclasses.asdict(source.config), source.state_dict()
+    else:
+        state = load(init)
+        config, weights = state["config"], state["model"]
     ours = dataclasses.asdict(model.config)
     sizes = [name for name in ours if name != "dropout"]
     differ = [f"{name} {config.get(name)}" for name in sizes if config.get(name) != ours[name]]
     if differ:
-        raise ValueError(f"--init {source}: a network with {', '.join(differ)}; give the flags that match")
+        raise ValueError(f"--init {init}: a network with {', '.join(differ)}; give the flags that match")
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f"--init {source}: {show(str(e).splitlines()[-1])}; is it such a network?") from None
+        raise ValueError(f"--init {init}: {show(str(e).splitlines()[-1])}; is it such a network?") from None
 
 
 def labelled_positions(labels, capacity=None):

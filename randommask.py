@@ -18,7 +18,6 @@ import time
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -109,10 +108,7 @@ def complete_args(args):
         args.p = MASK_RATE if single else MASK_RATE / args.k
     if args.warmup is None:
         args.warmup = round(0.02 * args.steps)               # DNABERT: 10,000 of 500,000
-    if args.init and args.resume:
-        raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
-    if args.warmup > args.steps:
-        raise ValueError(f"--warmup {args.warmup}: more than --steps {args.steps}")
+    training.check_flags(args)
     if args.keep is None:
         args.keep = [max(1, round(step * args.steps / PAPER_STEPS)) for step in MILESTONES]
 
@@ -123,12 +119,8 @@ def build_model(args):
                                4 * args.n_embd, args.dropout)
     training.seed(args.seed)
     model = models.Bert(config)
-    if args.init and args.init.startswith("hf:"):
-        source = models.load_hf(args.init[3:])
-        models.copy_weights(model, dataclasses.asdict(source.config), source.state_dict(), args.init)
-    elif args.init:
-        source = training.load(args.init)
-        models.copy_weights(model, source["config"], source["model"], args.init)
+    if args.init:
+        models.copy_weights(model, args.init, training.load)
     return model
 
 
@@ -142,10 +134,7 @@ if __name__ == "__main__":
         if args.demo:
             torch.set_num_threads(1)                         # so small a model gains nothing from more
         say = print if rank == 0 else lambda *_, **__: None
-        n_micro = math.ceil(args.batch_size / args.micro_batch_size)
-        if n_micro < world:
-            raise ValueError(f"--batch_size {args.batch_size}: {n_micro} micro-batches for {world} ranks; "
-                             f"lower --micro_batch_size or raise --batch_size")
+        n_micro = training.count_micro_batches(args.batch_size, args.micro_batch_size, world)
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
 
@@ -161,11 +150,7 @@ if __name__ == "__main__":
                "args": vars(args)}
         start = 0
         if args.resume:
-            state = training.load_run(args.out, run)
-            start = state["step"]
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            del state
+            start = training.load_run(args.out, run, model, optimizer)["step"]
         if rank == 0 and not args.show_masks:
             lock = training.open_run(args.out, args, start)
 
@@ -198,11 +183,7 @@ if __name__ == "__main__":
     if start:
         say(f"resume   after step {start}")
 
-    if args.compile or (args.compile is None and device.type == "cuda"):
-        model.compile()
-    net = model
-    if world > 1:
-        net = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    net = training.wrap(model, args.compile, device, world)
     longest, capacity = span + 2 * len(edges), None
     if device.type == "cuda":                                # slots for masked tokens, all spans the longest
         n_tokens = min(args.micro_batch_size, max(args.batch_size, args.eval_windows)) * args.block_size
@@ -265,11 +246,7 @@ if __name__ == "__main__":
             timing = step in (start + 5, start + 20)         # the first steps compile and warm up
             while unread and (len(unread) > (device.type == "cuda") or to_log or to_save or stop or timing):
                 loss_sum, count, stop, norm = unread.pop(0)()
-                if not math.isfinite(loss_sum + norm):
-                    say(f"error: step {step - len(unread)}: not finite (loss sum {loss_sum}, gradient norm "
-                        f"{norm}); the checkpoint in {args.out} is older: start anew from"
-                        f" it with --init and a lower --lr", file=sys.stderr)
-                    training.finish(3)
+                training.check_finite(step - len(unread), [loss_sum], norm, args.out, rank)
             speed = (step - timed) * tokens_per_step / (time.perf_counter() - clock)
             if step == start + 20:
                 say(f"speed    {speed:,.0f} tokens/s, {training.memory(device)}, "

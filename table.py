@@ -1,8 +1,9 @@
-"""The table of `finetune.py --table`: the runs of a results.jsonl, seeds pooled, beside the papers' numbers.
+"""results.jsonl, a row a run, and the table of it: seeds pooled, beside the papers' numbers.
 
 Knows nothing of how the runs were made. The papers' numbers and their caveats are in results/paper.csv.
 """
 import csv
+import fcntl
 import itertools
 import json
 import os
@@ -20,12 +21,37 @@ PARTS = "key", "init", "weights", "data", "mode", *FIELDS, "seed"              #
 PROBE = " (linear probe)"                                    # behind a metric of paper.csv
 
 
-def read_runs(path):
+def append_row(out, row):
+    """One more line of results.jsonl; ranks and other runs may write at the same time."""
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, "results.jsonl"), "a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        f.write(json.dumps(row, allow_nan=False) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read_rows(out):
+    """Rows of results.jsonl, [] where there is none. ValueError names a line that is broken."""
+    path, rows = os.path.join(out, "results.jsonl"), []
+    if not os.path.exists(path):
+        return rows
+    with open(path, errors="replace") as f:
+        fcntl.flock(f, fcntl.LOCK_SH)
+        for n, line in enumerate(f, 1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError:
+                raise ValueError(f"{path}: line {n}: not a run; delete the line and run its task "
+                                 f"again") from None
+    return rows
+
+
+def read_runs(out):
     """Runs of results.jsonl; of those that differ in nothing but the score, the last."""
-    runs, lines = {}, open(path, errors="replace").readlines() if os.path.exists(path) else []
-    for n, line in enumerate(lines, 1):
+    path, runs = os.path.join(out, "results.jsonl"), {}
+    for n, run in enumerate(read_rows(out), 1):
         try:
-            run = json.loads(line)
             run |= {"key": (run["task"], run["shots"], run["metric"]), "stride": f"stride {run['stride']}",
                     "protocol": f"protocol {run['protocol']}", "collapsed": bool(run["collapsed"]),
                     "pool": f"pool {run['pool']}" * bool(run["pool"]), "long": f"long {run['long']}",
@@ -50,12 +76,12 @@ def read_runs(path):
 def our_columns(runs):
     """{way: {key: cell}}; and in words what the ways' names leave out, as it is the same in a task's runs.
     A key is (task, shots, metric); a cell is (mean, sd, n, text, note)."""
-    tasks, ways, fields = {}, {}, FIELDS
+    tasks, ways = {}, {}
     for run in runs:
         tasks.setdefault(run["key"], []).append(run)
-    same = [f for f in fields if all(len({run[f] for run in group}) == 1 for group in tasks.values())]
+    same = [f for f in FIELDS if all(len({run[f] for run in group}) == 1 for group in tasks.values())]
     for run in sorted(runs, key=lambda run: run["init"]):
-        parts = [run["init"], "probe" * (run["mode"] == "probe"), *(run[f] for f in fields if f not in same)]
+        parts = [run["init"], "probe" * (run["mode"] == "probe"), *(run[f] for f in FIELDS if f not in same)]
         ways.setdefault(", ".join(filter(None, parts)), {}).setdefault(run["key"], []).append(run)
     rest = [" or ".join(dict.fromkeys(run[f] or f"no {f}" for run in runs)) for f in same if f != "pool"]
     return {way: {key: our_cell(group) for key, group in cells.items()} for way, cells in ways.items()}, rest
@@ -160,7 +186,7 @@ def comparison_lines(keys, ours):
 
 def write_table(out, paper_csv=PAPER):
     """Prints the tables of out/results.jsonl; writes them to out/table.md, their values to out/table.csv."""
-    runs, notes, order = read_runs(os.path.join(out, "results.jsonl")), {}, [*data.TASKS]
+    runs, notes, order = read_runs(out), {}, [*data.TASKS]
     ours, rest = our_columns(runs)
     papers, caveats, other = paper_columns(paper_csv, runs)
     keys = sorted({run["key"] for run in runs}, key=lambda key: (

@@ -18,6 +18,7 @@ import zipfile
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 FORMAT = 1                                                   # of the checkpoint
@@ -80,6 +81,22 @@ def set_up(device, dtype, join=True):
     return device, dtype, rank, world
 
 
+def count_micro_batches(batch_size, micro_batch_size, world):
+    """Micro-batches of a step. ValueError where a rank would have none."""
+    n_micro = math.ceil(batch_size / micro_batch_size)
+    if n_micro < world:
+        raise ValueError(f"--batch_size {batch_size}: {n_micro} micro-batches for {world} ranks; "
+                         f"lower --micro_batch_size or raise --batch_size")
+    return n_micro
+
+
+def wrap(model, compiled, device, world):
+    """What to call for a forward pass: the model, compiled (None: on CUDA), over several ranks in DDP."""
+    if compiled or (compiled is None and device.type == "cuda"):
+        model.compile()
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+
+
 def catch_signals():
     """From here on SIGTERM, SIGINT and SIGUSR1 are noted, for stop_requested, instead of killing."""
     for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
@@ -116,6 +133,16 @@ def read_later(numbers):
     copied = torch.cuda.Event()
     copied.record()
     return lambda: copied.synchronize() or host.tolist()
+
+
+def check_finite(step, losses, norm, out, rank):
+    """All ranks leave with 3 unless the loss sums and the gradient norm of a step are finite."""
+    if not math.isfinite(sum(losses) + norm):
+        if rank == 0:
+            print(f"error: step {step}: not finite (loss sum{'s' * (len(losses) > 1)} "
+                  f"{', '.join(map(str, losses))}, gradient norm {norm}); the checkpoint in {out} is older: "
+                  f"start anew from it with --init and a lower --lr", file=sys.stderr)
+        finish(3)
 
 
 def memory(device):
@@ -157,6 +184,14 @@ def scale_gradients(model, scale, clip):
     norm = torch.nn.utils.get_total_norm(grads) * scale
     torch._foreach_mul_(grads, (scale * (clip / (norm + 1e-6)).clamp(max=1)).to(grads[0].dtype))
     return norm
+
+
+def check_flags(args):
+    """ValueError for flags of pretraining that contradict each other."""
+    if args.init and args.resume:
+        raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
+    if args.warmup > args.steps:
+        raise ValueError(f"--warmup {args.warmup}: more than --steps {args.steps}")
 
 
 def check_out(out, resume):
@@ -257,9 +292,10 @@ def load(path):
         raise ValueError(f"{path}: not a readable checkpoint ({e!r:.80}); use another one") from None
 
 
-def load_run(out, run, fixed=()):
-    """The newest sound checkpoint of a run folder: last.pt, else prev.pt, and says so.
+def load_run(out, run, model, optimizer, fixed=()):
+    """Puts the newest sound checkpoint of a run folder into model and optimizer; returns it.
 
+    That is last.pt, else prev.pt, and it says so.
     ValueError unless it has the method, config, data and args of `run` (but for MAY_CHANGE without `fixed`).
     """
     last, prev = os.path.join(out, "last.pt"), os.path.join(out, "prev.pt")
@@ -276,6 +312,8 @@ def load_run(out, run, fixed=()):
     if broken:                                               # or it would replace prev.pt at the next save
         with contextlib.suppress(FileNotFoundError):         # another rank was first
             os.replace(last, os.path.join(out, "broken.pt"))
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
     return state
 
 

@@ -28,6 +28,13 @@ def no_process_stays():
 
 
 @pytest.fixture
+def out(tmp_path, monkeypatch):
+    """Where a run goes: a folder to be, in the working folder of the test."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "out"
+
+
+@pytest.fixture
 def survived(request):
     """Function to call after each of the n cases of a test marked fault(kind, n=...)."""
     request.node.survived = 0

@@ -53,7 +53,7 @@ def start(args, patches={}, ranks=1, script="randommask.py"):
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(ranks)}
 
     def main(rank):
-        for name in ("data", "models", "training", "table"):     # fresh, as in a new process
+        for name in ("data", "models", "training", "table", "infer"):     # fresh, as in a new process
             sys.modules.pop(name, None)
         os.environ.update(env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
         sys.argv = [str(ROOT / script), *map(str, args)]
@@ -90,11 +90,26 @@ def slow():
     training.stop_requested = lambda: time.sleep(0.04) or asked()
 
 
+def command_line(flags):
+    """{name: value} as arguments; a range is several values, True none."""
+    return [str(x) for name, value in flags.items() for x in
+            (f"--{name}", *(value if isinstance(value, range) else [value] * (value is not True)))]
+
+
 def wait_rows(process, out, n):
     """Waits until the log of a running fork has n rows."""
     while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < n:
         assert process.is_alive(), "the run ended too early"
         time.sleep(0.003)
+
+
+def stop_two_ranks(args, out, n, script="randommask.py"):
+    """After n rows of the log one rank is told to stop: both do. Returns the last step of the log."""
+    processes = start(args, {0: slow}, ranks=2, script=script)
+    wait_rows(processes[0], out, n)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert wait(*processes).codes == [143, 143]
+    return log_rows(out)[-1]["step"]
 
 
 def random_dna(n, rng, letters="ACGT"):
@@ -104,6 +119,13 @@ def random_dna(n, rng, letters="ACGT"):
 def write_fasta(path, contigs):
     path.write_text("".join(f">{name}\n{text}\n" for name, text in contigs.items()))
     return path
+
+
+def write_genome(path):
+    """Three contigs, one with N at its ends."""
+    rng = np.random.default_rng(0)
+    return write_fasta(path, {"a": random_dna(4000, rng), "b": "NNNN" + random_dna(3000, rng) + "N",
+                              "c": random_dna(900, rng)})
 
 
 def cases(name):

@@ -16,8 +16,8 @@ import torch
 
 import cm_gems
 import models
-from harness import (SHARED, cases, contents, equal, log_rows, random_dna, refused, run, slow, start, wait,
-                     wait_rows, write_fasta)
+from harness import (SHARED, cases, command_line, contents, equal, log_rows, random_dna, refused, run, slow,
+                     start, stop_two_ranks, wait, wait_rows, write_fasta, write_genome)
 
 GOLDEN = SHARED / "golden" / "genemask_golden.json"
 STEPS, SWITCH = 20, 14                                       # the run left alone goes to Global after 14
@@ -29,8 +29,7 @@ def tiny(out, **flags):
     flags = dict(genome=FASTA, k=3, block_size=22, n_layer=1, n_head=2, n_embd=16, n_inner=32, lr=3e-3,
                  batch_size=8, micro_batch_size=4, steps=STEPS, eval_every=2, eval_windows=10, log_every=1,
                  switch_drop=0.3, save_every=5, keep=STEPS, device="cpu", out=out) | flags
-    return [str(x) for name, value in flags.items() for x in
-            (f"--{name}", *(value if isinstance(value, range) else [value] * (value is not True)))]
+    return command_line(flags)
 
 
 def pretrain(args, patches={}, ranks=1):
@@ -41,16 +40,9 @@ def pretrain(args, patches={}, ranks=1):
 def left_alone(tmp_path_factory):
     """The run that nothing disturbs, with the checkpoint of every step, in the folder WHOLE."""
     global FASTA, WHOLE
-    folder, rng = tmp_path_factory.mktemp("whole"), np.random.default_rng(0)
-    texts = {"a": random_dna(4000, rng), "b": "NNNN" + random_dna(3000, rng) + "N", "c": random_dna(900, rng)}
-    FASTA, WHOLE = write_fasta(folder / "genome.fa", texts), folder / "out"
+    folder = tmp_path_factory.mktemp("whole")
+    FASTA, WHOLE = write_genome(folder / "genome.fa"), folder / "out"
     assert pretrain(tiny(WHOLE, keep=range(1, STEPS + 1))).code == 0
-
-
-@pytest.fixture
-def out(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "out"
 
 
 def checkpoint(path):
@@ -102,10 +94,7 @@ def test_signal_at_a_random_moment(out, name, rows):
 
 
 def test_two_ranks_equal_one(out):
-    processes = start(tiny(out), {0: slow}, ranks=2, script="cm_gems.py")
-    wait_rows(processes[0], out, 8)
-    os.kill(processes[1].pid, signal.SIGTERM)
-    assert wait(*processes).codes == [143, 143]
+    assert 8 <= stop_two_ranks(tiny(out), out, 8, "cm_gems.py") < STEPS
     check_resume(shutil.copytree(out, out.with_name("one")))
     check_resume(out, ranks=2)
 

@@ -18,8 +18,8 @@ import findna
 import finetune                                              # noqa: F401, its imports take long
 import models
 import training
-from harness import (at_call, cases, contents, die, equal, log_rows, random_dna, refused, run, slow, start,
-                     wait, wait_rows, write_fasta)
+from harness import (at_call, cases, command_line, contents, die, equal, log_rows, random_dna, refused, run,
+                     slow, start, stop_two_ranks, wait, wait_rows, write_fasta)
 
 STEPS, K = 8, findna.N_CLS
 
@@ -29,8 +29,7 @@ def tiny(out, **flags):
     flags = dict(genome=FASTA, length=30, windows=23, n_layer=1, track_size=2, hidden=8, lr=3e-3, steps=STEPS,
                  batch_size=8, micro_batch_size=4, eval_every=4, eval_windows=10, log_every=1, save_every=3,
                  device="cpu", out=out) | flags
-    return [str(x) for name, value in flags.items() for x in
-            (f"--{name}", *(value if isinstance(value, range) else [value] * (value is not True)))]
+    return command_line(flags)
 
 
 def pretrain(args, patches={}, ranks=1):
@@ -50,12 +49,6 @@ def left_alone(tmp_path_factory):
     FASTA = write_fasta(folder / "genome.fa", {"a": random_dna(4000, rng), "b": random_dna(3000, rng)})
     WHOLE = folder / "out"
     assert pretrain(tiny(WHOLE, keep=range(1, STEPS + 1))).code == 0
-
-
-@pytest.fixture
-def out(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    return tmp_path / "out"
 
 
 def stopped(out, step):
@@ -140,11 +133,8 @@ def test_killed(out, fault):
 
 
 def test_two_ranks_equal_one(out):
-    processes = start(tiny(out), {0: slow}, ranks=2, script="findna.py")
-    wait_rows(processes[0], out, 3)
-    os.kill(processes[1].pid, signal.SIGTERM)                # one rank is told, both stop after the same step
-    assert wait(*processes).codes == [143, 143]
-    assert 3 <= checkpoint(out / "last.pt")["step"] == log_rows(out)[-1]["step"] < STEPS
+    step = stop_two_ranks(tiny(out), out, 3, "findna.py")
+    assert 3 <= step == checkpoint(out / "last.pt")["step"] < STEPS
     check_resume(shutil.copytree(out, out.with_name("one")))
     check_resume(out, ranks=2)
 

@@ -12,6 +12,7 @@ import torch
 
 import data
 import finetune
+import infer
 import models
 from harness import SHARED, cases, random_dna
 
@@ -28,7 +29,7 @@ def made_rows(lengths):
     """Sequences with a few N, as texts and as Rows."""
     rng = np.random.default_rng(len(lengths))
     texts = [random_dna(n, rng, "ACGT" * 9 + "N") for n in lengths]
-    return texts, finetune.on_device(data.rows_from(texts), "cpu")
+    return texts, infer.on_device(data.rows_from(texts), "cpu")
 
 
 @pytest.mark.parametrize("long", ["chunk", "truncate"])
@@ -37,7 +38,7 @@ def made_rows(lengths):
 def test_windows_hold_every_kmer_once(k, stride, block_size, long):
     texts, rows = made_rows([200, 1, 2, 3, 33, 34, 35, 36, 98, 99, 640, 100, 101, 102, 5, 6, 7, 203])
     index = np.random.default_rng(0).permutation(len(texts))
-    tokens, mask, owner = finetune.get_inputs(rows, index, spec_of(k, stride, block_size, long))
+    tokens, mask, owner = infer.get_inputs(rows, index, spec_of(k, stride, block_size, long))
     owner, found = range(len(texts)) if owner is None else owner.tolist(), [[] for _ in texts]
     assert tokens.shape[1] % 64 == 0 or tokens.shape[1] == block_size
     for i, row, n in zip(owner, tokens.tolist(), mask.sum(1).tolist()):
@@ -50,10 +51,10 @@ def test_windows_hold_every_kmer_once(k, stride, block_size, long):
 
 def test_windows_of_equal_lengths_need_no_mask():
     texts, rows = made_rows([40] * 5 + [39, 2, 1])
-    tokens, *others = finetune.get_inputs(rows, np.arange(5), spec_of(6, 1, 512))
+    tokens, *others = infer.get_inputs(rows, np.arange(5), spec_of(6, 1, 512))
     assert others == [None, None] and torch.equal(tokens, data.tokenize(texts[:5], 6))
     for index, T in (([0, 5], 64), ([6, 7], 32)):            # one is shorter; none has a k-mer
-        tokens, mask, _ = finetune.get_inputs(rows, np.array(index), spec_of(6, 1, 512))
+        tokens, mask, _ = infer.get_inputs(rows, np.array(index), spec_of(6, 1, 512))
         assert tokens.shape == (2, T) and torch.equal(mask, tokens != data.PAD)
 
 
@@ -61,18 +62,18 @@ def test_windows_of_equal_lengths_need_no_mask():
 def test_apply_gives_each_sequence_its_own_outputs(most):
     lengths = np.random.default_rng(1).integers(1, 200, 40)
     texts, rows = made_rows(lengths)
-    net, cnn = finetune.build_net(spec_of(), seed=1).eval(), {"kind": "cnn", "length": 90, "n_out": 3}
-    outputs = finetune.apply(net, rows, spec_of(), most)
+    net, cnn = infer.build_net(spec_of(), seed=1).eval(), {"kind": "cnn", "length": 90, "n_out": 3}
+    outputs = infer.apply(net, rows, spec_of(), most)
     for text, got in zip(texts, outputs, strict=True):
         windows = [text[at:at + BLOCK] for at in range(0, max(len(text) - K + 1, 1), BLOCK - 2)]
         with torch.no_grad():
             pooled = [net.pooler(net.bert.encode(data.tokenize([x], K))[:, 0]).tanh() for x in windows]
             torch.testing.assert_close(torch.from_numpy(got), net.out(sum(pooled) / len(pooled))[0])
-    net = finetune.build_net(cnn).eval()
-    for text, got in zip(texts, finetune.apply(net, rows, cnn | {"dtype": "float32"}, most), strict=True):
+    net = infer.build_net(cnn).eval()
+    for text, got in zip(texts, infer.apply(net, rows, cnn | {"dtype": "float32"}, most), strict=True):
         bases = torch.from_numpy(data.encode(text.ljust(90, "N")[:90]))
         torch.testing.assert_close(torch.from_numpy(got), net(bases[None])[0].detach())
-    parts = finetune.pieces(np.arange(40), lengths, spec_of(), most)
+    parts = infer.pieces(np.arange(40), lengths, spec_of(), most)
     windows = [sum(max(-(-(n - K + 1) // (BLOCK - 2)), 1) for n in lengths[part]) for part in parts]
     assert all(n <= most or len(part) == 1 for n, part in zip(windows, parts))   # a sequence stays whole,
     assert all(a + b > most for a, b in zip(windows, windows[1:]))               # and no pass is wasted
@@ -89,8 +90,8 @@ def test_batches_of_an_epoch():
     assert all(map(np.array_equal, batches, again)) and not np.array_equal(batches[0], other[0])
     longer = np.diff([lengths[batch].mean() for batch in batches]) > 0           # than the one before
     assert 0.4 < longer.mean() < 0.6
-    rows = finetune.on_device(data.rows_of(np.zeros(lengths.sum(), np.uint8), lengths, None, {}), "cpu")
-    tokens = [finetune.get_inputs(rows, batch, spec_of(6, 1, 512))[0] for batch in batches]
+    rows = infer.on_device(data.rows_of(np.zeros(lengths.sum(), np.uint8), lengths, None, {}), "cpu")
+    tokens = [infer.get_inputs(rows, batch, spec_of(6, 1, 512))[0] for batch in batches]
     computed, real = (sum(f(x) for x in tokens) for f in (torch.numel, lambda x: (x > 0).sum().item()))
     assert computed / real <= 1.12 and len({x.shape[1] for x in tokens}) <= 16
 

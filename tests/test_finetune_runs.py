@@ -17,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import data
 import finetune
+import infer
 import models
 import training
 from harness import (SHARED, at_call, cases, contents, die, expand, log_rows, random_dna, refused, run,
@@ -92,7 +93,7 @@ def learnt(tmp_path_factory):
         [ALONE] = [row for row in done(**SMALL)[1] if row != ROW]
         cnn = {"kind": "cnn", "length": 60, "n_out": 2}
         bert = models.BertConfig(4 ** K + 5, BLOCK, 1, 2, 16, 64)
-        state = training.load(ROW["model"]) | {"model": finetune.build_net(cnn).state_dict()}
+        state = training.load(ROW["model"]) | {"model": infer.build_net(cnn).state_dict()}
         torch.save(state | {"config": cnn | {"classes": ("no", "yes"), "regression": False}}, "cnn.pt")
         state |= {"method": "randommask", "model": models.Bert(bert).state_dict(), "args": {"stride": K}}
         torch.save(state | {"config": vars(bert)}, "bert.pt")
@@ -369,10 +370,10 @@ def test_nothing_is_half_written(here, monkeypatch):
     monkeypatch.setattr("sys.argv", ["finetune.py", *flags])
     args, before = finetune.parse_args(), sorted(os.listdir())
     args.embed, args.dtype = args.predict, "float32"
-    monkeypatch.setattr(finetune, "read_blocks", functools.partial(finetune.read_blocks, size=40))
-    apply = finetune.apply
-    monkeypatch.setattr(finetune, "apply", lambda *args: seen.extend(os.listdir()) or apply(*args))
-    for function in (finetune.predict, finetune.embed):
+    monkeypatch.setattr(infer, "read_blocks", functools.partial(infer.read_blocks, size=40))
+    apply = infer.apply
+    monkeypatch.setattr(infer, "apply", lambda *args: seen.extend(os.listdir()) or apply(*args))
+    for function in (infer.predict, infer.embed):
         with pytest.raises(ValueError, match="t.fa: line 6"):
             function(args, torch.device("cpu"))
         assert sorted(os.listdir()) == before and "t.tsv.tmp" in seen            # the first block was done
