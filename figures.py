@@ -22,6 +22,7 @@ from sklearn.metrics import silhouette_score
 import cm_gems
 import data
 import findna
+import infer
 import models
 import randommask
 import table
@@ -124,17 +125,11 @@ def read_bert(path):
     """A checkpoint of ours, pretrained or fine-tuned, or hf:FOLDER -> (Bert in eval mode, stride)."""
     if path.startswith("hf:"):
         return models.load_hf(path[3:]).eval(), 1
-    state = training.load(path)
-    config, weights, stride = state["config"], state["model"], state["args"].get("stride", 1)
-    if config.get("kind") == "bert":                         # a classifier of finetune.py
-        config, stride = config["bert"], config["stride"]
-        weights = {name[5:]: tensor for name, tensor in weights.items() if name.startswith("bert.")}
-    if "vocab_size" not in config:
-        raise ValueError(f"{path}: a network of {state['method']} without k-mers; give a BERT of "
-                         f"randommask.py, cm_gems.py or finetune.py")
-    bert = models.Bert(models.BertConfig(**config))
-    bert.load_state_dict(weights)
-    return bert.eval(), stride
+    spec, weights = infer.read_checkpoint(path, argparse.Namespace(eval_network=None))
+    if spec["kind"] != "bert":
+        raise ValueError(f"{path}: a {spec['kind']}, no BERT over k-mers; give one of randommask.py, cm_gems.py "
+                         f"or finetune.py")
+    return infer.build_net({"n_out": 1} | spec, weights).bert.eval(), spec["stride"]
 
 
 def colorings(k):
@@ -323,7 +318,7 @@ def draw_masks(rows, place):
 def result_points(out):
     """results.jsonl and the papers' values of its tasks, x 100: ours {way: {(task, shots, metric): (mean, sd
     or nan, seeds)}}, papers {column: {key: value}}."""
-    runs = table.read_runs(os.path.join(out, "results.jsonl"))
+    runs = table.read_runs(out)
     ours, papers = table.our_columns(runs)[0], table.paper_columns(table.PAPER, runs)[0]
     points = {way: {key: (float(cell[0]), cell[1] or math.nan, cell[2]) for key, cell in cells.items()}
               for way, cells in ours.items()}

@@ -199,7 +199,7 @@ def test_a_classifier_and_an_export(tmp_path):
     classifier = {f"bert.{name}": tensor for name, tensor in bert.state_dict().items()}
     torch.save(torch.load(tmp_path / "last.pt") | {
         "method": "finetune", "model": classifier | {"out.bias": torch.ones(2)},
-        "config": {"kind": "bert", "bert": config, "stride": 3}}, tmp_path / "tuned.pt")
+        "config": {"kind": "bert", "bert": config, "stride": 3, "n_out": 2}}, tmp_path / "tuned.pt")
     models.save_hf(bert, tmp_path / "hf")
     for path, stride in ((tmp_path / "last.pt", 1), (tmp_path / "tuned.pt", 3), (f"hf:{tmp_path / 'hf'}", 1)):
         found, found_stride = figures.read_bert(str(path))
@@ -212,7 +212,7 @@ BROKEN = {
     "loss list": "line 1", "loss nan_step": "line 1", "loss rm rm": "once", "loss rm --names a b": "--names",
     "loss": "required", "loss rm --dpi 0": "--dpi", "loss rm --dp 9": "--dp", "pie": "pie",
     "embeddings none.pt": "no such checkpoint", "embeddings text/log.jsonl": "not a readable checkpoint",
-    "embeddings findna.pt": "findna without", "embeddings k1.pt": "1-mers", "embeddings hf:none": "none",
+    "embeddings findna.pt": "a mixer", "embeddings k1.pt": "1-mers", "embeddings hf:none": "none",
     "attention good.pt": "--fasta", "attention good.pt --fasta none.fa": "none.fa",
     "attention good.pt --fasta text/log.jsonl": "log.jsonl", "masks --fasta short.fa": "too few",
     "results rm": "no results yet", "results text": "line 1", "loss rm --out rm/log.jsonl/x": "rm/log.jsonl"}
@@ -226,7 +226,8 @@ def bad_files():
         Path(name, "log.jsonl").write_text(text)
     Path("text/results.jsonl").write_text("hello\n")
     save("good.pt")
-    save("findna.pt", method="findna", config={"length": 26, "n_layer": 1, "track_size": 4, "hidden": 8})
+    mixer = {"length": 26, "n_layer": 1, "track_size": 4, "hidden": 8}
+    save("findna.pt", method="findna", config=mixer, args={"length": 16})
     small = models.BertConfig(9, 22, 1, 2, 16, 32)
     save("k1.pt", config={name: getattr(small, name) for name in small.__dataclass_fields__},
          model=models.Bert(small).state_dict())
