@@ -235,8 +235,8 @@ def attention(bert, tokens, stride):
             "profile": profile.numpy()}
 
 
-def draw_attention(found, place):
-    """found: {checkpoint: what attention gives}. Shares by layer; the profile of the bases of `place`."""
+def draw_attention(found, places):
+    """found: {checkpoint: what attention gives}. Shares by layer; profiles of the sequences at `places`."""
     fig, axes = new_figure(2, 2, 4, 2.5)
     titles = {0: "Attention to [CLS]", 2: f"To k-mers at most {REACH} tokens away", 3: "Entropy of attention"}
     for color, (name, a) in zip(COLORS, found.items()):
@@ -249,7 +249,7 @@ def draw_attention(found, place):
         for received, style in zip(a["profile"], ("--", "-")):
             axes[1, 1].plot(received * a["maps"].shape[-1], style, color=color, lw=1)
     axes[1, 1].set(title="Last layer, what a base gets from a k-mer; dashed: from [CLS]", ylim=0,
-                   xlabel=f"base of {place}", ylabel="1 = uniform")
+                   xlabel=f"base of {' or of '.join(places)}", ylabel="1 = uniform")
     axes[0, 0].legend()
     return fig
 
@@ -414,17 +414,18 @@ def plot_embeddings(args):
 
 def plot_attention(args):
     device, *_ = training.set_up(args.device, "float32", join=False)
-    genome, found, rows = data.Genome(args.fasta, args.cache), {}, []
+    genome, found, rows, places = data.Genome(args.fasta, args.cache), {}, [], {}
     for name, path in named(args).items():
         bert, stride = read_bert(path)
         length = (bert.config.block_size - 3) * stride + bert.config.k
         bases, place = random_windows(genome, args.windows, length)
+        places[place] = None
         tokens = data.kmer_tokens(bases.to(device), bert.config.k, stride, specials=True)
         a = found[name] = attention(bert.to(device), tokens, stride)
         rows += [(name, i, *numbers) for i, numbers in enumerate(a["shares"].tolist(), 1)]
         rows.append((name, f"uniform, {tokens.shape[1]} tokens", *a["uniform"].tolist()))
     print_table(["checkpoint", "layer", "to [CLS]", "to [SEP]", f"to +-{REACH} k-mers", "entropy"], rows)
-    return {"": draw_attention(found, place), "_maps": draw_maps(found)}
+    return {"": draw_attention(found, places), "_maps": draw_maps(found)}
 
 
 def plot_masks(args):
