@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import zipfile
 
 import torch
 import torch.nn as nn
@@ -570,6 +571,19 @@ def check_vocabulary(path, k):
         raise ValueError(f"{path}: not 5 specials and the {k}-mers in order A,T,C,G; only that order loads")
 
 
+def load_bin(path):
+    """Tensors of a pytorch_model.bin. ValueError where they would take more memory than the file has."""
+    size = os.path.getsize(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z:
+            if sum(member.file_size for member in z.infolist()) > size:
+                raise ValueError("compressed")
+    raw = torch.load(path, map_location="cpu", weights_only=True)
+    if any(tensor.nbytes > size for tensor in raw.values()):
+        raise ValueError("a tensor larger than the file")
+    return raw
+
+
 def hf_tensors(folder):
     """(tensors by stock name, file) of a Hugging Face folder: old names renewed, no pooler."""
     files = [os.path.join(folder, name) for name in ("model.safetensors", "pytorch_model.bin")]
@@ -577,7 +591,7 @@ def hf_tensors(folder):
     if path is None:
         raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; download the weights, too")
     try:
-        raw = load_file(path) if path == files[0] else torch.load(path, map_location="cpu", weights_only=True)
+        raw = load_file(path) if path == files[0] else load_bin(path)
         raw = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
                for n, t in raw.items()}
     except Exception as e:                                   # foreign bytes, whatever they raise

@@ -21,7 +21,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 FORMAT = 1                                                   # of the checkpoint
-KEYS = {"format", "method", "step", "model", "optimizer", "config", "args", "data"}   # in it
+KEYS = {"format": int, "method": str, "step": int, "model": dict, "optimizer": dict, "config": dict,
+        "args": dict, "data": str}                           # in it
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
 MAY_CHANGE = ("out", "resume", "init", "genome", "data_dir", "cache", "device", "compile", "log_every",
               "eval_every", "save_every", "keep", "show_masks")      # at a resume: the weights depend on none
@@ -240,6 +241,15 @@ def save(state, out, milestone=None):
         raise OSError(f"cannot write {last}: {cause.strerror}; free space, go on with --resume") from None
 
 
+def leaves(value):
+    """What nested dicts, lists and tuples hold; RecursionError where they are nested without end."""
+    if not isinstance(value, (dict, list, tuple)):
+        yield value
+        return
+    for part in value.values() if isinstance(value, dict) else value:
+        yield from leaves(part)
+
+
 def load(path):
     """A checkpoint of ours, on the CPU: zip members stored and CRC-tested, then loaded with weights_only."""
     try:
@@ -248,8 +258,11 @@ def load(path):
             if not stored or sum(m.file_size for m in z.infolist()) > os.path.getsize(path) or z.testzip():
                 raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if KEYS - state.keys() or state["format"] != FORMAT:
-            raise ValueError(f"without {KEYS - state.keys()}" if KEYS - state.keys() else "of another format")
+        wrong = [name for name, kind in KEYS.items() if not isinstance(state.get(name), kind)]
+        if wrong or state["format"] != FORMAT:
+            raise ValueError(f"no good {', '.join(wrong)}" if wrong else "of another format")
+        if any(torch.is_tensor(x) and x.nbytes > x.untyped_storage().nbytes() for x in leaves(state)):
+            raise ValueError("a tensor larger than its data")
         return state
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; check the path") from None
