@@ -1,0 +1,260 @@
+"""Files made to run code, fill the memory or mislead, through every way in; what the sources never do."""
+import collections
+import functools
+import importlib
+import json
+import operator
+import os
+import pickle
+import resource
+import runpy
+import shutil
+import subprocess
+import time
+import zipfile
+from multiprocessing import util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import finetune                                              # noqa: F401, its imports take long
+import models
+import training
+from harness import at_call, contents, die, fork, random_dna, refused, run, wait, write_fasta
+
+EVIL = "open('executed', 'w').close()"                       # what each payload runs
+DEEP = 100_000
+
+
+class Call:
+    """Pickles as the call f(*args), whose result it is when read."""
+    def __init__(self, f, *args):
+        self.call = f, args
+
+    def __call__(self):                                      # pickle wants a callable in front of a call
+        pass
+
+    def __reduce__(self):
+        return self.call
+
+
+class Evil(torch.nn.Linear):
+    def __setstate__(self, state):
+        exec(EVIL)
+
+
+SYSTEM = Call(os.system, "touch executed")
+PAYLOADS = {
+    "os.system": SYSTEM, "eval": Call(eval, EVIL), "Popen": Call(subprocess.Popen, ["touch", "executed"]),
+    "exec in an OrderedDict": collections.OrderedDict(a=[{"b": Call(exec, EVIL)}]),
+    "attrgetter": Call(Call(operator.attrgetter("system"), Call(importlib.import_module, "os")),
+                       "touch executed"),
+    "import_module": Call(importlib.import_module, "evil"), "run_path": Call(runpy.run_path, "evil.py"),
+    "nested torch.load": Call(functools.partial(torch.load, weights_only=False), "inner.pt"),
+    "torch.hub.load": Call(functools.partial(torch.hub.load, source="local"), ".", "entry"),
+    "whole nn.Module": Evil(2, 2)}
+
+
+def zipped(path, members, method=zipfile.ZIP_STORED):
+    with zipfile.ZipFile(path, "w", method, compresslevel=1) as z:
+        for name, raw in members.items():
+            z.writestr(name, raw)
+
+
+def unzipped(path):
+    with zipfile.ZipFile(path) as z:
+        return {member.filename: z.read(member) for member in z.infolist()}
+
+
+def write_hostile(folder, weights, whole):
+    """The 20 files, on the model of a sound one: whole(weights or what stands for them, note)."""
+    folder.mkdir()
+    for name, payload in PAYLOADS.items():
+        torch.save(whole(payload), folder / name)
+    torch.save(whole(SYSTEM), folder / "os.system, legacy", _use_new_zipfile_serialization=False)
+    for name, protocol in (("os.system, raw pickle", 4), ("os.system, protocol 0", 0)):
+        (folder / name).write_bytes(pickle.dumps(SYSTEM, protocol))
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), folder / "jit archive")
+    torch.save(whole({name: torch.zeros(1).expand(10 ** 13) for name in weights}), folder / "expanded view")
+    torch.save(whole(weights | {"more": torch.zeros(4 * 10 ** 8, dtype=torch.uint8)}), folder / "bomb")
+    zipped(folder / "deflate bomb", unzipped(folder / "bomb"), zipfile.ZIP_DEFLATED)
+    torch.save(whole(weights, "note"), folder / "sound")
+    sound = unzipped(folder / "sound")
+    pickled, *_, data0 = [name for name in sound if name.endswith(("data.pkl", "data/0"))]
+    deep = sound[pickled].replace(b"X\4\0\0\0note", b"]" * DEEP + b"a" * (DEEP - 1))
+    assert len(deep) > DEEP
+    zipped(folder / "deep list", sound | {pickled: deep})
+    zipped(folder / "data.pkl swapped", sound | {pickled: pickle.dumps(SYSTEM, 2)})
+    zipped(folder / "short storage", sound | {data0: b"abcd"})
+    zipped(folder / "missing storage", {name: raw for name, raw in sound.items() if name != data0})
+    for name in ("bomb", "sound"):
+        (folder / name).unlink()
+
+
+BERT = dict(k=3, block_size=22, n_layer=1, n_head=2, n_embd=16)
+FLAGS = {"randommask": BERT, "cm_gems": BERT | {"n_inner": 64}, "finetune": BERT | {"csv": "a.csv"},
+         "findna": dict(length=30, windows=23, n_layer=1, track_size=2, hidden=8)}
+
+
+def flags(script, **more):
+    """Flags of one step of a tiny network; of finetune.py, of a run on the table."""
+    more = FLAGS[script] | {"device": "cpu", "out": "out"} | more
+    if script != "finetune":
+        more |= {"genome": ROOM / "a.fa", "batch_size": 8, "steps": 1, "eval_windows": 4}
+    return [str(x) for name, value in more.items() for x in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room(tmp_path_factory):
+    """The folder ROOM, with a genome, a table, what payloads need, and in hf a sound Hugging Face folder."""
+    global ROOM
+    ROOM, rng = tmp_path_factory.mktemp("room"), np.random.default_rng(0)
+    write_fasta(ROOM / "a.fa", {"a": random_dna(9000, rng)})
+    rows = [f"{random_dna(20, rng)},{i % 2}\n" for i in range(40)]
+    (ROOM / "a.csv").write_text("sequence,label\n" + "".join(rows))
+    (ROOM / "evil.py").write_text(EVIL)
+    (ROOM / "hubconf.py").write_text(f"def entry(): {EVIL}")
+    torch.save(SYSTEM, ROOM / "inner.pt")
+    models.save_hf(models.Bert(models.BertConfig(69, 22, 1, 2, 16, 64)), ROOM / "hf")
+
+
+@functools.cache
+def ran(script):
+    """The folder of a run of a script; of finetune.py, one that was killed."""
+    out, kill = ROOM / f"{script}.run", {0: at_call("training", "save", 2, die)}
+    more, patches = (dict(save_every=0), kill) if script == "finetune" else ({}, {})
+    result = run(flags(script, out=out, **more), patches, script=f"{script}.py")
+    assert result.code == (-9 if patches else 0), result
+    return out
+
+
+@functools.cache
+def hostile(script):
+    """The folder of the hostile files on the model of a script's checkpoint; bin: of a pytorch_model.bin."""
+    if script == "bin":
+        weights = models.load_file(ROOM / "hf/model.safetensors")
+        weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"]
+        write_hostile(ROOM / script, weights, lambda weights, note=None: (
+            weights if isinstance(weights, dict) else {"a": weights}) | ({"note": note} if note else {}))
+    else:
+        state = training.load(next(ran(script).rglob("last.pt")))
+        write_hostile(ROOM / script, state["model"], lambda weights, note=None: (
+            state | {"model": weights} | ({"args": note} if note else {})))
+    return ROOM / script
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """The working folder of a test, with what the payloads need and the table in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("evil.py", "hubconf.py", "inner.pt", "a.csv"):
+        shutil.copy(ROOM / name, tmp_path)
+    return tmp_path
+
+
+def measure():
+    """Patch: at its end the fork leaves in `used` its seconds of CPU and the memory it took, in MB."""
+    start = resource.getrusage(resource.RUSAGE_SELF)
+
+    def leave():
+        end = resource.getrusage(resource.RUSAGE_SELF)
+        seconds = end.ru_utime + end.ru_stime - start.ru_utime - start.ru_stime
+        with open("used", "w") as f:
+            json.dump([seconds, (end.ru_maxrss - start.ru_maxrss) / 1e3], f)
+    util.Finalize(None, leave, exitpriority=1)
+
+
+def trusting():
+    """Patch: torch.load as it was before it took care."""
+    real = torch.load
+    torch.load = lambda *args, **kwargs: real(*args, **kwargs | {"weights_only": False})
+
+
+def as_folder(path, name):
+    """A Hugging Face folder with `path` as its weights."""
+    shutil.copytree(ROOM / "hf", "hf", ignore=lambda *_: ["model.safetensors"])
+    shutil.copy(path, f"hf/{name}")
+    return "hf"
+
+
+def resumed(path, script):
+    """Flags that go on with a run whose checkpoint, and the one before, is `path`."""
+    shutil.copytree(ran(script), "out")
+    [last] = Path("out").rglob("last.pt")
+    for name in ("last.pt", "prev.pt"):
+        shutil.copy(path, last.with_name(name))
+    return flags(script) + ["--resume"] * (script != "finetune")
+
+
+PRETRAINING = ("randommask", "cm_gems", "findna")
+WAYS = {                                                     # folder of the files; what is called with what
+    "load": ("randommask", training.load, lambda path: [path]),
+    "hf .bin": ("bin", models.load_hf, lambda path: [as_folder(path, "pytorch_model.bin")]),
+    "hf .safetensors": ("bin", models.load_hf, lambda path: [as_folder(path, "model.safetensors")]),
+    "finetune --init random:": ("randommask", "finetune", lambda path: [
+        *flags("finetune"), "--init", f"random:{path}"]),
+    **{f"{script} --init hf:": ("bin", script, lambda path, script=script: [
+        *flags(script), "--init", f"hf:{as_folder(path, 'pytorch_model.bin')}"])
+       for script in ("randommask", "cm_gems", "finetune")},
+    **{f"{script} --init": (script.replace("finetune", "randommask"), script, lambda path, script=script: [
+        *flags(script), "--init", path]) for script in FLAGS},
+    **{f"{script} resumed": (script, script, lambda path, script=script: resumed(path, script))
+       for script in FLAGS},
+    **{f"finetune --{what}": ("finetune", "finetune", lambda path, what=what: [
+        f"--{what}", "new" if what == "export" else "a.csv", "--init", path])
+       for what in ("predict", "embed", "export")}}
+QUICK = ("load", "hf .bin", "randommask --init", "randommask resumed", "finetune --init")
+SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way not in QUICK]
+
+
+def attempt(way, name, patch=lambda: None):
+    """Reads a hostile file in one way, in a fork: its result, and the paths that are new in the folder."""
+    folder, target, arguments = WAYS[way]
+    for made in ("out", "hf"):
+        shutil.rmtree(made, ignore_errors=True)
+    args, before = arguments(hostile(folder) / name), contents(Path())
+
+    def call():
+        measure(), patch()
+        with training.user_errors():
+            target(*args)
+    if callable(target):
+        result = wait(fork(call))
+    else:
+        result = run(args, {0: lambda: (measure(), patch())}, script=f"{target}.py")
+    return result, {name for name, raw in contents(Path()).items() if before.get(name) != raw} - {"used"}
+
+
+@pytest.mark.fault("hostile checkpoints", n=20)
+@pytest.mark.parametrize("way", [*QUICK, *SLOW])
+def test_hostile_checkpoints(here, survived, way):
+    names = sorted(os.listdir(hostile(WAYS[way][0])))
+    assert len(names) == 20
+    for name in names:
+        result, new = attempt(way, name)
+        seconds, memory = json.loads(Path("used").read_text())
+        assert refused(result) and not new, (name, new)
+        assert seconds < 1 and memory < 300, (name, seconds, memory)
+        survived()
+
+
+@pytest.mark.parametrize("name", [*PAYLOADS, "os.system, legacy", "os.system, raw pickle",
+                                  "os.system, protocol 0", "data.pkl swapped"])
+def test_payloads_do_run(here, name):
+    """What the tests here would see if a file were trusted."""
+    file = hostile("bin") / name
+    fork(lambda: torch.load(file, weights_only=False)).join()
+    deadline = time.monotonic() + 9                          # Popen does not wait
+    while not Path("executed").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert Path("executed").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", [way for way in WAYS if "safetensors" not in way])
+def test_ways_do_read(here, way):
+    """Each way does read the file: with a loader that trusts it the payload runs."""
+    assert "executed" in attempt(way, "os.system", trusting)[1]
