@@ -287,7 +287,7 @@ def read_cache(folder, source):
         crc = index.pop("crc_index")
         bases = np.memmap(os.path.join(folder, "bases.u8"), np.uint8, mode="c")
         sound = crc == zlib.crc32(json.dumps(index).encode()) and index["crc_bases"] == zlib.crc32(bases)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         sound = False
     if sound and index["source"] == source:
         return index, bases

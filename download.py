@@ -260,8 +260,11 @@ def count_rows(path):
     """Rows of a table, records of a FASTA, tensors of weights: read strictly, to the end."""
     name = os.path.basename(path)
     if name.endswith(".json"):
-        with open(path) as f:
-            return len(json.load(f))
+        try:
+            with open(path) as f:
+                return len(json.load(f))
+        except (TypeError, RecursionError) as e:             # a number; lists without end
+            raise ValueError(f"not the JSON of a config ({data.show(str(e))})") from None
     if name.endswith(".bin"):
         return len(models.hf_tensors(os.path.dirname(path))[0])
     if name.endswith((".fa", ".fa.gz")):

@@ -527,7 +527,7 @@ def load_hf(folder):
     try:
         with open(path) as f:
             theirs = dict(json.load(f))
-    except (OSError, ValueError, TypeError) as e:
+    except (OSError, ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{path}: not a config ({show(e)}); give a Hugging Face folder") from None
     want = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": EPS, "type_vocab_size": 2,
             "is_decoder": False, "position_embedding_type": "absolute"}
