@@ -798,8 +798,10 @@ def recorded(init, state):
     numbers = [row["test"] | {"task": row["task"], "seed": row["seed"]} for row in
                read_results(os.path.dirname(os.path.dirname(init))) if state.get("id") == row["id"]]
     log = os.path.join(os.path.dirname(init), "log.jsonl")
-    if not numbers and os.path.exists(log):
-        last = json.loads(open(log).readlines()[-1])
+    rows = open(log, errors="replace").readlines() if not numbers and os.path.exists(log) else []
+    rows = [row for row in rows if row.startswith('{"step": ') and row.endswith("}\n")]      # whole ones
+    if rows:
+        last = json.loads(rows[-1])
         return {name: value for name, value in last.items() if "val" in name or name in ("step", "loss")}
     return numbers
 
@@ -900,6 +902,8 @@ if __name__ == "__main__":
         for flag, of in (("step", "window"), ("targets", "csv"), ("per_base", "embed")):
             if getattr(args, flag) and not getattr(args, of):
                 raise ValueError(f"--{flag}: belongs to --{of}; add that or drop it")
+        if args.out == "":
+            raise ValueError("--out '': name a folder, or the file to write")
         args.step = args.step or args.window
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                # and no half-written file
         if args.predict:
