@@ -309,16 +309,18 @@ def test_it_learns_and_the_demo_runs(out, tmp_path):
     assert log_rows(tmp_path / "demo")[-1]["step"] == 9      # an explicit flag wins
 
 
-@pytest.mark.parametrize("case", cases("flags.json"), ids=lambda c: str(c["args"]))
+@pytest.mark.fault("flags: randommask")
+@pytest.mark.parametrize("case", cases("common_flags.json") + cases("randommask_flags.json"), ids=lambda c: str(c["args"]))
 def test_bad_flags(out, tmp_path, case):
     if case.get("no_cuda") and torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    names = {"tmp": str(tmp_path), "fasta": str(FASTA)}
+    names = {"tmp": str(tmp_path), "fasta": str(FASTA), "whole": str(WHOLE / "last.pt")}
     flags = case["args"].split() if isinstance(case["args"], str) else case["args"]
     result = run(tiny(out) + [flag.format(**names) for flag in flags])
     assert case["word"].format(**names) in refused(result) and result.out == "" and os.listdir() == []
 
 
+@pytest.mark.fault("FASTA cases: randommask")
 @pytest.mark.parametrize("case", [c for c in cases("fasta.json") if "word" in c], ids=lambda c: c["name"])
 def test_bad_fasta(out, tmp_path, case):
     assert refused(run(tiny(out, genome=write_case(case, tmp_path / "case.fa"))))
