@@ -1033,6 +1033,6 @@ if __name__ == "__main__":
         try:
             report_task(TASKS[name], args.data_dir, args.fasta)
         except ValueError as e:                              # the next set may be there
-            print(f"  not read: {e}")
+            print("  not read:", "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(e)))
             status = 2
     parser.exit(status)

@@ -689,7 +689,7 @@ def run_all(args, inits, runs, device, rank, world):
         except (ValueError, ArithmeticError) as e:
             code = 3 if isinstance(e, ArithmeticError) else 2
             if str(e) not in errors:                         # of the first repeat
-                print(f"error: {e}", file=sys.stderr, flush=True)
+                print(f"error: {training.plain(str(e))}", file=sys.stderr, flush=True)
             errors.add(str(e))
     return code
 

@@ -29,6 +29,12 @@ MAY_CHANGE = ("out", "resume", "init", "genome", "data_dir", "cache", "device", 
 signals, parent = [], os.getppid()                           # stop signals received; who started us
 
 
+def plain(text):
+    """Text in one line, safe on a terminal: what is not printable is escaped, a long one cut in the middle."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) < 850 else f"{text[:550]} ... {text[-250:]}"
+
+
 @contextlib.contextmanager
 def user_errors(*kinds):
     """These exceptions (default ValueError, OSError, CUDA out of memory) become one line and exit code 2."""
@@ -36,7 +42,7 @@ def user_errors(*kinds):
         yield
     except kinds or (ValueError, OSError, torch.OutOfMemoryError) as e:
         advice = "; lower --micro_batch_size" if isinstance(e, torch.OutOfMemoryError) else ""
-        print(f"error: {str(e).splitlines()[0]}{advice}", file=sys.stderr, flush=True)
+        print(f"error: {plain((str(e) or repr(e)).splitlines()[0])}{advice}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
