@@ -331,7 +331,7 @@ def unpack(archive, made, classes):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 with open(path, "w") as f:
                     f.write("sequence,label\n")
-                    for label, member in found:              # z.read would inflate all, whatever its size says
+                    for label, member in found:              # z.read would inflate beyond the size
                         with z.open(member) as text:
                             f.write(f"{text.read(1 << 14).decode().strip()},{label}\n")
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnicodeError) as e:

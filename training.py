@@ -30,7 +30,7 @@ signals, parent = [], os.getppid()                           # stop signals rece
 
 
 def plain(text):
-    """Text in one line, safe on a terminal: what is not printable is escaped, a long one cut in the middle."""
+    """Text in one line, safe on a terminal: unprintable characters escaped, a long one cut in the middle."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) < 850 else f"{text[:550]} ... {text[-250:]}"
 
