@@ -1,4 +1,5 @@
 """Files made to run code, fill the memory or mislead, through every way in; what the sources never do."""
+import ast
 import collections
 import functools
 import importlib
@@ -22,10 +23,12 @@ import torch
 import finetune                                              # noqa: F401, its imports take long
 import models
 import training
-from harness import at_call, contents, die, fork, random_dna, refused, run, wait, write_fasta
+from harness import ROOT, at_call, contents, die, fork, random_dna, refused, run, wait, write_fasta
 
 EVIL = "open('executed', 'w').close()"                       # what each payload runs
 DEEP = 100_000
+COORDINATES, HEAD = "GenomicBenchmarks/coordinates/human_enhancers_cohn", "id,region,start,end,strand\n"
+GENOMIC = "--task gb/human_enhancers_cohn --data_dir . --fasta g.fa"
 
 
 class Call:
@@ -258,3 +261,83 @@ def test_payloads_do_run(here, name):
 def test_ways_do_read(here, way):
     """Each way does read the file: with a loader that trusts it the payload runs."""
     assert "executed" in attempt(way, "os.system", trusting)[1]
+
+
+NEVER = {"extractall", "extract", "system", "popen", "hub", "urlretrieve"}
+MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "subprocess"}
+
+
+def unsafe(source):
+    """Lines of a source that could run code from a file, leave a folder, or fetch without TLS."""
+    for node in ast.walk(ast.parse(source)):
+        imports = isinstance(node, (ast.Import, ast.ImportFrom))
+        names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""] if imports else []
+        call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        options = {word.arg: ast.unparse(word.value) for word in getattr(node, "keywords", []) if call}
+        if (MODULES & {name.split(".")[0] for name in names}
+                or call in ("eval", "exec", "compile", "__import__") or isinstance(node, ast.Attribute) and node.attr in NEVER
+                or call in ("torch.load", "torch.jit.load") and options.get("weights_only") != "True"
+                or call in ("np.load", "numpy.load") and options.get("allow_pickle", "False") != "False"
+                or options.get("shell", "False") != "False" or options.get("weights_only", "True") != "True"
+                or isinstance(node, ast.Constant) and "http://" in str(node.value)):
+            yield node.lineno
+
+
+@pytest.mark.fault("sources: unsafe calls")
+@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")), ids=lambda path: path.name)
+def test_sources_call_nothing_unsafe(path):
+    assert not [*unsafe(path.read_text())]
+
+
+@pytest.mark.parametrize("source", [
+    "import pickle", "from pickle import loads", "import os, joblib.x", "torch.load(path)", "eval(text)",
+    "torch.load(path, weights_only=False)", "f(path, weights_only=safe)", "np.load(path, allow_pickle=True)",
+    "exec(text)", "run(command, shell=True)", "archive.extractall()", "archive.extract(name)",
+    "os.system(text)", "get('http://example.org')", "torch.hub.load('x')", "f'http://{host}/'"])
+def test_what_is_unsafe_is_seen(source):
+    assert [*unsafe(source)]
+
+
+ESC = "\x1b]0;owned\x07\x1b[2J\u202e"                       # sets the title, clears the screen, turns text
+LONG = ESC + "x" * 3000
+SHOWN = {                                                    # file: its text, and the command that reads it
+    "contig name": ("a.fa", f">{LONG} y\nACGT\n", "randommask --genome a.fa"),
+    "second contig": ("a.fa", f">a\nACGT\n>{ESC}\nACGT\n", "findna --genome a.fa"),
+    "line before the header": ("a.fa", f"{LONG}\n>a\nACGT\n", "cm_gems --genome a.fa"),
+    "letter": ("a.fa", f">a\nACGT{ESC}\n", "randommask --genome a.fa"),
+    "label": ("a.csv", f"sequence,label\nACGT,{LONG}\nACGG,1\n", "finetune --csv a.csv"),
+    "column": ("a.csv", f"{LONG},label\nACGT,1\nACGG,0\n", "finetune --csv a.csv"),
+    "sequence": ("a.csv", f"sequence,label\n{LONG},1\nACGG,0\n", "finetune --csv a.csv"),
+    "blanks": ("a.csv", f"sequence,label\nA {LONG},1\nACGG,0\n", "finetune --csv a.csv"),
+    "number": ("a.csv", f"sequence,label\nACGT,{LONG}\nACGG,0\n", "finetune --csv a.csv --targets label"),
+    "column of an NPMI table": ("a.csv", f"{LONG},npmi\nAAA,1\n", "cm_gems --npmi_table a.csv"),
+    "row of an NPMI table": ("a.csv", f"kmer,npmi\n{LONG},{LONG}\n", "cm_gems --npmi_table a.csv"),
+    "region": (f"{COORDINATES}/test/positive.csv", f"{HEAD}0,{LONG},0,4,+\n", f"finetune {GENOMIC}"),
+    "strand": (f"{COORDINATES}/test/positive.csv", f"{HEAD}0,a,0,4,{LONG}\n", f"finetune {GENOMIC}"),
+    "FASTA of regions": ("g.fa", f">{LONG}\nACGT\n>{ESC}2\nACGT\n", f"finetune {GENOMIC}"),
+    "class folder": (f"{COORDINATES}/test/{ESC}.csv", HEAD, f"finetune {GENOMIC}"),
+    "class folder, report": (f"{COORDINATES}/test/{ESC}.csv", HEAD, f"data {GENOMIC.partition(' ')[2]}"),
+    "config value": ("hf/config.json", json.dumps({"model_type": LONG}), "randommask --init hf:hf"),
+    "path of a CSV": (f"{ESC}.csv", "", f"finetune --csv {ESC}.csv"),
+    "path of a FASTA": (f"{ESC}.fa", "", f"randommask --genome {ESC}.fa"),
+    "path of a checkpoint": (f"{ESC}.pt", "", f"randommask --init {ESC}.pt"),
+    "path of a folder": (f"{ESC}/config.json", "", f"finetune --csv a.csv --init hf:{ESC}")}
+
+
+@pytest.mark.fault("escapes in names from files")
+@pytest.mark.parametrize("case", SHOWN)
+def test_escapes_do_not_reach_the_terminal(here, case):
+    path, text, command = SHOWN[case]
+    for split in ("train", "test"):
+        for name in ("negative", "positive"):
+            (here / COORDINATES / split).mkdir(parents=True, exist_ok=True)
+            (here / COORDINATES / split / f"{name}.csv").write_text(f"{HEAD}0,a,0,4,+\n")
+    (here / "g.fa").write_text(">a\nACGT\n")
+    (here / path).parent.mkdir(exist_ok=True)
+    (here / path).write_text(text)
+    script, *args = command.split()
+    tiny = flags(script) if script in FLAGS and "--task" not in args else []
+    result = run([*tiny, *args], script=f"{script}.py")
+    said = result.out + result.err
+    assert result.code == 2 and said.replace("\n", "").isprintable()
+    assert "\\x1b" in said and max(map(len, said.splitlines())) < 900, said
