@@ -249,6 +249,12 @@ def test_models_and_demo(out, tmp_path):
     assert log_rows(tmp_path / "demo")[-1]["step"] == 9      # an explicit flag wins
 
 
+@pytest.mark.fault("numerics: nothing masked")
+def test_nothing_masked(out):
+    assert pretrain(tiny(out, p_scale=1e-9)).code == 0
+    assert {row[name] for row in log_rows(out) for name in ("loss", "grad_norm", "masked")} == {0}
+
+
 @pytest.mark.fault("flags: cm_gems")
 @pytest.mark.parametrize("case", cases("common_flags.json") + cases("cm_flags.json"),
                          ids=lambda case: str(case["args"]))

@@ -271,11 +271,12 @@ def unsafe(source):
     """Lines of a source that could run code from a file, leave a folder, or fetch without TLS."""
     for node in ast.walk(ast.parse(source)):
         imports = isinstance(node, (ast.Import, ast.ImportFrom))
-        names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""] if imports else []
+        names = [x.name for x in node.names] + [getattr(node, "module", None) or ""] if imports else []
         call = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
         options = {word.arg: ast.unparse(word.value) for word in getattr(node, "keywords", []) if call}
         if (MODULES & {name.split(".")[0] for name in names}
-                or call in ("eval", "exec", "compile", "__import__") or isinstance(node, ast.Attribute) and node.attr in NEVER
+                or call in ("eval", "exec", "compile", "__import__")
+                or isinstance(node, ast.Attribute) and node.attr in NEVER
                 or call in ("torch.load", "torch.jit.load") and options.get("weights_only") != "True"
                 or call in ("np.load", "numpy.load") and options.get("allow_pickle", "False") != "False"
                 or options.get("shell", "False") != "False" or options.get("weights_only", "True") != "True"
