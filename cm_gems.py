@@ -365,8 +365,7 @@ if __name__ == "__main__":
         if args.resume:
             state = training.load_run(args.out, run, fixed=("eval_every",))    # that decides when it switches
             start, curriculum = state["step"], {name: state[name] for name in curriculum}
-            model.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
+            training.restore(state, model=model, optimizer=optimizer)
             del state
         if rank == 0 and not args.show_masks:
             lock = training.open_run(args.out, args, start)

@@ -278,6 +278,17 @@ def fit_linear(train, labels, test, task):
     return outputs if outputs.ndim > 1 else np.stack([-outputs, outputs], 1) / 2
 
 
+def check_spec(spec, weights):
+    """Some exception where a network of this spec has not these weights; takes no memory, whatever it says."""
+    sizes = spec.get("bert") or spec.get("mixer") or {}
+    if sizes.get("n_layer", 0) > len(weights) or spec["kind"] == "bert" and not (
+            spec["k"] == models.BertConfig(**sizes).k and 1 <= spec["stride"] <= spec["k"]):
+        raise ValueError("sizes")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # that nothing is copied
+        build_net({"n_out": 1, "pool": "mean", "head": "linear", "n_blocks": None} | spec, weights)
+
+
 def read_checkpoint(path, args):
     """A checkpoint of ours -> (spec, weights). Of FinDNA's two networks the one that --eval_network names."""
     state = training.load(path)
@@ -293,9 +304,9 @@ def read_checkpoint(path, args):
             config = models.BertConfig(**spec)
             spec = {"kind": "bert", "bert": dataclasses.asdict(config), "k": config.k,
                     "stride": state["args"].get("stride", 1)}
-        spec["kind"]
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"--init {path}: not a model of these scripts ({e}); use another") from None
+        check_spec(spec, weights)
+    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"--init {path}: not a model of these scripts ({e!r:.80}); use another") from None
     return spec, weights
 
 
@@ -395,9 +406,8 @@ def fine_tune(net, train, dev, task, run, folder, args):
     total, batches = torch.zeros(2, device=device), None     # loss sum, sequences since the last evaluation
     if any(os.path.exists(os.path.join(folder, name)) for name in ("last.pt", "prev.pt")):
         state = training.load_run(folder, run)
-        done, best, total = state["step"], state["best"], state["total"].to(device)
-        net.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        done, best = state["step"], state["best"]
+        training.restore(state, model=net, optimizer=optimizer, total=total)
     lock, saved = training.open_run(folder, args, done), time.monotonic()      # locked until we return
     bar = tqdm(initial=done, total=steps, unit="step", disable=not sys.stderr.isatty())
     while done < steps and not (p["patience"] and best["worse"] >= p["patience"]):

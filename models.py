@@ -544,19 +544,23 @@ def load_hf(folder):
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise ValueError(f"{path}: hidden_dropout_prob {show(dropout)}; it is a share")
     config = BertConfig(*sizes.values(), dropout)
-    check_vocabulary(os.path.join(folder, "vocab.txt"), config.k)
     tensors, path = hf_tensors(folder)
+    if config.n_layer > len(tensors) or config.k > 8:
+        raise ValueError(f"{path}: {config.n_layer} layers, {config.k}-mers in its config; too many")
     missing = [name for names in hf_names(config).values() for name in names if name not in tensors]
     if missing:
         raise ValueError(f"{path}: no weights {show(missing[0])}; a BERT with its masked-LM head is needed")
-    model = Bert(config)
     try:
         state = {ours: torch.cat([tensors.pop(n) for n in names]) for ours, names in hf_names(config).items()}
+        with torch.device("meta"):                           # sizes that fit, before they take memory
+            Bert(config).load_state_dict(state, assign=True)
+        model = Bert(config)
         model.load_state_dict(state)
     except RuntimeError as e:
         raise ValueError(f"{path}: {show(str(e).splitlines()[-1])}; config and weights disagree") from None
     if tensors:
         raise ValueError(f"{path}: weights a BERT has not: {show(sorted(tensors))}; is it another model?")
+    check_vocabulary(os.path.join(folder, "vocab.txt"), config.k)
     return model
 
 

@@ -265,10 +265,15 @@ def load(path):
                 raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
         wrong = [name for name, kind in KEYS.items() if not isinstance(state.get(name), kind)]
-        if wrong or state["format"] != FORMAT:
+        if wrong or state["format"] != FORMAT or state["step"] < 0:
             raise ValueError(f"no good {', '.join(wrong)}" if wrong else "of another format")
         if any(torch.is_tensor(x) and x.nbytes > x.untyped_storage().nbytes() for x in leaves(state)):
             raise ValueError("a tensor larger than its data")
+        if not all(type(name) is str and torch.is_tensor(x) for name, x in state["model"].items()):
+            raise ValueError("weights that are none")
+        flags = leaves([state["config"], state["args"]])
+        if not all(isinstance(x, (str, int, float, type(None))) for x in flags):
+            raise ValueError("flags that are none")
         return state
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; check the path") from None
@@ -296,6 +301,26 @@ def load_run(out, run, fixed=()):
         with contextlib.suppress(FileNotFoundError):         # another rank was first
             os.replace(last, os.path.join(out, "broken.pt"))
     return state
+
+
+def restore(state, **parts):
+    """Puts parts of a checkpoint in place: networks, optimizer, tensors. ValueError where one does not fit."""
+    for name, part in parts.items():
+        try:
+            if torch.is_tensor(part):
+                if state[name].shape != part.shape:
+                    raise ValueError("another shape")
+                part.copy_(state[name])
+            elif name == "optimizer":                        # the hyperparameters are those of the flags
+                part.load_state_dict({"state": state[name]["state"],
+                                      "param_groups": part.state_dict()["param_groups"]})
+                for p, moments in part.state.items():        # a fused step trusts these shapes blindly
+                    if [moments[key].shape for key in ("exp_avg", "exp_avg_sq", "step")] != [p.shape] * 2 + [()]:
+                        raise ValueError("moments of another shape")
+            else:
+                part.load_state_dict(state[name])
+        except Exception as e:                               # foreign values, whatever they raise
+            raise ValueError(f"--resume: {name} of another network ({e!r:.80}); choose another --out") from None
 
 
 def finish(code=0):
