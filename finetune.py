@@ -279,7 +279,7 @@ def fit_linear(train, labels, test, task):
 
 
 def check_spec(spec, weights):
-    """Some exception where a network of this spec has not these weights; takes no memory, whatever it says."""
+    """An exception where a network of this spec has not these weights; takes no memory, whatever it says."""
     sizes = spec.get("bert") or spec.get("mixer") or {}
     if sizes.get("n_layer", 0) > len(weights) or spec["kind"] == "bert" and not (
             spec["k"] == models.BertConfig(**sizes).k and 1 <= spec["stride"] <= spec["k"]):

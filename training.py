@@ -304,7 +304,7 @@ def load_run(out, run, fixed=()):
 
 
 def restore(state, **parts):
-    """Puts parts of a checkpoint in place: networks, optimizer, tensors. ValueError where one does not fit."""
+    """Puts parts of a checkpoint in place: networks, optimizer, tensors. ValueError where one fits not."""
     for name, part in parts.items():
         try:
             if torch.is_tensor(part):
@@ -315,12 +315,13 @@ def restore(state, **parts):
                 part.load_state_dict({"state": state[name]["state"],
                                       "param_groups": part.state_dict()["param_groups"]})
                 for p, moments in part.state.items():        # a fused step trusts these shapes blindly
-                    if [moments[key].shape for key in ("exp_avg", "exp_avg_sq", "step")] != [p.shape] * 2 + [()]:
+                    shapes = [moments[key].shape for key in ("exp_avg", "exp_avg_sq", "step")]
+                    if shapes != [p.shape, p.shape, ()]:
                         raise ValueError("moments of another shape")
             else:
                 part.load_state_dict(state[name])
         except Exception as e:                               # foreign values, whatever they raise
-            raise ValueError(f"--resume: {name} of another network ({e!r:.80}); choose another --out") from None
+            raise ValueError(f"--resume: {name} of another network ({e!r:.80}); give another --out") from None
 
 
 def finish(code=0):

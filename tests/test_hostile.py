@@ -213,12 +213,14 @@ QUICK = ("load", "hf .bin", "randommask --init", "randommask resumed", "finetune
 SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way not in QUICK]
 
 
-def attempt(way, name, patch=lambda: None):
+def attempt(way, name, patch=lambda: None, files=hostile):
     """Reads a hostile file in one way, in a fork: its result, and the paths that are new in the folder."""
     folder, target, arguments = WAYS[way]
-    for made in ("out", "hf"):
+    for made in ("out", "hf", "new"):
         shutil.rmtree(made, ignore_errors=True)
-    args, before = arguments(hostile(folder) / name), contents(Path())
+    for made in ("a.predictions.tsv", "a.npz"):
+        Path(made).unlink(missing_ok=True)
+    args, before = arguments(files(folder) / name), contents(Path())
 
     def call():
         measure(), patch()
@@ -342,3 +344,60 @@ def test_escapes_do_not_reach_the_terminal(here, case):
     said = result.out + result.err
     assert result.code == 2 and said.replace("\n", "").isprintable()
     assert "\\x1b" in said and max(map(len, said.splitlines())) < 900, said
+
+
+def lies(state):
+    """{name: a sound checkpoint in which one part is another}: right in form, wrong in what it says."""
+    zero, (first, *_) = torch.zeros(3), state["model"]
+    optimizer = state["optimizer"]
+    moments = {i: part | {"exp_avg": zero} for i, part in optimizer["state"].items()}
+    def sized(**sizes):
+        config = state["config"]                             # of finetune.py: the network's is one level down
+        return config | ({"bert": config["bert"] | sizes} if "bert" in config else sizes)
+    wrong = {"step -1": {"step": -1}, "step 10**30": {"step": 10 ** 30}, "no weights": {"model": {}},
+             "a weight more": {"model": state["model"] | {"more": zero}},
+             "a weight of another shape": {"model": state["model"] | {first: zero}},
+             "a weight that is text": {"model": state["model"] | {first: "text"}},
+             "numbers for names": {"model": {1: zero}}, "empty optimizer": {"optimizer": {}},
+             "an optimizer of another network": {"optimizer": optimizer | {"param_groups": []}},
+             "groups that are text": {"optimizer": {"state": {}, "param_groups": "text"}},
+             "moments of another shape": {"optimizer": optimizer | {"state": moments}},
+             "moments that are text": {"optimizer": optimizer | {"state": {i: "text" for i in moments}}},
+             "other sizes": {"config": {name: 2 * x if isinstance(x, int) else x for name, x in
+                                        state["config"].items()}},
+             "no sizes": {"config": {}},
+             "sizes that are text": {"config": dict.fromkeys(state["config"], "9")},
+             "10**9 layers": {"config": sized(n_layer=10 ** 9)},
+             "10**12 positions": {"config": sized(block_size=10 ** 12, length=10 ** 12)},
+             "10**7 wide": {"config": sized(n_embd=10 ** 7, hidden=10 ** 7)},
+             "no flags": {"args": {}}, "flags that are tensors": {"args": dict.fromkeys(state["args"], zero)},
+             "another method": {"method": "x" * 5000}, "other data": {"data": LONG}}
+    return {name: state | part for name, part in wrong.items()}
+
+
+@functools.cache
+def lying(script):
+    (folder := ROOM / f"{script}.lies").mkdir()
+    for name, state in lies(training.load(next(ran(script).rglob("last.pt")))).items():
+        torch.save(state, folder / name)
+    return folder
+
+
+UNUSED = {"step 10**30", "groups that are text", "an optimizer of another network"}   # by a run that goes on
+BY_INIT = UNUSED | {"other data", "another method", "no flags", "empty optimizer", "moments of another shape",
+                    "moments that are text"}                 # by one that starts from these weights
+
+
+@pytest.mark.fault("checkpoints that lie", n=22)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way != "finetune resumed"))
+                                 for way in WAYS if "hf" not in way and way != "load"])
+def test_lies(here, survived, way):
+    assert len(names := sorted(os.listdir(lying(WAYS[way][0])))) == 22
+    for name in names:
+        result, new = attempt(way, name, files=lying)
+        if result.code or name not in (UNUSED if "resumed" in way else BY_INIT):
+            assert refused(result) and not new, (name, new)
+        assert result.code == 2 or result.err == "", (name, result)
+        seconds, memory = json.loads(Path("used").read_text())
+        assert seconds < 1 and memory < 300, (name, seconds, memory)
+        survived()
