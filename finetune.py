@@ -283,7 +283,7 @@ def check_spec(spec, weights):
     sizes = spec.get("bert") or spec.get("mixer") or {}
     if sizes.get("n_layer", 0) > len(weights) or spec["kind"] == "bert" and not (
             spec["k"] == models.BertConfig(**sizes).k and 1 <= spec["stride"] <= spec["k"]):
-        raise ValueError("sizes")
+        raise ValueError("--init: a network of other sizes than its weights; use another")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # that nothing is copied
         build_net({"n_out": 1, "pool": "mean", "head": "linear", "n_blocks": None} | spec, weights)
@@ -305,7 +305,7 @@ def read_checkpoint(path, args):
             spec = {"kind": "bert", "bert": dataclasses.asdict(config), "k": config.k,
                     "stride": state["args"].get("stride", 1)}
         check_spec(spec, weights)
-    except (LookupError, TypeError, ValueError, AttributeError, RuntimeError) as e:
+    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
         raise ValueError(f"--init {path}: not a model of these scripts ({e!r:.80}); use another") from None
     return spec, weights
 
