@@ -214,7 +214,8 @@ SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way not in 
 
 
 def attempt(way, name, patch=lambda: None, files=hostile):
-    """Reads a hostile file in one way, in a fork: its result, and the paths that are new in the folder."""
+    """Reads a hostile file in one way, in a fork: its result, and the paths that are new in the folder. A run
+    that goes on reads two, last.pt and prev.pt."""
     folder, target, arguments = WAYS[way]
     for made in ("out", "hf", "new"):
         shutil.rmtree(made, ignore_errors=True)
@@ -242,7 +243,7 @@ def test_hostile_checkpoints(here, survived, way):
         result, new = attempt(way, name)
         seconds, memory = json.loads(Path("used").read_text())
         assert refused(result) and not new, (name, new)
-        assert seconds < 1 and memory < 300, (name, seconds, memory)
+        assert seconds < 1 + way.endswith("resumed") and memory < 300, (name, seconds, memory)
         survived()
 
 
@@ -399,5 +400,5 @@ def test_lies(here, survived, way):
             assert refused(result) and not new, (name, new)
         assert result.code == 2 or result.err == "", (name, result)
         seconds, memory = json.loads(Path("used").read_text())
-        assert seconds < 1 and memory < 300, (name, seconds, memory)
+        assert seconds < 1 + way.endswith("resumed") and memory < 300, (name, seconds, memory)
         survived()
