@@ -399,7 +399,7 @@ def ddp(rounds):
             torch.multiprocessing.spawn(run_rank, (world, tmp), nprocs=world)
             moments = training.load(f"{tmp}/{world}/last.pt")["optimizer"]["state"].values()
             gradients.append(torch.cat([state["exp_avg"].flatten() for state in moments]).double())
-        sent = torch.load(f"{tmp}/sent")                     # 3 x (gradients, vector), evaluation
+        sent = torch.load(f"{tmp}/sent", weights_only=True)  # 3 x (gradients, vector), evaluation
     error, n = (torch.dist(*gradients) / gradients[0].norm()).item(), len(gradients[0])
     line("ddp", f"gradient of 2 ranks, relative error {error:.1e}", (error <= 1e-6, "<= 1e-6"))
     line("ddp", f"all-reduced in a step: {sent[0] / n:.4g} x 4 bytes x parameters, and {8 * sent[1]} bytes",

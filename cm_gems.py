@@ -352,8 +352,8 @@ if __name__ == "__main__":
         in_force = "genemask" if args.strategy == "cm_gems" else args.strategy
         start, curriculum = 0, {"strategy": in_force, "perplexities": [], "switch_step": None}
         if args.resume:
-            state = training.load_run(args.out, run, model, optimizer,
-                                      fixed=("eval_every",))                   # it decides when to switch
+            state = training.load_run(args.out, run, fixed=("eval_every",),    # that decides when it switches
+                                      model=model, optimizer=optimizer)
             start, curriculum = state["step"], {name: state[name] for name in curriculum}
             del state
         if rank == 0 and not args.show_masks:

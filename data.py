@@ -148,8 +148,7 @@ class Genome:
         paths = [os.fspath(p) for p in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
         if len({os.path.realpath(p) for p in paths}) < len(paths):
             raise ValueError(f"{', '.join(paths)}: the same FASTA twice; name each file once")
-        index, folder = open_cache(paths, cache, keep and sorted(keep))
-        self.bases = np.memmap(os.path.join(folder, "bases.u8"), np.uint8, mode="c")    # of all, end to end
+        index, self.bases = open_cache(paths, cache, keep and sorted(keep))     # bases: of all, end to end
         self.contigs = dict(index["contigs"])                # {name: length}
         self.offsets = dict(zip(self.contigs, np.cumsum([0, *self.contigs.values()]).tolist()))
         self.intervals = np.array(index["intervals"])        # (n, 2): stretches without N, positions in bases
@@ -249,46 +248,54 @@ def cache_home():
 
 
 def open_cache(paths, cache, keep):
-    """Finds the cache of these FASTA files or builds it where that can be written: (index, folder)."""
+    """Finds the cache of these FASTA files or builds it where that can be written: (index, bases)."""
     roots = [cache] if cache else [os.path.dirname(os.path.abspath(paths[0])), cache_home()]
     source = [file_fingerprint(p) for p in paths] + [keep]
     for root in roots:
         key = json.dumps([[os.path.relpath(p, root) for p in paths], keep])
         name = f"{os.path.basename(paths[0])}.{hashlib.sha256(key.encode()).hexdigest()[:8]}.nanodna"
         folder = os.path.join(root, name)
-        if index := read_index(folder, source):
-            return index, folder
-        try:
-            os.makedirs(folder, exist_ok=True)
-            with open(os.path.join(folder, "lock"), "w") as lock:
-                with contextlib.suppress(OSError):           # some network file systems have no locks
-                    fcntl.flock(lock, fcntl.LOCK_EX)         # ranks that start together build it once
-                os.makedirs(folder, exist_ok=True)           # who was before us may have failed and tidied up
-                return read_index(folder, source) or build_cache(paths, keep, source, folder), folder
-        except OSError as e:                                 # read-only or full: the next place
-            error = e.strerror
+        for _ in range(100):                                 # another process may remove the folder
+            if found := read_cache(folder, source):
+                return found
+            try:
+                os.makedirs(folder, exist_ok=True)
+                with open(os.path.join(folder, "lock"), "w") as lock:
+                    with contextlib.suppress(OSError):       # some network file systems have no locks
+                        fcntl.flock(lock, fcntl.LOCK_EX)     # ranks that start together build it once
+                    if not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+                        continue                             # the lock of a folder that was removed
+                    if found := read_cache(folder, source):
+                        return found
+                    build_cache(paths, keep, source, folder)
+            except FileNotFoundError as e:
+                error = e.strerror
+            except OSError as e:                             # read-only or full: the next place
+                error = e.strerror
+                break
     raise ValueError(f"{folder}: cannot write the genome cache ({error}); use --cache FOLDER")
 
 
-def read_index(folder, source):
-    """The index of a cache that is whole and of these sources; else None, and says why it is built again."""
+def read_cache(folder, source):
+    """(index, bases) of a cache that is whole and of these sources; else None, and says why it is built anew.
+    The bases are the very mapping that was checked: files of these names may change at any moment."""
     if not os.path.exists(os.path.join(folder, "index.json")):
         return None
     try:
         with open(os.path.join(folder, "index.json")) as f:
             index = json.load(f)
         crc = index.pop("crc_index")
-        bases = np.memmap(os.path.join(folder, "bases.u8"), np.uint8, mode="r")
+        bases = np.memmap(os.path.join(folder, "bases.u8"), np.uint8, mode="c")
         sound = crc == zlib.crc32(json.dumps(index).encode()) and index["crc_bases"] == zlib.crc32(bases)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         sound = False
     if sound and index["source"] == source:
-        return index
+        return index, bases
     print(f"genome cache {folder}: {'FASTA changed' if sound else 'damaged'}, building it again", flush=True)
 
 
 def build_cache(paths, keep, source, folder):
-    """Validates and packs the FASTA files: bases.u8, index.json (temp names, renamed). Returns the index."""
+    """Validates and packs the FASTA files: bases.u8, index.json (temp names, renamed)."""
     contigs, intervals, size, crc, n_ambiguous = [], [], 0, 0, 0
     files = [os.path.join(folder, name) for name in ("bases.u8", "index.json")]
     try:
@@ -316,10 +323,11 @@ def build_cache(paths, keep, source, folder):
             json.dump(index | {"crc_index": zlib.crc32(json.dumps(index).encode())}, f)
         for file in files:
             os.replace(file + ".tmp", file)
+    except FileNotFoundError:                                # another process removed the folder, and may
+        raise                                                # be at work in a new one
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    return index
 
 
 def contig_names(contigs):
@@ -1025,6 +1033,6 @@ if __name__ == "__main__":
         try:
             report_task(TASKS[name], args.data_dir, args.fasta)
         except ValueError as e:                              # the next set may be there
-            print(f"  not read: {e}")
+            print("  not read:", "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(e)))
             status = 2
     parser.exit(status)

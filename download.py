@@ -207,7 +207,7 @@ def receive(url, path, cap):
             os.unlink(path)
             raise ConnectionError("another file than before")
         if reply.status not in (200, 206) or get("Content-Encoding", "identity") != "identity":
-            raise ValueError(f"HTTP {reply.status}, {get('Content-Encoding')}: not the plain file")
+            raise ValueError(f"HTTP {reply.status}, {data.show(get('Content-Encoding'))}: not the plain file")
         have *= resumed
         total = have + int(get("Content-Length")) if get("Content-Length") else None
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -237,7 +237,7 @@ def fetch(url, path, cap, unreachable):
         try:
             return receive(url, path, cap)
         except urllib.error.HTTPError as e:
-            reason = f"HTTP {e.code} {e.reason}"
+            reason = training.plain(f"HTTP {e.code} {e.reason}")
             if e.code == 416:                                # nothing behind what we have: another file
                 os.unlink(path)
             elif e.code < 500 and e.code not in (408, 429):
@@ -246,7 +246,7 @@ def fetch(url, path, cap, unreachable):
             if getattr(e, "errno", None) in LOCAL:
                 raise OSError(f"cannot write {path}: {e.strerror}; make room, the same command goes "
                               f"on") from None
-            reason = str(getattr(e, "reason", e)) or repr(e)
+            reason = training.plain(str(getattr(e, "reason", e)) or repr(e))
         size = os.path.getsize(path) if os.path.exists(path) else 0
         tries, best = 1 if size > best else tries + 1, max(size, best)
         print(f"  {host}: {reason}; try {tries} of {TRIES} without progress", flush=True)
@@ -260,8 +260,11 @@ def count_rows(path):
     """Rows of a table, records of a FASTA, tensors of weights: read strictly, to the end."""
     name = os.path.basename(path)
     if name.endswith(".json"):
-        with open(path) as f:
-            return len(json.load(f))
+        try:
+            with open(path) as f:
+                return len(json.load(f))
+        except (TypeError, RecursionError) as e:             # a number; lists without end
+            raise ValueError(f"not the JSON of a config ({data.show(str(e))})") from None
     if name.endswith(".bin"):
         return len(models.hf_tensors(os.path.dirname(path))[0])
     if name.endswith((".fa", ".fa.gz")):
@@ -328,7 +331,9 @@ def unpack(archive, made, classes):
                 os.makedirs(os.path.dirname(path), exist_ok=True)
                 with open(path, "w") as f:
                     f.write("sequence,label\n")
-                    f.writelines(f"{z.read(member).decode().strip()},{label}\n" for label, member in found)
+                    for label, member in found:              # z.read would inflate beyond the size
+                        with z.open(member) as text:
+                            f.write(f"{text.read(1 << 14).decode().strip()},{label}\n")
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnicodeError) as e:
         raise ValueError(f"damaged zip archive ({data.show(str(e))})") from None
 

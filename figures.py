@@ -115,8 +115,9 @@ def draw_loss(logs):
                                 rotation=90, va="top", ha="right")
         ax.set(title=title, xlabel="step", ylabel=unit, yscale=scale)
         if scale == "log":                                   # 4, not 4 x 10^0
-            ax.yaxis.set_major_formatter("{x:,g}")
-            ax.yaxis.set_minor_formatter("{x:,g}")
+            low, high = ax.get_ylim()
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
     axes[0, 0].legend()
     return fig
 
@@ -127,8 +128,8 @@ def read_bert(path):
         return models.load_hf(path[3:]).eval(), 1
     spec, weights = infer.read_checkpoint(path, argparse.Namespace(eval_network=None))
     if spec["kind"] != "bert":
-        raise ValueError(f"{path}: a {spec['kind']}, no BERT over k-mers; give one of randommask.py, cm_gems.py "
-                         f"or finetune.py")
+        raise ValueError(f"{path}: a {spec['kind']}, no BERT over k-mers; give one of randommask.py, "
+                         f"cm_gems.py or finetune.py")
     return infer.build_net({"n_out": 1} | spec, weights).bert.eval(), spec["stride"]
 
 
@@ -432,8 +433,8 @@ def plot_masks(args):
     genome = data.open_genome(args.fasta, args.data_dir, args.cache)
     counts = cm_gems.count_kmers(genome.bases, genome.intervals, args.k)
     if counts[-1].sum() < 4 ** args.k:
-        raise ValueError(f"--fasta {args.fasta[0]}: {counts[-1].sum()} {args.k}-mers are too few for their NPMI"
-                         f"; give more, or a smaller --k")
+        raise ValueError(f"--fasta {args.fasta[0]}: {counts[-1].sum()} {args.k}-mers are too few for an NPMI; "
+                         f"give more, or a smaller --k")
     bases, _ = random_windows(genome, 1000, 509 + args.k)    # 510 k-mers, as in pretraining
     rows = mask_rows(bases, cm_gems.npmi_rank(cm_gems.npmi(counts)), args.k)
     print_table(["masking", "masked", "bases hidden"], [

@@ -284,12 +284,8 @@ if __name__ == "__main__":
                "args": vars(args)}
         start = 0
         if args.resume:
-            state = training.load_run(args.out, run, model, optimizer)
-            start = state["step"]
-            if teacher:
-                teacher.load_state_dict(state["teacher"])
-                center.copy_(state["center"])
-            del state
+            more = {"teacher": teacher, "center": center} if teacher else {}
+            start = training.load_run(args.out, run, model=model, optimizer=optimizer, **more)["step"]
         if rank == 0 and not args.show_masks:
             lock = training.open_run(args.out, args, start)
 

@@ -204,8 +204,8 @@ def fine_tune(net, train, dev, task, run, folder, args):
     done, best = 0, {"value": -math.inf, "step": 0, "worse": 0, "weights": {}, "scores": {}}
     total, batches = torch.zeros(2, device=device), None     # loss sum, sequences since the last evaluation
     if any(os.path.exists(os.path.join(folder, name)) for name in ("last.pt", "prev.pt")):
-        state = training.load_run(folder, run, net, optimizer)
-        done, best, total = state["step"], state["best"], state["total"].to(device)
+        state = training.load_run(folder, run, model=net, optimizer=optimizer, total=total)
+        done, best = state["step"], state["best"]
     lock, saved = training.open_run(folder, args, done), time.monotonic()      # locked until we return
     bar = tqdm(initial=done, total=steps, unit="step", disable=not sys.stderr.isatty())
     while done < steps and not (p["patience"] and best["worse"] >= p["patience"]):
@@ -456,7 +456,7 @@ def run_all(args, inits, runs, device, rank, world):
         except (ValueError, ArithmeticError) as e:
             code = 3 if isinstance(e, ArithmeticError) else 2
             if str(e) not in errors:                         # of the first repeat
-                print(f"error: {e}", file=sys.stderr, flush=True)
+                print(f"error: {training.plain(str(e))}", file=sys.stderr, flush=True)
             errors.add(str(e))
     return code
 
@@ -537,6 +537,8 @@ if __name__ == "__main__":
         for flag, of in (("step", "window"), ("targets", "csv"), ("per_base", "embed")):
             if getattr(args, flag) and not getattr(args, of):
                 raise ValueError(f"--{flag}: belongs to --{of}; add that or drop it")
+        if args.out == "":
+            raise ValueError("--out '': name a folder, or the file to write")
         args.step = args.step or args.window
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                # and no half-written file
         if args.predict:

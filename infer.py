@@ -9,6 +9,7 @@ import itertools
 import json
 import math
 import os
+import warnings
 
 import numpy as np
 import torch
@@ -147,6 +148,17 @@ def per_base(net, rows, spec, most):
     return (total / count.clamp(min=1)).numpy()
 
 
+def check_spec(spec, weights):
+    """An exception where a network of this spec has not these weights; takes no memory, whatever it says."""
+    sizes = spec.get("bert") or spec.get("mixer") or {}
+    if sizes.get("n_layer", 0) > len(weights) or spec["kind"] == "bert" and not (
+            spec["k"] == models.BertConfig(**sizes).k and 1 <= spec["stride"] <= spec["k"]):
+        raise ValueError("--init: a network of other sizes than its weights; use another")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # that nothing is copied
+        build_net({"n_out": 1, "pool": "mean", "head": "linear", "n_blocks": None} | spec, weights)
+
+
 def read_checkpoint(path, args):
     """A checkpoint of ours -> (spec, weights). Of FinDNA's two networks the one that --eval_network names."""
     state = training.load(path)
@@ -162,9 +174,9 @@ def read_checkpoint(path, args):
             config = models.BertConfig(**spec)
             spec = {"kind": "bert", "bert": dataclasses.asdict(config), "k": config.k,
                     "stride": state["args"].get("stride", 1)}
-        spec["kind"]
-    except (KeyError, TypeError) as e:
-        raise ValueError(f"--init {path}: not a model of these scripts ({e}); use another") from None
+        check_spec(spec, weights)
+    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+        raise ValueError(f"--init {path}: not a model of these scripts ({e!r:.80}); use another") from None
     return spec, weights
 
 
@@ -327,8 +339,10 @@ def recorded(init, state):
     numbers = [row["test"] | {"task": row["task"], "seed": row["seed"]} for row in
                table.read_rows(os.path.dirname(os.path.dirname(init))) if state.get("id") == row["id"]]
     log = os.path.join(os.path.dirname(init), "log.jsonl")
-    if not numbers and os.path.exists(log):
-        last = json.loads(open(log).readlines()[-1])
+    rows = open(log, errors="replace").readlines() if not numbers and os.path.exists(log) else []
+    rows = [row for row in rows if row.startswith('{"step": ') and row.endswith("}\n")]      # whole ones
+    if rows:
+        last = json.loads(rows[-1])
         return {name: value for name, value in last.items() if "val" in name or name in ("step", "loss")}
     return numbers
 

@@ -10,6 +10,7 @@ import itertools
 import json
 import math
 import os
+import zipfile
 
 import torch
 import torch.nn as nn
@@ -535,7 +536,7 @@ def load_hf(folder):
     try:
         with open(path) as f:
             theirs = dict(json.load(f))
-    except (OSError, ValueError, TypeError) as e:
+    except (OSError, ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{path}: not a config ({show(e)}); give a Hugging Face folder") from None
     want = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": EPS, "type_vocab_size": 2,
             "is_decoder": False, "position_embedding_type": "absolute"}
@@ -552,19 +553,23 @@ def load_hf(folder):
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise ValueError(f"{path}: hidden_dropout_prob {show(dropout)}; it is a share")
     config = BertConfig(*sizes.values(), dropout)
-    check_vocabulary(os.path.join(folder, "vocab.txt"), config.k)
     tensors, path = hf_tensors(folder)
+    if config.n_layer > len(tensors) or config.k > 8:
+        raise ValueError(f"{path}: {config.n_layer} layers, {config.k}-mers in its config; too many")
     missing = [name for names in hf_names(config).values() for name in names if name not in tensors]
     if missing:
         raise ValueError(f"{path}: no weights {show(missing[0])}; a BERT with its masked-LM head is needed")
-    model = Bert(config)
     try:
         state = {ours: torch.cat([tensors.pop(n) for n in names]) for ours, names in hf_names(config).items()}
+        with torch.device("meta"):                           # sizes that fit, before they take memory
+            Bert(config).load_state_dict(state, assign=True)
+        model = Bert(config)
         model.load_state_dict(state)
     except RuntimeError as e:
         raise ValueError(f"{path}: {show(str(e).splitlines()[-1])}; config and weights disagree") from None
     if tensors:
         raise ValueError(f"{path}: weights a BERT has not: {show(sorted(tensors))}; is it another model?")
+    check_vocabulary(os.path.join(folder, "vocab.txt"), config.k)
     return model
 
 
@@ -579,6 +584,19 @@ def check_vocabulary(path, k):
         raise ValueError(f"{path}: not 5 specials and the {k}-mers in order A,T,C,G; only that order loads")
 
 
+def load_bin(path):
+    """Tensors of a pytorch_model.bin. ValueError where they would take more memory than the file has."""
+    size = os.path.getsize(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as z:
+            if sum(member.file_size for member in z.infolist()) > size:
+                raise ValueError("compressed")
+    raw = torch.load(path, map_location="cpu", weights_only=True)
+    if any(tensor.nbytes > size for tensor in raw.values()):
+        raise ValueError("a tensor larger than the file")
+    return raw
+
+
 def hf_tensors(folder):
     """(tensors by stock name, file) of a Hugging Face folder: old names renewed, no pooler."""
     files = [os.path.join(folder, name) for name in ("model.safetensors", "pytorch_model.bin")]
@@ -586,7 +604,7 @@ def hf_tensors(folder):
     if path is None:
         raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; download the weights, too")
     try:
-        raw = load_file(path) if path == files[0] else torch.load(path, map_location="cpu", weights_only=True)
+        raw = load_file(path) if path == files[0] else load_bin(path)
         raw = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
                for n, t in raw.items()}
     except Exception as e:                                   # foreign bytes, whatever they raise

@@ -150,7 +150,7 @@ if __name__ == "__main__":
                "args": vars(args)}
         start = 0
         if args.resume:
-            start = training.load_run(args.out, run, model, optimizer)["step"]
+            start = training.load_run(args.out, run, model=model, optimizer=optimizer)["step"]
         if rank == 0 and not args.show_masks:
             lock = training.open_run(args.out, args, start)
 

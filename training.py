@@ -22,11 +22,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 FORMAT = 1                                                   # of the checkpoint
-KEYS = {"format", "method", "step", "model", "optimizer", "config", "args", "data"}   # in it
+KEYS = {"format": int, "method": str, "step": int, "model": dict, "optimizer": dict, "config": dict,
+        "args": dict, "data": str}                           # in it
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
 MAY_CHANGE = ("out", "resume", "init", "genome", "data_dir", "cache", "device", "compile", "log_every",
               "eval_every", "save_every", "keep", "show_masks")      # at a resume: the weights depend on none
 signals, parent = [], os.getppid()                           # stop signals received; who started us
+
+
+def plain(text):
+    """Text in one line, safe on a terminal: unprintable characters escaped, a long one cut in the middle."""
+    text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return text if len(text) < 850 else f"{text[:550]} ... {text[-250:]}"
 
 
 @contextlib.contextmanager
@@ -36,7 +43,7 @@ def user_errors(*kinds):
         yield
     except kinds or (ValueError, OSError, torch.OutOfMemoryError) as e:
         advice = "; lower --micro_batch_size" if isinstance(e, torch.OutOfMemoryError) else ""
-        print(f"error: {str(e).splitlines()[0]}{advice}", file=sys.stderr, flush=True)
+        print(f"error: {plain((str(e) or repr(e)).splitlines()[0])}{advice}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
 
 
@@ -275,6 +282,15 @@ def save(state, out, milestone=None):
         raise OSError(f"cannot write {last}: {cause.strerror}; free space, go on with --resume") from None
 
 
+def leaves(value):
+    """What nested dicts, lists and tuples hold; RecursionError where they are nested without end."""
+    if not isinstance(value, (dict, list, tuple)):
+        yield value
+        return
+    for part in value.values() if isinstance(value, dict) else value:
+        yield from leaves(part)
+
+
 def load(path):
     """A checkpoint of ours, on the CPU: zip members stored and CRC-tested, then loaded with weights_only."""
     try:
@@ -283,8 +299,16 @@ def load(path):
             if not stored or sum(m.file_size for m in z.infolist()) > os.path.getsize(path) or z.testzip():
                 raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        if KEYS - state.keys() or state["format"] != FORMAT:
-            raise ValueError(f"without {KEYS - state.keys()}" if KEYS - state.keys() else "of another format")
+        wrong = [name for name, kind in KEYS.items() if not isinstance(state.get(name), kind)]
+        if wrong or state["format"] != FORMAT or state["step"] < 0:
+            raise ValueError(f"no good {', '.join(wrong)}" if wrong else "of another format")
+        if any(torch.is_tensor(x) and x.nbytes > x.untyped_storage().nbytes() for x in leaves(state)):
+            raise ValueError("a tensor larger than its data")
+        if not all(type(name) is str and torch.is_tensor(x) for name, x in state["model"].items()):
+            raise ValueError("weights that are none")
+        flags = leaves([state["config"], state["args"]])
+        if not all(isinstance(x, (str, int, float, type(None))) for x in flags):
+            raise ValueError("flags that are none")
         return state
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; check the path") from None
@@ -292,8 +316,32 @@ def load(path):
         raise ValueError(f"{path}: not a readable checkpoint ({e!r:.80}); use another one") from None
 
 
-def load_run(out, run, model, optimizer, fixed=()):
-    """Puts the newest sound checkpoint of a run folder into model and optimizer; returns it.
+def restore(state, parts):
+    """Puts a checkpoint in place. parts: {its key: network, optimizer or tensor}.
+
+    ValueError where one does not fit.
+    """
+    for name, part in parts.items():
+        try:
+            if torch.is_tensor(part):
+                if state[name].shape != part.shape:
+                    raise ValueError("another shape")
+                part.copy_(state[name])
+            elif name == "optimizer":                        # the hyperparameters are those of the flags
+                part.load_state_dict({"state": state[name]["state"],
+                                      "param_groups": part.state_dict()["param_groups"]})
+                for p, moments in part.state.items():        # a fused step trusts these shapes blindly
+                    shapes = [moments[key].shape for key in ("exp_avg", "exp_avg_sq", "step")]
+                    if shapes != [p.shape, p.shape, ()]:
+                        raise ValueError("moments of another shape")
+            else:
+                part.load_state_dict(state[name])
+        except Exception as e:                               # foreign values, whatever they raise
+            raise ValueError(f"--resume: {name} of another network ({e!r:.80}); give another --out") from None
+
+
+def load_run(out, run, fixed=(), **parts):
+    """Puts the newest sound checkpoint of a run folder into `parts` (see restore); returns it.
 
     That is last.pt, else prev.pt, and it says so.
     ValueError unless it has the method, config, data and args of `run` (but for MAY_CHANGE without `fixed`).
@@ -309,11 +357,10 @@ def load_run(out, run, model, optimizer, fixed=()):
               if (name in fixed or name not in MAY_CHANGE) and there.get(name) != now[name]]
     if differ:
         raise ValueError(f"--resume: {out} is another run ({'; '.join(differ)[:300]}); give its flags")
+    restore(state, parts)
     if broken:                                               # or it would replace prev.pt at the next save
         with contextlib.suppress(FileNotFoundError):         # another rank was first
             os.replace(last, os.path.join(out, "broken.pt"))
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])
     return state
 
 

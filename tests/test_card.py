@@ -10,6 +10,7 @@ from harness import ROOT, run
 
 import data
 import findna
+import infer
 import models
 
 
@@ -48,6 +49,16 @@ def test_the_snippet_of_a_card_runs(tmp_path, monkeypatch, method):
             net.backbone(data.one_hot(torch.from_numpy(data.encode(dna))[None]))
     torch.testing.assert_close(torch.load("out.pt"), want, rtol=0, atol=1e-5)
     assert json.loads((tmp_path / "new/config.json").read_text())
+
+
+@pytest.mark.fault("export: log cut by a kill", n=4)
+def test_a_log_that_was_cut(tmp_path, survived):
+    row = '{"step": 7, "loss": 1.5, "lr": 0.1}\n'
+    for text, last in (("", []), (row[:-9], []), (row + row[:-9], {"step": 7, "loss": 1.5}),
+                       (row + "\0" * 99, {"step": 7, "loss": 1.5})):
+        (tmp_path / "log.jsonl").write_text(text)
+        assert infer.recorded(str(tmp_path / "last.pt"), {}) == last
+        survived()
 
 
 def test_stock_transformers_fine_tune_an_export(tmp_path):

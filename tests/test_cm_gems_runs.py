@@ -238,8 +238,19 @@ def test_models_and_demo(out, tmp_path):
     assert log_rows(tmp_path / "demo")[-1]["step"] == 9      # an explicit flag wins
 
 
-@pytest.mark.parametrize("case", cases("cm_flags.json"), ids=lambda case: str(case["args"]))
-def test_bad_flags(out, case):
+@pytest.mark.fault("numerics: nothing masked")
+def test_nothing_masked(out):
+    assert pretrain(tiny(out, p_scale=1e-9)).code == 0
+    assert {row[name] for row in log_rows(out) for name in ("loss", "grad_norm", "masked")} == {0}
+
+
+@pytest.mark.fault("flags: cm_gems")
+@pytest.mark.parametrize("case", cases("common_flags.json") + cases("cm_flags.json"),
+                         ids=lambda case: str(case["args"]))
+def test_bad_flags(out, tmp_path, case):
+    if case.get("no_cuda") and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    names = {"tmp": str(tmp_path), "fasta": str(FASTA), "whole": str(WHOLE / "last.pt")}
     flags = case["args"].split() if isinstance(case["args"], str) else case["args"]
-    result = pretrain(tiny(out) + [flag.format(fasta=FASTA) for flag in flags])
-    assert case["word"] in refused(result) and result.out == "" and os.listdir() == []
+    result = pretrain(tiny(out) + [flag.format(**names) for flag in flags])
+    assert case["word"].format(**names) in refused(result) and result.out == "" and os.listdir() == []

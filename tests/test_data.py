@@ -2,10 +2,13 @@
 import gzip
 import json
 import os
+import random
 import re
 import resource
 import shutil
+import socket
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
@@ -101,38 +104,90 @@ def test_corrupt_80_10_10():
     assert changed.min() == 5 and changed.max() == 20 and chisquare(torch.bincount(changed)[5:]).pvalue > 1e-4
 
 
+def check_fasta(case, folder, chunk):
+    """Reads or refuses a case as its table says; what is read at a time may end anywhere."""
+    path, word = folder / "case.fa", "".join(case.get("word", "").partition(":")[:3 if chunk > 99 else 1])
+    if "contigs" in case:
+        genome = data.Genome(path, folder / str(chunk))
+        texts = {name: genome.fetch(name, 0, n) for name, n in genome.contigs.items()}
+        assert texts == {name: expand(text) for name, text in case["contigs"].items()}
+    elif "split" in case:
+        assert word in refusal(data.Genome(path, folder / str(chunk)).split, case["split"])
+    else:
+        assert re.search(f"{path}.*{word}", refusal(data.Genome, path))
+        assert os.listdir(folder) == ["case.fa"]
+
+
+@pytest.mark.fault("FASTA cases")
 @pytest.mark.parametrize("case", cases("fasta.json"), ids=lambda c: c["name"])
-def test_fasta(case, tmp_path, monkeypatch):
-    path = write_case(case, tmp_path / "case.fa")
-    for chunk in [data.CHUNK, 50_001] + [4, 5, 6, 7, 9, 11, 16, 23, 64] * (path.stat().st_size < 9999):
-        monkeypatch.setattr(data, "CHUNK", chunk)            # what is read at a time may end anywhere
-        word = "".join(case.get("word", "").partition(":")[:3 if chunk > 99 else 1])
-        if "contigs" in case:
-            genome = data.Genome(path, tmp_path / str(chunk))
-            texts = {name: genome.fetch(name, 0, n) for name, n in genome.contigs.items()}
-            assert texts == {name: expand(text) for name, text in case["contigs"].items()}
-        elif "split" in case:
-            assert word in refusal(data.Genome(path, tmp_path / str(chunk)).split, case["split"])
-        else:
-            assert re.search(f"{path}.*{word}", refusal(data.Genome, path))
-            assert os.listdir(tmp_path) == ["case.fa"]
+def test_fasta(case, tmp_path):
+    write_case(case, tmp_path / "case.fa")
+    check_fasta(case, tmp_path, data.CHUNK)
 
 
-def test_permissions(tmp_path, monkeypatch):
-    def as_nobody(function):                                 # root ignores chmod
-        return wait(fork(lambda: (os.getuid() or os.setgroups([]) or os.setuid(65534), function())))
+@pytest.mark.fault("FASTA chunk boundaries", n=13)
+@pytest.mark.parametrize("case", cases("fasta.json"), ids=lambda c: c["name"])
+def test_fasta_chunk_boundaries(case, tmp_path, monkeypatch, survived):
+    step = 1 if write_case(case, tmp_path / "case.fa").stat().st_size < 9999 else 9001
+    for chunk in (4, 5, 6, 7, 8, 9, 11, 13, 16, 23, 32, 64, 99):
+        monkeypatch.setattr(data, "CHUNK", step * chunk)
+        check_fasta(case, tmp_path, step * chunk)
+        survived()
+
+
+def as_nobody(function):                                     # root ignores chmod
+    return wait(fork(lambda: (os.getuid() or os.setgroups([]) or os.setuid(65534), function())))
+
+
+@pytest.mark.fault("FASTA paths", n=10)
+def test_paths_and_permissions(tmp_path, monkeypatch, survived):
     os.mkfifo(tmp_path / "pipe")
-    assert "regular" in refusal(data.Genome, tmp_path / "pipe")
+    os.symlink("nowhere", tmp_path / "link")
+    with socket.socket(socket.AF_UNIX) as s:
+        s.bind(str(tmp_path / "socket"))
+    for path, word in (("nowhere", "no such file"), ("link", "no such file"), (".", "regular"),
+                       ("pipe", "regular"), ("socket", "regular"), ("/dev/zero", "regular")):
+        assert word in refusal(data.Genome, tmp_path / path)
+        survived()
     with tempfile.TemporaryDirectory() as folder:            # pytest's own folder is closed to nobody
         fasta = write_fasta(Path(folder) / "a.fa", {"a": "ACGT" * 10})
         os.mkdir(f"{folder}/home"), os.chmod(f"{folder}/home", 0o777), os.chmod(folder, 0o555)
         monkeypatch.setenv("XDG_CACHE_HOME", f"{folder}/home")
         result = as_nobody(lambda: print(data.Genome(fasta).fetch("a", 0, 8)))
         assert result.out == "ACGTACGT\n" and os.listdir(f"{folder}/home/nanodna"), result
-        assert "--cache" in as_nobody(lambda: data.Genome(fasta, folder)).err.splitlines()[-1]
+        survived()
+        for cache in (folder, "/proc/nanodna"):              # read-only; never there
+            assert "--cache" in as_nobody(lambda: data.Genome(fasta, cache)).err.splitlines()[-1]
+            survived()
         os.chmod(fasta, 0o000)
         assert "no permission" in as_nobody(lambda: data.Genome(fasta)).err.splitlines()[-1]
         assert sorted(os.listdir(folder)) == ["a.fa", "home"]
+        survived()
+
+
+@pytest.mark.fault("positions behind 2**32", n=3)
+def test_a_genome_of_more_than_4_gib(tmp_path, monkeypatch, survived):
+    """A sparse cache of 5.4 GB with DNA at its end; its checksum, seconds of zeros, is taken as right."""
+    text, at, size = random_dna(5000, np.random.default_rng(4)), 5_300_000_000, 2_700_000_000
+    index = {"contigs": [["a", size], ["b", size]], "intervals": [[0, 1000], [at, at + 5000]],
+             "n_ambiguous": 0, "fingerprint": ""}
+    with open(tmp_path / "bases.u8", "wb") as f:
+        f.seek(at)
+        f.write(data.encode(text))
+        f.truncate(2 * size)
+    bases = np.memmap(tmp_path / "bases.u8", np.uint8, mode="c")
+    monkeypatch.setattr(data, "open_cache", lambda *_: (index, bases))
+    genome = data.Genome("a.fa")
+    assert genome.fetch("b", at - size, at - size + 5000) == text
+    survived()
+    train, val = genome.split(20, ["a"])
+    assert (train.tolist(), val.tolist()) == ([[at, at + 5000]], [[0, 1000]])
+    starts = data.draw_starts(data.window_table(train, 20), 500, np.random.default_rng(0))
+    assert starts.dtype == np.int64 and starts.min() >= at > 2 ** 32 and starts.max() <= at + 4980
+    survived()
+    windows = [data.decode(row) for row in data.take_windows(genome.bases, starts, 20)]
+    assert windows == [text[start - at:start - at + 20] for start in starts]
+    survived()
 
 
 @pytest.mark.parametrize("source", [None, YEAST], ids=["made", "yeast"])
@@ -191,29 +246,70 @@ def test_several_files_and_keep(tmp_path):
     assert copy.fingerprint == data.Genome(x).fingerprint != genome.fingerprint
 
 
-def test_damaged_or_stale_cache_is_built_again(tmp_path, capsys):
-    rng, cache = np.random.default_rng(8), tmp_path / "cache"
-    text = random_dna(70, rng, "ACGTN")
+@pytest.fixture
+def cached(tmp_path, capsys):
+    """A function that opens a genome and checks what it reads and says; the files of its cache."""
+    text, cache = random_dna(120, np.random.default_rng(8), "ACGTN"), tmp_path / "cache"
     fasta = write_fasta(tmp_path / "a.fa", {"a": text})
 
-    def check(name, said):
-        genome = data.Genome(fasta, cache)
-        assert genome.fetch("a", 0, 70) == text and said in capsys.readouterr().out, name
-    check("new", "")
-    for file in (next(cache.iterdir()) / "bases.u8", next(cache.iterdir()) / "index.json"):
+    def check(said, text=text):
+        assert data.Genome(fasta, cache).fetch("a", 0, 120) == text
+        out = capsys.readouterr().out
+        assert said in out and bool(out) == bool(said), out
+    check("")
+    return check, fasta, *(next(cache.iterdir()) / name for name in ("bases.u8", "index.json"))
+
+
+def damage(check, damaged, survived):
+    """Each of the damaged [(file, bytes)] must be seen, and the file must become again what it was."""
+    for file, raw in damaged:
         sound = file.read_bytes()
-        cuts = [sound[:n] for n in np.linspace(0, len(sound) - 1, 25).astype(int)]
-        flips = [sound[:at] + bytes([sound[at] ^ 1 << bit]) + sound[at + 1:]
-                 for at, bit in zip(rng.integers(len(sound), size=100), rng.integers(8, size=100))]
-        for n, damaged in enumerate(cuts + flips + [b"[]", b"{}", sound + b"x"]):
-            file.write_bytes(damaged)
-            check((file.name, n), "damaged")
-            assert file.read_bytes() == sound
-    for text in ("ACGTT" * 14, "ACGTA" * 14):                # as long; the first is older, the second as old
-        os.utime(write_fasta(fasta, {"a": text}), (1, 1))
-        check(text, "changed")
+        file.write_bytes(raw)
+        check("damaged")
+        assert file.read_bytes() == sound
+        check("")
+        survived()
 
 
+@pytest.mark.fault("genome cache: truncations", n=240)
+def test_truncated_cache(cached, survived):
+    check, _, bases, index = cached
+    damage(check, [(bases, bases.read_bytes()[:n]) for n in range(120)] + [
+        (index, index.read_bytes()[:n]) for n in np.linspace(0, index.stat().st_size - 1, 120).astype(int)],
+        survived)
+
+
+@pytest.mark.fault("genome cache: bit flips", n=300)
+def test_flipped_cache(cached, survived):
+    check, _, *files = cached
+    for file, draws in zip(files, np.random.default_rng(8).random((2, 150, 2)).tolist()):
+        sound = file.read_bytes()
+        places = [(int(at * len(sound)), 1 << int(8 * bit)) for at, bit in draws]
+        damage(check, [(file, sound[:at] + bytes([sound[at] ^ bit]) + sound[at + 1:]) for at, bit in places],
+               survived)
+
+
+@pytest.mark.fault("genome cache: stale or foreign", n=12)
+def test_stale_or_foreign_cache(cached, tmp_path, survived):
+    check, fasta, bases, index = cached
+    foreign = data.Genome(write_fasta(tmp_path / "b.fa", {"a": "AC" * 60}), tmp_path / "b")
+    folder, = (tmp_path / "b").glob("*.nanodna")
+    damage(check, [(index, b"[]"), (index, b"{}"), (index, b"[" * 10 ** 5), (bases, bytes(120)),
+                   (bases, bases.read_bytes() + b"x"), (bases, (folder / "bases.u8").read_bytes())], survived)
+    shutil.copy(folder / "index.json", index)
+    check("damaged"), survived()
+    for file in ("bases.u8", "index.json"):                  # both: a whole cache, of another FASTA
+        shutil.copy(folder / file, index.with_name(file))
+    check("changed"), survived()
+    for text, when in (("ACGTT" * 24, 1), ("ACGTA" + "ACGTT" * 23, 1), ("CCGTA" + "ACGTT" * 23, None),
+                       ("CCGTA" + "ACGTT" * 23, 2)):         # older; as old and as long; newer; only touched
+        write_fasta(fasta, {"a": text})
+        os.utime(fasta, when and (when, when))
+        check("changed", text), survived()
+    assert foreign.fetch("a", 0, 4) == "ACAC"
+
+
+@pytest.mark.fault("genome cache: concurrent builds", n=24)
 def test_processes_build_the_cache_at_once_and_a_full_disk_leaves_nothing(tmp_path):
     text, cache = random_dna(1_000_000, np.random.default_rng(9)), tmp_path / "cache"
     fasta = write_fasta(tmp_path / "a.fa", {"a": text})
@@ -227,6 +323,38 @@ def test_processes_build_the_cache_at_once_and_a_full_disk_leaves_nothing(tmp_pa
         shutil.rmtree(cache)
     assert "cannot write" in wait(fork(lambda: read(50_000))).err.splitlines()[-1]
     assert not list(cache.iterdir())
+
+
+@pytest.mark.fault("genome cache: concurrent builds, killed and removed", n=60)
+def test_builders_are_killed_and_the_cache_removed(tmp_path, survived):
+    """Four processes open the genome again and again; some are killed, and now and then the cache goes."""
+    rng, cache, log = random.Random(3), tmp_path / "cache", tmp_path / "log"
+    texts = {f"c{i}": random_dna(5000, np.random.default_rng(i)) for i in range(40)}
+    fasta = write_fasta(tmp_path / "a.fa", texts)
+
+    def reader():
+        while True:
+            genome = data.Genome(fasta, cache)
+            right = all(genome.fetch(name, 0, 5000) == text for name, text in texts.items())
+            with open(log, "a") as f:
+                f.write("wrong right".split()[right] + "\n")
+    log.touch()
+    processes, kills = [fork(reader) for _ in range(4)], 0
+    deadline = time.monotonic() + 60
+    while kills < 15 or len(log.read_text().split()) < 60:
+        assert time.monotonic() < deadline
+        time.sleep(rng.random() * 0.02)
+        shutil.rmtree(cache, ignore_errors=True)
+        if rng.random() < 0.3:
+            victim = processes.pop(rng.randrange(4))
+            assert victim.is_alive(), wait(victim).err       # a reader never stops by itself
+            victim.kill()
+            victim.join()
+            processes, kills = [*processes, fork(reader)], kills + 1
+    for process in processes:
+        process.kill()
+    assert "wrong" not in log.read_text()
+    [survived() for _ in log.read_text().split()]
 
 
 @pytest.mark.parametrize("p", (0.0136, 0.025, 0.15, 0.9))

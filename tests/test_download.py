@@ -9,6 +9,7 @@ import re
 import shutil
 import threading
 import time
+import tracemalloc
 import zipfile
 
 import pytest
@@ -38,7 +39,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             start, status = int(asked[1]), 206
             if start >= len(body):
                 status, body, start = 416, b"", 0
-        self.send_response(status)
+        self.send_response(status, reply.get("reason"))
         for name, value in {"ETag": etag, **reply.get("headers", {})}.items():
             self.send_header(name, value)
         if status == 206:
@@ -92,6 +93,15 @@ def zipped(members):
         for name, text in members.items():
             z.writestr(name, text)
     return file.getvalue()
+
+
+def altered(members, at, value):
+    """A zip in whose headers, of all members, the bytes at `at` are others: 6 flags, 8 method, 22 size."""
+    raw = bytearray(zipped(members))
+    for mark, start in ((b"PK\3\4", at), (b"PK\1\2", at + 2)):
+        for found in re.finditer(re.escape(mark), bytes(raw)):
+            raw[found.start() + start:found.start() + start + len(value)] = value
+    return bytes(raw)
 
 
 def bert_folder(path):
@@ -204,6 +214,7 @@ ENDS_WELL = {                                                # name: replies of 
     "many cuts": ([BODY and CUT | {"cut": n} for n in range(1000, 9000, 1000)] + [GOOD], 9, "bytes=8000-"),
     "busy": ([{"status": 503}] * 3 + [{"status": 429}, GOOD], 5, ""),
     "no length": ([GOOD | {"length": False}], 1, ""),
+    "negative length": ([GOOD | {"length": False, "headers": {"Content-Length": "-9"}}], 1, ""),
     "redirected": ([moved("/mirror")], 2, ""),
     "longer than there": ([{"body": BODY + BODY[-22:], "cut": len(BODY) + 5}, GOOD, GOOD], 3,
                           f"bytes={len(BODY) + 5}-"),
@@ -211,6 +222,7 @@ ENDS_WELL = {                                                # name: replies of 
     "always cut": ([CUT], 6, "bytes=9000-"), "HTML": ([{"body": b"\n<!DOCTYPE html><html>"}], 2, "")}
 
 
+@pytest.mark.fault("downloads")
 @pytest.mark.parametrize("case", ENDS_WELL)
 def test_ends_well(case, server, tmp_path, monkeypatch):
     replies, n, asked = ENDS_WELL[case]
@@ -229,6 +241,8 @@ def test_ends_well(case, server, tmp_path, monkeypatch):
 FASTA = gzip.compress(b">a\n" + b"ACGT" * 5000)
 ZIP = {f"x/{split}/{of}/1.txt": "ACGTACGT" for split in ("train", "test") for of in ("negative", "positive")}
 COHN = "GenomicBenchmarks/human_enhancers_cohn"
+LINK = zipfile.ZipInfo("x/train/negative/1.txt")
+LINK.external_attr = 0o120777 << 16
 REFUSED = {                                                  # name: place, replies, what the message says
     "truncated": ("a.csv", [CUT], "cut after 9,000 of"),
     "stalled": ("a.csv", [CUT | {"stall": 9}], "timed out"),
@@ -243,6 +257,13 @@ REFUSED = {                                                  # name: place, repl
     "text for gzip": ("a.fa.gz", [{"body": b">a\nACGT\n"}], "not gzip"),
     "truncated gzip": ("a.fa.gz", [{"body": FASTA[:-9]}], "damaged gzip"),
     "damaged weights": ("pytorch_model.bin", [{"body": b"PK\3\4" + b"x" * 99}], "cannot be read"),
+    "wrong hash": ("a.csv", [{"body": csv(400, seed=9)}], "sha256 .*, but the published file has"),
+    "escapes in a reason": ("a.csv", [{"status": 404, "reason": "\x1b]0;x\x07" + "y" * 2000}], r"404 \\x1b"),
+    "escapes in a header": ("a.csv", [GOOD | {"headers": {"Content-Encoding": "\x1b[2Jz"}}], r"'\\x1b\[2Jz'"),
+    "escapes in a redirect": ("a.csv", [moved("file:///\x1bcx")], r"302.*\\x1b"),
+    "no number for a length": (
+        "a.csv", [GOOD | {"length": False, "headers": {"Content-Length": "x"}}], "'x'"),
+    "no HTTP": ("a.csv", [{"status": 0, "reason": "\x1b[2J"}], r"\\x1b"),
     "missing": ("a.csv", [{"status": 404}], "HTTP 404"),
     "forbidden": ("a.csv", [{"status": 403}], "HTTP 403"),
     "broken server": ("a.csv", [{"status": 500}], r"HTTP 500.*\(5 tries\)"),
@@ -255,6 +276,17 @@ REFUSED = {                                                  # name: place, repl
     "compressed": ("a.csv", [GOOD | {"headers": {"Content-Encoding": "gzip"}}], "not the plain file"),
     "zip with paths": (f"{COHN}_v0.zip", [{"body": zipped(ZIP | {"x/../negative/e.txt": "A"})}], "leaves"),
     "zip with roots": (f"{COHN}_v0.zip", [{"body": zipped(ZIP | {"/train/negative/e.txt": "A"})}], "leaves"),
+    "zip with drives": (f"{COHN}_v0.zip", [{"body": zipped({f"C:\\{name}": x for name, x in ZIP.items()})}],
+                        "leaves"),
+    "zip with links": (f"{COHN}_v0.zip", [{"body": zipped(dict([*ZIP.items()][1:]) | {LINK: "/etc/passwd"})}],
+                       "not a DNA letter"),
+    "zip with a bomb": (f"{COHN}_v0.zip", [{"body": zipped(ZIP | {[*ZIP][0]: "A" * 99_999})}], "too long"),
+    "zip with a password": (f"{COHN}_v0.zip", [{"body": altered(ZIP, 6, b"\1")}], "zip.*File <Zip"),
+    "zip of another method": (f"{COHN}_v0.zip", [{"body": altered(ZIP, 8, b"c")}], "damaged zip.*not supp"),
+    "zip with wrong sizes": (f"{COHN}_v0.zip", [{"body": altered(ZIP, 22, b"\5\0\0\0")}], "damaged zip.*CRC"),
+    "zip with names of escapes": (f"{COHN}_v0.zip", [{"body": zipped(ZIP | {"\x1b[2J/../x.txt": "A"})}],
+                                  r"'\\x1b.*leaves"),
+    "tar": (f"{COHN}_v0.zip", [{"body": b"train/negative/1.txt".ljust(512, b"\0") + b"A"}], "not a zip"),
     "truncated zip": (f"{COHN}_v0.zip", [{"body": zipped(ZIP)[:-40]}], "damaged zip"),
     "zip without a class": (f"{COHN}_v0.zip", [{"body": zipped(dict([*ZIP.items()][1::2]))}],
                             "1 sequences of train.*published 2"),
@@ -262,13 +294,18 @@ REFUSED = {                                                  # name: place, repl
     "HTML for zip": (f"{COHN}_v0.zip", [{"body": b"<html>"}], "HTML")}
 
 
-@pytest.mark.parametrize("case", REFUSED)
+KINDS = [pytest.param(case, marks=pytest.mark.fault("hostile archives" if "zip" in case or case == "tar"
+                                                    else "downloads")) for case in REFUSED]
+
+
+@pytest.mark.parametrize("case", KINDS)
 def test_refused(case, server, tmp_path, monkeypatch, capsys):
     path, replies, word = REFUSED[case]
     monkeypatch.setattr(download, "TIMEOUT", 0.1)
     server.replies["/first"] = [*replies]
     rows = {f"{COHN}/{split}.csv": 2 for split in ("train", "test")} if "zip" in path else {path: 400}
-    file = download.File(path, [server.url + "first"], len(BODY), rows, "")
+    digest = hashlib.sha256(BODY).hexdigest() if "hash" in case else ""
+    file = download.File(path, [server.url + "first"], len(BODY), rows, digest)
     monkeypatch.setitem(download.SOURCES, "a", download.Source([file], "none", "none", "python data.py a {}"))
     folder = tmp_path / "data"
     with pytest.raises(ValueError, match="1 files not sound .a."):
@@ -276,7 +313,7 @@ def test_refused(case, server, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert re.search(f"^a: {re.escape(path)}: .*({word})", out, re.M), out
     place = folder / ("partial" if "zip" in path else "") / path
-    assert out.count("curl ") == 1
+    assert out.count("curl ") == 1 and "\x1b" not in out
     for said in (f"curl -fL --create-dirs -o {place} {server.url}first", f"python data.py a {folder}",
                  f"python download.py a --check --data_dir {folder}"):
         assert said in out
@@ -289,12 +326,25 @@ def test_refused(case, server, tmp_path, monkeypatch, capsys):
         assert all((folder / name).exists() for name in rows)
 
 
+@pytest.mark.fault("hostile archives")
+def test_a_zip_that_lies_takes_no_memory(tmp_path):
+    """100 MB of A in each member, of which the headers say that it has 8 bytes."""
+    (tmp_path / "a.zip").write_bytes(altered(dict.fromkeys(ZIP, "A" * 10 ** 8), 22, b"\x08\0\0\0"))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="CRC"):
+        download.unpack(tmp_path / "a.zip", {str(tmp_path / "train.csv"): 2}, ("negative", "positive"))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 10 ** 7
+
+
 def one_file(server, monkeypatch, replies):
     server.replies["/first"] = replies
     file = download.File("a.csv", [server.url + "first"], len(BODY), {"a.csv": 400}, "")
     monkeypatch.setitem(download.SOURCES, "a", download.Source([file], "none", "none", "python data.py a"))
 
 
+@pytest.mark.fault("downloads", n=2)
 def test_full_disk(server, tmp_path, monkeypatch):
     one_file(server, monkeypatch, [GOOD])
     free = shutil.disk_usage(tmp_path)
@@ -318,6 +368,7 @@ def test_full_disk(server, tmp_path, monkeypatch):
     assert (tmp_path / "a.csv").read_bytes() == BODY
 
 
+@pytest.mark.fault("downloads", n=1)
 def test_offline(server, tmp_path, monkeypatch, capsys):
     files = [download.File(path, ["http://127.0.0.1:1/a"], 9, {path: 1}, "") for path in ("a.csv", "b.csv")]
     monkeypatch.setitem(download.SOURCES, "a", download.Source(files, "none", "none", "python data.py a"))
@@ -338,6 +389,7 @@ def test_proxy(server, tmp_path, monkeypatch):
     assert (tmp_path / "a.csv").read_bytes() == BODY
 
 
+@pytest.mark.fault("downloads", n=2)
 def test_killed_and_resumed(server, tmp_path, monkeypatch):
     one_file(server, monkeypatch, [GOOD | {"pause": 0.05}, GOOD])
     process, part = harness.fork(lambda: run(["a"], tmp_path)), tmp_path / "partial/a.csv"

@@ -199,7 +199,7 @@ def test_a_classifier_and_an_export(tmp_path):
     classifier = {f"bert.{name}": tensor for name, tensor in bert.state_dict().items()}
     torch.save(torch.load(tmp_path / "last.pt") | {
         "method": "finetune", "model": classifier | {"out.bias": torch.ones(2)},
-        "config": {"kind": "bert", "bert": config, "stride": 3, "n_out": 2}}, tmp_path / "tuned.pt")
+        "config": {"kind": "bert", "bert": config, "k": 3, "stride": 3}}, tmp_path / "tuned.pt")
     models.save_hf(bert, tmp_path / "hf")
     for path, stride in ((tmp_path / "last.pt", 1), (tmp_path / "tuned.pt", 3), (f"hf:{tmp_path / 'hf'}", 1)):
         found, found_stride = figures.read_bert(str(path))

@@ -192,9 +192,13 @@ def test_demo_and_show_masks(out, tmp_path):
         assert all(a == b or b == "." for a, b in zip(clean, masked, strict=True)) and len(other) == 30
 
 
-@pytest.mark.parametrize("case", cases("findna_flags.json"), ids=lambda c: str(c["args"]))
+@pytest.mark.fault("flags: findna")
+@pytest.mark.parametrize("case", cases("common_flags.json") + cases("findna_flags.json"),
+                         ids=lambda c: str(c["args"]))
 def test_bad_flags(out, tmp_path, case):
-    names = {"tmp": str(tmp_path), "whole": str(WHOLE / "last.pt")}
+    if case.get("no_cuda") and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    names = {"tmp": str(tmp_path), "fasta": str(FASTA), "whole": str(WHOLE / "last.pt")}
     flags = case["args"].split() if isinstance(case["args"], str) else case["args"]
     result = pretrain(tiny(out) + [flag.format(**names) for flag in flags])
     assert case["word"].format(**names) in refused(result) and result.out == "" and os.listdir() == []
