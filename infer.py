@@ -153,7 +153,7 @@ def check_spec(spec, weights):
     sizes = spec.get("bert") or spec.get("mixer") or {}
     if sizes.get("n_layer", 0) > len(weights) or spec["kind"] == "bert" and not (
             spec["k"] == models.BertConfig(**sizes).k and 1 <= spec["stride"] <= spec["k"]):
-        raise ValueError("--init: a network of other sizes than its weights; use another")
+        raise LookupError("other sizes than its weights")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # that nothing is copied
         build_net({"n_out": 1, "pool": "mean", "head": "linear", "n_blocks": None} | spec, weights)

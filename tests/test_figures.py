@@ -226,8 +226,9 @@ def bad_files():
         Path(name, "log.jsonl").write_text(text)
     Path("text/results.jsonl").write_text("hello\n")
     save("good.pt")
-    mixer = {"length": 26, "n_layer": 1, "track_size": 4, "hidden": 8}
-    save("findna.pt", method="findna", config=mixer, args={"length": 16})
+    mixer = {"length": 26, "n_layer": 1, "track_size": 4, "hidden": 8, "dropout": 0.0}
+    save("findna.pt", method="findna", config=mixer, args={"length": 16},
+         model=models.BaseModel(models.make_backbone(mixer)).state_dict())
     small = models.BertConfig(9, 22, 1, 2, 16, 32)
     save("k1.pt", config={name: getattr(small, name) for name in small.__dataclass_fields__},
          model=models.Bert(small).state_dict())
