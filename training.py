@@ -211,7 +211,7 @@ def save(state, out, milestone=None):
 
     Temp file, fsync, re-opened as a loader would, renamed. OSError in one line when it cannot be written.
     """
-    tmp, last = os.path.join(out, "last.pt.tmp"), os.path.join(out, "last.pt")
+    tmp, link, last = (os.path.join(out, name) for name in ("last.pt.tmp", "link.tmp", "last.pt"))
     try:
         with open(tmp, "wb") as f:
             torch.save({"format": FORMAT} | state, f)
@@ -221,12 +221,14 @@ def save(state, out, milestone=None):
         for source, name in ((tmp, milestone), (last, "prev.pt")):             # second names, no copies
             if name and os.path.exists(source):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(out, "link.tmp"))
+                    os.unlink(link)
                 try:
-                    os.link(source, os.path.join(out, "link.tmp"))
+                    os.link(source, link)
                 except OSError:                              # no hard links there (exFAT, some networks)
-                    shutil.copy(source, os.path.join(out, "link.tmp"))
-                os.replace(os.path.join(out, "link.tmp"), os.path.join(out, name))
+                    shutil.copy(source, link)
+                os.replace(link, os.path.join(out, name))
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(link)                          # both names were one file: replace left it
         os.replace(tmp, last)
         folder = os.open(out, os.O_RDONLY)
         os.fsync(folder)                                     # the renames, too, survive a power cut
@@ -235,8 +237,9 @@ def save(state, out, milestone=None):
         cause = e if isinstance(e, OSError) else e.__context__
         if not isinstance(cause, OSError):
             raise
-        with contextlib.suppress(OSError):
-            os.unlink(tmp)
+        for path in (tmp, link):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         raise OSError(f"cannot write {last}: {cause.strerror}; free space, go on with --resume") from None
 
 
