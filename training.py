@@ -271,7 +271,8 @@ def load_run(out, run, fixed=()):
     except ValueError as e:
         print(f"{e}\ncontinuing from the one before it, {prev}", flush=True)
         state, broken = load(prev), True
-    there, now = (s["args"] | {name: s[name] for name in ("method", "config", "data")} for s in (state, run))
+    there, now = ({"method": s["method"]} | s["args"] | {name: s[name] for name in ("config", "data")}
+                  for s in (state, run))
     differ = [f"{name} {there.get(name)!r} there, {now[name]!r} now" for name in now
               if (name in fixed or name not in MAY_CHANGE) and there.get(name) != now[name]]
     if differ:
