@@ -9,7 +9,6 @@ import errno
 import fcntl
 import functools
 import gzip
-import importlib
 import io
 import itertools
 import json
@@ -32,57 +31,14 @@ import torch
 
 import finetune                                              # noqa: F401, its imports take long
 import training
-from harness import (ROOT, at_call, contents, die, fork, log_rows, refused, slow, wait)
+from harness import ROOT, at_call, contents, die, fork, log_rows, refused, wait
 from methods import (METHODS, PRETRAINING, STEPS, begin, begin_slowly, bits, check_ending, check_goes_on,
-                     flags_of, go, link_inputs, run_folder, stopped, write_inputs, write_whole)
-
-fault = pytest.mark.fault
-
-
-def each(kind, quick, later=(), methods=METHODS):
-    """Parameters (method, todo), marked: the quick cases of each method, and apart from them its slow ones.
-    Cases: a list, or a dict of one for each method."""
-    quick, later = (part if isinstance(part, dict) else dict.fromkeys(METHODS, part) for part in (quick, later))
-    return pytest.mark.parametrize("method, todo", [
-        pytest.param(method, list(part[method]), id=f"{method}-{name}", marks=[
-            fault(f"{kind}: {method}", n=len(part[method])), *[pytest.mark.slow] * (name == "slow")])
-        for method in methods for name, part in (("quick", quick), ("slow", later)) if part.get(method)])
-
-
-@pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """whole(method): the folder of the run that nothing disturbs."""
-    @functools.cache
-    def make(method):
-        folder, before = tmp_path_factory.mktemp(method), os.getcwd()
-        os.chdir(folder)
-        write_whole(method, folder)
-        os.chdir(before)
-        return folder
-    return make
-
-
-@pytest.fixture
-def fresh(tmp_path, monkeypatch, whole):
-    """fresh(method, step): a new working folder, as a stop after `step` leaves it (0: with the inputs only);
-    and the run left alone."""
-    number = itertools.count()
-
-    def enter(method, step=0):
-        folder = tmp_path / str(next(number))
-        folder.mkdir()
-        monkeypatch.chdir(folder)
-        link_inputs(whole(method))
-        if step:
-            stopped(method, whole(method), step)
-        return whole(method)
-    return enter
-
+                     each, fault, flags_of, fresh, go, in_save, run_folder, whole)   # noqa: F401, fixtures
 
 EVERY = range(1, STEPS)
 
 
-@each("resume at every step", EVERY[8:13:2], [n for n in EVERY if n not in EVERY[8:13:2]])
+@each("resume at every step", {"finetune": (9, 12)}, {method: EVERY for method in METHODS})
 def test_resume_at_every_step(fresh, survived, method, todo):
     for step in todo:
         check_goes_on(method, fresh(method, step))
@@ -93,9 +49,8 @@ def test_resume_at_every_step(fresh, survived, method, todo):
 def test_a_finished_run_stays(fresh, survived, method, todo):
     """The command of a finished run changes nothing, nor does a start over it; also without last.pt."""
     whole = fresh(method, STEPS)
-    said = [check_goes_on(method, whole).out for _ in todo]
-    assert said[1].splitlines()[-1].split("|")[-1] == (
-        said[0].splitlines()[-1].split("|")[-1] if method != "finetune" else " done before, see out/results.jsonl")
+    said = [check_goes_on(method, whole).out.splitlines()[-1] for _ in todo]
+    assert said[1] == said[0] or method == "finetune" and "done before, see out/results.jsonl" in said[1]
     survived()
     before = contents(Path())
     if method != "finetune":
@@ -108,7 +63,7 @@ def test_a_finished_run_stays(fresh, survived, method, todo):
     survived()
 
 
-@each("kill -9 at random", range(2), range(2, 20))
+@each("kill -9 at random", range(1), range(1, 20))
 def test_kill_at_random(fresh, survived, method, todo):
     for i in todo:
         rng, code = random.Random(i), 0
@@ -145,12 +100,7 @@ POINTS = {
 SAVES = [*itertools.product(POINTS, (1, 3, 5))]
 
 
-def in_save(n, patch):
-    """Patch: `patch` when the n-th save begins."""
-    return {0: at_call("training", "save", n, lambda save, *args: (patch(), save(*args)))}
-
-
-@each("kill inside a save", SAVES[5:15:9], [x for x in SAVES if x not in SAVES[5:15:9]])
+@each("kill inside a save", SAVES[5:6], SAVES[:5] + SAVES[6:])
 def test_kill_inside_a_save(fresh, survived, method, todo):
     for point, n in todo:
         whole = fresh(method)
@@ -165,7 +115,7 @@ def test_kill_inside_a_save(fresh, survived, method, todo):
     pytest.param(80, marks=[fault("kill -9 in a tight save loop", n=80), pytest.mark.slow])])
 def test_kill_in_a_tight_save_loop(tmp_path, survived, n):
     model, rng = torch.nn.Linear(100, 100), random.Random(n)
-    state = {"method": "m", "model": model.state_dict(), "optimizer": {}, "config": {}, "args": {}, "data": ""}
+    state = dict(method="m", model=model.state_dict(), optimizer={}, config={}, args={}, data="")
 
     def loop():
         for step in itertools.count():
@@ -194,8 +144,8 @@ def test_storm(fresh, survived, method, todo):
                 time.sleep(rng.random() * 0.02)
                 os.kill(process.pid, which)
         else:
-            [process] = begin(method, in_save(rng.randint(1, 3), at_call(
-                "os", "fsync", 1, lambda real, fd: ([os.kill(os.getpid(), which) for which in five], real(fd)))))
+            [process] = begin(method, in_save(rng.randint(1, 3), at_call("os", "fsync", 1, lambda real, fd: (
+                [os.kill(os.getpid(), which) for which in five], real(fd)))))
         result, here = wait(process), run_folder(method)
         step = training.load(here / "last.pt")["step"]
         assert result.code == 143 and result.err == "" and step < STEPS, result
@@ -281,8 +231,8 @@ def test_lost_state_shows(fresh, survived, method, todo):
         survived()
 
 
-@pytest.mark.parametrize("kills", [pytest.param(4, marks=fault("kill -9 in a sweep of runs", n=4)),
-                                   pytest.param(16, marks=[fault("kill -9 in a sweep of runs", n=16),
+@pytest.mark.parametrize("kills", [pytest.param(2, marks=fault("kill -9 in a sweep of runs", n=2)),
+                                   pytest.param(18, marks=[fault("kill -9 in a sweep of runs", n=18),
                                                            pytest.mark.slow])])
 def test_kill_in_a_sweep(fresh, survived, kills):
     """Fine-tuning of two starts, two seeds: each row once, as if never killed."""
@@ -317,7 +267,7 @@ def check_full(method, result):
     return step
 
 
-@each("full disk (file size limit)", ["before", "after"])
+@each("full disk (file size limit)", ["after"], ["before"])
 def test_file_size_limit(fresh, survived, method, todo):
     """Half a checkpoint is too large, from the start or from its second save on."""
     for what in todo:
@@ -331,7 +281,7 @@ def test_file_size_limit(fresh, survived, method, todo):
         survived()
 
 
-@each("full disk (in a row of the log)", [1, 3], methods=PRETRAINING)
+@each("full disk (in a row of the log)", {"randommask": [1]}, [3], PRETRAINING)
 def test_full_disk_in_a_row(fresh, survived, method, todo):
     def half(log, out, row):
         with open(f"{out}/log.jsonl", "a") as f:
@@ -431,7 +381,7 @@ def test_no_run_folder(fresh, survived):
 
 # what torch.save writes or not, but a loader with weights_only does not load
 UNLOADABLE = [np.float64(1), np.zeros(2), np.random.default_rng(0), Path("a"), collections.deque([1]),
-              collections.defaultdict(int), frozenset([1]), slice(1), datetime.date(2020, 1, 1), np.bool_(True),
+              collections.defaultdict(int), frozenset([1]), slice(1), datetime.date.min, np.bool_(True),
               SimpleNamespace(a=1), torch.nn.Linear(1, 1), lambda: 0, open(os.devnull)]
 
 
@@ -453,7 +403,8 @@ def flip(raw, at, rng):
 
 
 def zero(raw, at, rng):
-    return raw[:at // 4096 * 4096] + bytes(len(raw[at // 4096 * 4096:][:4096])) + raw[at // 4096 * 4096 + 4096:]
+    at -= at % 4096
+    return raw[:at] + bytes(len(raw[at:at + 4096])) + raw[at + 4096:]
 
 
 def cut(raw, at, rng):
@@ -521,7 +472,7 @@ def deflated(state, path):
 FOREIGN = [b"", b"hello\n", b"<!DOCTYPE html><title>404</title>", b"\x89PNG\r\n\x1a\n" + bytes(99),
            gzip.compress(b"ACGT"), bytes(9999), b"version https://git-lfs.github.com/spec/v1\n", b"PK\3\4",
            b"\x80\x04.", legacy, raw_pickle, jit, zipped, deflated, lambda _, path: path.mkdir(),
-           lambda state, path: torch.save(list(state), path), lambda state, path: torch.save(torch.zeros(2), path),
+           lambda state, path: torch.save([*state], path), lambda _, path: torch.save(torch.zeros(2), path),
            lambda state, path: np.savez(open(path, "wb"), **{"a": np.zeros(3)})]
 
 
@@ -580,8 +531,8 @@ for method, flags in {"randommask": dict(n_embd=32, lr=0.1, seed=1, mask="single
     ANOTHER[method] += [(None, dict(genome="other.fa"), "data"), (None, dict(micro_batch_size=2), "micro")]
 
 
-@each("checkpoint of another run", {method: part[:3] for method, part in ANOTHER.items()},
-      {method: part[3:] for method, part in ANOTHER.items()})
+@each("checkpoint of another run", {method: part[:1] for method, part in ANOTHER.items()},
+      {method: part[1:] for method, part in ANOTHER.items()})
 def test_another_run(fresh, whole, survived, method, todo):
     for other, flags, word in todo:
         alone = fresh(method, 9)
@@ -607,3 +558,12 @@ def test_stale_files(fresh, survived, method, todo):
         (run_folder(method) / name).write_bytes(todo[0])
     check_goes_on(method, whole)
     survived()
+
+
+@pytest.mark.slow
+@fault("soak: random kills, stops and numbers of ranks")
+def test_soak(tmp_path):
+    """A minute of soak.py, which is to run for longer."""
+    command = [sys.executable, ROOT / "tests/soak.py", "--minutes", "1"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0 and "runs, all bitwise equal" in result.stdout, result.stderr
