@@ -433,7 +433,7 @@ def plot_masks(args):
     genome = data.open_genome(args.fasta, args.data_dir, args.cache)
     counts = cm_gems.count_kmers(genome.bases, genome.intervals, args.k)
     if counts[-1].sum() < 4 ** args.k:
-        raise ValueError(f"--fasta {args.fasta[0]}: {counts[-1].sum()} {args.k}-mers are too few for an NPMI; "
+        raise ValueError(f"--fasta {args.fasta[0]}: {counts[-1].sum()} {args.k}-mers, too few for an NPMI; "
                          f"give more, or a smaller --k")
     bases, _ = random_windows(genome, 1000, 509 + args.k)    # 510 k-mers, as in pretraining
     rows = mask_rows(bases, cm_gems.npmi_rank(cm_gems.npmi(counts)), args.k)

@@ -24,9 +24,11 @@ PROBE = " (linear probe)"                                    # behind a metric o
 def append_row(out, row):
     """One more line of results.jsonl; ranks and other runs may write at the same time."""
     os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, "results.jsonl"), "a") as f:
+    with open(os.path.join(out, "results.jsonl"), "a+b") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
-        f.write(json.dumps(row, allow_nan=False) + "\n")
+        f.seek(0)
+        f.truncate(f.read().rfind(b"\n") + 1)                # drops half a row
+        f.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())
 
@@ -39,6 +41,8 @@ def read_rows(out):
     with open(path, errors="replace") as f:
         fcntl.flock(f, fcntl.LOCK_SH)
         for n, line in enumerate(f, 1):
+            if not line.endswith("\n"):                      # half a row: the disk was full; its run goes on
+                break
             try:
                 rows.append(json.loads(line))
             except ValueError:

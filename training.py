@@ -253,7 +253,7 @@ def save(state, out, milestone=None):
 
     Temp file, fsync, re-opened as a loader would, renamed. OSError in one line when it cannot be written.
     """
-    tmp, last = os.path.join(out, "last.pt.tmp"), os.path.join(out, "last.pt")
+    tmp, link, last = (os.path.join(out, name) for name in ("last.pt.tmp", "link.tmp", "last.pt"))
     try:
         with open(tmp, "wb") as f:
             torch.save({"format": FORMAT} | state, f)
@@ -263,12 +263,14 @@ def save(state, out, milestone=None):
         for source, name in ((tmp, milestone), (last, "prev.pt")):             # second names, no copies
             if name and os.path.exists(source):
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(os.path.join(out, "link.tmp"))
+                    os.unlink(link)
                 try:
-                    os.link(source, os.path.join(out, "link.tmp"))
+                    os.link(source, link)
                 except OSError:                              # no hard links there (exFAT, some networks)
-                    shutil.copy(source, os.path.join(out, "link.tmp"))
-                os.replace(os.path.join(out, "link.tmp"), os.path.join(out, name))
+                    shutil.copy(source, link)
+                os.replace(link, os.path.join(out, name))
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(link)                          # both names were one file: replace left it
         os.replace(tmp, last)
         folder = os.open(out, os.O_RDONLY)
         os.fsync(folder)                                     # the renames, too, survive a power cut
@@ -277,8 +279,9 @@ def save(state, out, milestone=None):
         cause = e if isinstance(e, OSError) else e.__context__
         if not isinstance(cause, OSError):
             raise
-        with contextlib.suppress(OSError):
-            os.unlink(tmp)
+        for path in (tmp, link):
+            with contextlib.suppress(OSError):
+                os.unlink(path)
         raise OSError(f"cannot write {last}: {cause.strerror}; free space, go on with --resume") from None
 
 
@@ -352,7 +355,8 @@ def load_run(out, run, fixed=(), **parts):
     except ValueError as e:
         print(f"{e}\ncontinuing from the one before it, {prev}", flush=True)
         state, broken = load(prev), True
-    there, now = (s["args"] | {name: s[name] for name in ("method", "config", "data")} for s in (state, run))
+    there, now = ({"method": s["method"]} | s["args"] | {name: s[name] for name in ("config", "data")}
+                  for s in (state, run))
     differ = [f"{name} {there.get(name)!r} there, {now[name]!r} now" for name in now
               if (name in fixed or name not in MAY_CHANGE) and there.get(name) != now[name]]
     if differ:

@@ -7,9 +7,12 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 import harness
 
 
+@pytest.mark.fault("SLURM: signal, requeue, resume")
 def test_signal_checkpoint_requeue_resume(tmp_path):
     script, = re.findall(r"```bash\n(#!.*?#SBATCH.*?)```", (harness.ROOT / "README.md").read_text(), re.S)
     assert "--signal=B:USR1@" in script and "--requeue" in script

@@ -77,12 +77,14 @@ def test_whole_run_switches_once_and_by_the_rule():
     assert rows[SWITCH - 1]["val_ppl_global"] != rows[SWITCH - 1]["val_ppl"]
 
 
+@pytest.mark.fault("resume at every step: cm_gems")
 @pytest.mark.parametrize("step", [1, 11, 13, 14, 15, 19])
 def test_resume_before_and_after_the_switch(out, step):
     stopped(out, step)
     check_resume(out)
 
 
+@pytest.mark.fault("signal at a random moment: cm_gems")
 @pytest.mark.parametrize("name, rows", [("SIGKILL", 4), ("SIGKILL", 16), ("SIGTERM", 7), ("SIGUSR1", 15)])
 def test_signal_at_a_random_moment(out, name, rows):
     [process] = start(tiny(out, save_every=2 if name == "SIGKILL" else 100), {0: slow}, script="cm_gems.py")
@@ -93,12 +95,14 @@ def test_signal_at_a_random_moment(out, name, rows):
     check_resume(out)
 
 
+@pytest.mark.fault("stop signal to one rank: cm_gems")
 def test_two_ranks_equal_one(out):
     assert 8 <= stop_two_ranks(tiny(out), out, 8, "cm_gems.py") < STEPS
     check_resume(shutil.copytree(out, out.with_name("one")))
     check_resume(out, ranks=2)
 
 
+@pytest.mark.fault("checkpoint without a part of the state: cm_gems")
 @pytest.mark.parametrize("key, step, value", [("strategy", 15, "genemask"), ("switch_step", 15, None),
                                               ("perplexities", 13, []), ("perplexities", 15, [])])
 def test_lost_state_shows(out, key, step, value):
@@ -165,6 +169,7 @@ def test_cm_step_begins_with_the_easy_one(out, easy):
     assert losses[0][:2] == losses[1][:2] and losses[0] != losses[1]
 
 
+@pytest.mark.fault("checkpoint of another run: cm_gems", n=8)
 def test_another_run_is_not_resumed(out, tmp_path):
     stopped(out, 10)
     (tmp_path / "t.csv").write_text("kmer,npmi\nAAA,2\nAAC,1\n")

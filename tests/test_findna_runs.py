@@ -103,6 +103,7 @@ def test_whole_run_is_what_the_paper_says():
     assert [row["step"] for row in rows if want <= row.keys()] == [4, 8]
 
 
+@pytest.mark.fault("resume at every step: findna", n=7)
 def test_resume_at_every_step(out):
     shutil.copytree(WHOLE, out)
     check_resume(out)                                        # nothing is left to do,
@@ -113,6 +114,7 @@ def test_resume_at_every_step(out):
         check_resume(out)
 
 
+@pytest.mark.fault("checkpoint without a part of the state: findna")
 @pytest.mark.parametrize("part", ["model", "optimizer", "teacher", "center"])
 def test_lost_state_shows(out, part):
     last, first = stopped(out, 5), torch.load(WHOLE / "step_1.pt", weights_only=True)
@@ -121,6 +123,7 @@ def test_lost_state_shows(out, part):
         check_resume(out)
 
 
+@pytest.mark.fault("signal at a random moment: findna")
 @pytest.mark.parametrize("fault", ["save", "SIGKILL", "SIGTERM"])
 def test_killed(out, fault):
     amid = at_call("torch", "save", 2, lambda save, state, file: (file.write(b"P" * 99), file.flush(), die()))
@@ -132,6 +135,7 @@ def test_killed(out, fault):
     check_resume(out)
 
 
+@pytest.mark.fault("stop signal to one rank: findna")
 def test_two_ranks_equal_one(out):
     step = stop_two_ranks(tiny(out), out, 3, "findna.py")
     assert 3 <= step == checkpoint(out / "last.pt")["step"] < STEPS
@@ -145,6 +149,7 @@ ABLATIONS = [dict(batch_size=11), dict(objective="cl", dropout=0.1, fresh_window
              dict(views="MDT+DIT", translocation=30, alpha=0.9)]
 
 
+@pytest.mark.fault("uneven shares on two ranks: findna")
 @pytest.mark.parametrize("flags", ABLATIONS, ids=lambda flags: " ".join(map(str, flags.values())))
 def test_ablations_and_uneven_shares_on_two_ranks(out, flags):
     two, objective, alpha = out.with_name("2"), flags.get("objective"), flags.get("alpha", 0.5)
@@ -161,6 +166,7 @@ def test_ablations_and_uneven_shares_on_two_ranks(out, flags):
     assert objective or state["center"].shape == (K, flags.get("n_embd", 5 if "cl_space" in flags else 14))
 
 
+@pytest.mark.fault("loss that is not finite: findna")
 @pytest.mark.parametrize("ranks, call", [(1, 74), (1, 80), (2, 38), (2, 44)])
 def test_nan(out, ranks, call):
     """In step 4, in the teacher or in the student: 6 blocks each."""

@@ -180,6 +180,7 @@ def check_alone(**flags):
     return out
 
 
+@pytest.mark.fault("kill -9 one after the other: finetune", n=6)
 def test_kills(here):
     def amid(save, state, file):
         file.write(b"PK" * 999), file.flush(), die()
@@ -195,6 +196,7 @@ def test_kills(here):
     check_alone()
 
 
+@pytest.mark.fault("broken last.pt, sound prev.pt: finetune", n=2)
 def test_stop_and_broken_checkpoints(here):
     folder = here / "out/csv_small" / ALONE["id"]
     [process] = start(tiny(**SMALL, save_every=0), {0: slow}, script="finetune.py")
@@ -215,6 +217,7 @@ def test_stop_and_broken_checkpoints(here):
         shutil.rmtree("out")
 
 
+@pytest.mark.fault("stop signal between two runs: finetune")
 def test_a_stop_between_runs(here):
     flags = dict(csv="small.csv", mode="probe", init=[MODEL, HERE / ALONE["model"]])
     stop = at_call("data", "read_table", 1, lambda read, *args, **kwargs: (
@@ -222,6 +225,7 @@ def test_a_stop_between_runs(here):
     assert tune({0: stop}, **flags).code == 143 and len(results()) == 1 and len(done(**flags)[1]) == 2
 
 
+@pytest.mark.fault("sweep on two ranks: finetune")
 def test_two_ranks_share_the_runs(here):
     flags = SMALL | dict(init=["random", "kmer"], seeds=2, epochs=1)
     rows = done(**flags)[1]
@@ -249,6 +253,7 @@ def test_every_kind_of_start(here):
     torch.testing.assert_close(left, want, rtol=0, atol=1e-25)
 
 
+@pytest.mark.fault("loss that is not finite: finetune")
 @pytest.mark.parametrize("flags", [{}, {"batch_size": 999}, {"batch_size": 999, "epochs": 1,
                                    "protocol": "fewshot"}], ids=["later", "at once", "in the last step"])
 @pytest.mark.parametrize("classes", ["ab", "abc"])

@@ -58,6 +58,7 @@ def check_resume(out, log=True, ranks=1, **flags):
     return result.out
 
 
+@pytest.mark.fault("resume of a finished run: randommask")
 def test_whole_run(out):
     rows = log_rows(WHOLE)
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
@@ -91,6 +92,7 @@ def test_schedule_clipping_and_decay():
     assert not decays
 
 
+@pytest.mark.fault("resume at every step: randommask", n=19)
 def test_resume_at_every_step(out):
     for step in range(1, STEPS):
         stopped(out, step)
@@ -98,6 +100,7 @@ def test_resume_at_every_step(out):
         shutil.rmtree(out)
 
 
+@pytest.mark.fault("kill inside a save: randommask")
 @pytest.mark.parametrize("module, name, n, when, to", [
     ("torch", "save", 2, "before", ""), ("torch", "save", 2, "amid", ""),
     ("os", "fsync", 2, "before", ""), ("os", "fsync", 3, "before", ""), ("os", "fsync", 3, "after", ""),
@@ -112,6 +115,7 @@ def test_kill_inside_a_save(out, module, name, n, when, to):
     check_resume(out)
 
 
+@pytest.mark.fault("second run in a run folder: randommask", n=2)
 def test_lock(out):
     [process] = start(tiny(out), {0: slow})
     wait_rows(process, out, 6)
@@ -123,6 +127,7 @@ def test_lock(out):
     check_equal(out)
 
 
+@pytest.mark.fault("signal at a random moment: randommask")
 @pytest.mark.parametrize("names, rows, log_every", [
     ("SIGKILL", 3, 1), ("SIGKILL", 7, 1), ("SIGKILL", 11, 1), ("SIGTERM", 4, 1), ("SIGINT", 9, 1),
     ("SIGUSR1", 6, 100), ("SIGTERM SIGINT SIGUSR1", 4, 1), ("SIGINT SIGTERM SIGTERM", 6, 100)])
@@ -142,12 +147,14 @@ def test_signal_at_a_random_moment(out, names, rows, log_every):
     check_resume(out, log=log_every == 1)
 
 
+@pytest.mark.fault("stop signal to one rank: randommask")
 def test_two_ranks_equal_one(out):
     assert 8 <= stop_two_ranks(tiny(out), out, 8) == checkpoint(out / "last.pt")["step"] < STEPS
     check_resume(shutil.copytree(out, out.with_name("one")))
     check_resume(out, ranks=2)
 
 
+@pytest.mark.fault("uneven shares on two ranks: randommask")
 @pytest.mark.parametrize("batch_size, tolerance", [(7, 0), (11, 1e-4)], ids=["4 + 3", "4 + 4 + 3"])
 def test_uneven_shares(out, batch_size, tolerance):
     flags, two, none = dict(batch_size=batch_size, p=0.999, lr=1e-3), out.with_name("2"), out.with_name("no")
@@ -161,6 +168,7 @@ def test_uneven_shares(out, batch_size, tolerance):
     assert "--micro_batch_size" in refused(result) and not none.exists()
 
 
+@pytest.mark.fault("dead rank: randommask")
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_rank_dies(out, victim):
     codes = run(tiny(out), {victim: at_call("training", "all_reduce", 16, die)}, ranks=2).codes
@@ -168,6 +176,7 @@ def test_a_rank_dies(out, victim):
     check_resume(out)
 
 
+@pytest.mark.fault("loss that is not finite: randommask")
 @pytest.mark.parametrize("log_every, last_row", [(1, 7), (100, 6)])
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_nan(out, ranks, log_every, last_row):
@@ -179,6 +188,7 @@ def test_nan(out, ranks, log_every, last_row):
     assert log_rows(out)[-1]["step"] == last_row and str(out) in result.err
 
 
+@pytest.mark.fault("torchrun: hash seed, locale, time zone")
 def test_torchrun(out):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     env = os.environ | {"PYTHONHASHSEED": "7", "LC_ALL": "C", "TZ": "Asia/Tokyo"}
@@ -191,6 +201,7 @@ DAMAGE = {"empty": lambda raw: b"", "half": lambda raw: raw[:9999], "text": lamb
 KEYS = ("format", "method", "step", "model", "optimizer", "config", "args", "data")
 
 
+@pytest.mark.fault("broken last.pt, sound prev.pt: randommask")
 @pytest.mark.parametrize("damage", [*DAMAGE, *KEYS])
 def test_broken_checkpoint(out, damage):
     last = stopped(out)
@@ -204,6 +215,7 @@ def test_broken_checkpoint(out, damage):
     assert "prev.pt" in check_resume(out)
 
 
+@pytest.mark.fault("checkpoint without a part of the state: randommask")
 @pytest.mark.parametrize("part", [*KEYS[2:5], "adam exp_avg", "adam exp_avg_sq", "adam step"])
 def test_lost_state_shows(out, part):
     """The tests here can see each part of the state: where it is set back, the run ends elsewhere."""
@@ -216,6 +228,7 @@ def test_lost_state_shows(out, part):
         check_resume(out)
 
 
+@pytest.mark.fault("bit flip in a checkpoint: randommask", n=300)
 def test_cut_and_flipped_checkpoints(tmp_path):
     raw, sound, path = (WHOLE / "last.pt").read_bytes(), training.load(WHOLE / "last.pt"), tmp_path / "x.pt"
     flips = np.random.default_rng(3).integers((len(raw), 8), size=(300, 2)).tolist()
@@ -231,6 +244,7 @@ def test_cut_and_flipped_checkpoints(tmp_path):
             assert state.items() <= sound.items() and len(damaged) == len(raw)
 
 
+@pytest.mark.fault("checkpoint of another run: randommask")
 @pytest.mark.parametrize("flag, value", [("seed", 1), ("lr", 0.1), ("micro_batch_size", 2), ("steps", 30),
                                          ("mask", "dnabert"), ("n_embd", 32), ("genome", "other.fa")])
 def test_another_run_is_not_resumed(out, tmp_path, flag, value):
@@ -242,6 +256,7 @@ def test_another_run_is_not_resumed(out, tmp_path, flag, value):
     check_resume(out, genome="same.fa")                      # nothing was touched; bases may lie elsewhere
 
 
+@pytest.mark.fault("full disk (file size limit): randommask")
 def test_full_disk(out):
     raw = stopped(out).read_bytes()
     full = {0: lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (len(raw) // 2,) * 2)}

@@ -1,0 +1,265 @@
+"""The fault campaign, ranks: one dies, hangs, gets a signal or a NaN; torchrun dies; their number changes.
+Forked ranks first, then real torchrun. What goes on ends as the run that one rank left alone makes."""
+import datetime
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import training
+from harness import ROOT, at_call, contents, die, equal, log_rows, refused, slow, wait, wait_rows
+from methods import (PRETRAINING, STEPS, begin, check_ending, check_goes_on, each, fault, flags_of, fresh, go,
+                     in_save, whole)                         # noqa: F401, fixtures
+
+stop_at_7 = at_call("training", "stop_requested", 7, lambda real: True)
+
+
+def last_step():
+    return training.load("out/last.pt")["step"]
+
+
+def check_sound(n_least=0):
+    """A sound checkpoint, or none yet; no log row is lost."""
+    step = last_step() if Path("out/last.pt").exists() else 0
+    steps = [row["step"] for row in log_rows(Path("out"))]
+    assert n_least <= step < STEPS and steps[:step] == [*range(1, step + 1)]
+
+
+@each("ranks 1, 2, 1 and 2, 1, 2", [(1, 2, 1)], [(2, 1, 2)], PRETRAINING)
+def test_resume_on_other_ranks(fresh, survived, method, todo):
+    """Stopped after 7 and 14 steps; two micro-batches: every bit is the same."""
+    for first, second, third in todo:
+        alone = fresh(method)
+        assert set(go(method, {0: stop_at_7}, first).codes) == {143} and last_step() == 7
+        assert set(go(method, {second - 1: stop_at_7}, second).codes) == {143} and last_step() == 14
+        check_goes_on(method, alone, third)
+        survived()
+
+
+@each("2 and 4 ranks, 4 micro-batches", (), [2, 4], PRETRAINING)
+def test_four_micro_batches(fresh, survived, method, todo):
+    """40 steps: losses within 1e-5 of those of one rank, weights within 1e-3."""
+    flags = dict(micro_batch_size=2, steps=40)
+    for ranks in todo:
+        found = []
+        for n in (1, ranks):
+            fresh(method)
+            assert go(method, ranks=n, **flags).codes == [0] * n
+            found.append((log_rows(Path("out")), training.load("out/last.pt")["model"]))
+        (rows, weights), (rows_there, weights_there) = found
+        for a, b in zip(rows, rows_there, strict=True):
+            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["step"] == b["step"]
+        torch.testing.assert_close(weights, weights_there, rtol=0, atol=1e-3)
+        survived()
+
+
+@each("replicas at the end", {"findna": [2]}, {"randommask": [2], "cm_gems": [2]}, PRETRAINING)
+def test_replicas_are_equal(fresh, survived, method, todo):
+    def tell(rank):
+        def finish(real, *args):
+            main = sys.modules["__main__"]
+            state = {name: getattr(main, name).state_dict() for name in ("model", "teacher", "optimizer")
+                     if hasattr(main, name)} | {"center": getattr(main, "center", None)}
+            torch.save(state | {"curriculum": getattr(main, "curriculum", None)}, f"{rank}.pt")
+            real(*args)
+        return at_call("training", "finish", 1, finish)
+    for ranks in todo:
+        alone = fresh(method)
+        assert go(method, {rank: tell(rank) for rank in range(ranks)}, ranks).codes == [0] * ranks
+        check_ending(method, alone)
+        states = [torch.load(f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+        assert states[0].pop("curriculum") == states[1].pop("curriculum")
+        equal(*states)
+        equal(states[0]["model"], training.load("out/last.pt")["model"])
+        survived()
+
+
+@each("fewer micro-batches than ranks", [2], methods=PRETRAINING)
+def test_too_many_ranks(fresh, survived, method, todo):
+    for ranks in todo:
+        fresh(method)
+        before = contents(Path())
+        assert "--micro_batch_size" in refused(go(method, ranks=ranks, batch_size=4))
+        assert contents(Path()).keys() <= before.keys()
+        survived()
+
+
+def fail(*_):
+    raise RuntimeError("as of a broken GPU")
+
+
+@each("dead rank", {"findna": [(1, 16, die)], "cm_gems": [(0, 16, die)]},
+      [(0, 16, die), (0, 9, die), (1, 25, fail), (0, 25, fail)], PRETRAINING)
+def test_a_rank_dies(fresh, survived, method, todo):
+    for victim, call, how in todo:
+        alone, start = fresh(method), time.monotonic()
+        codes = go(method, {victim: at_call("training", "all_reduce", call, how)}, 2).codes
+        assert codes[victim] == (-9 if how is die else 1) and codes[1 - victim] not in (0, 143)
+        assert time.monotonic() - start < 15
+        check_sound()
+        check_goes_on(method, alone, 1 + victim)
+        survived()
+
+
+def short_timeout():
+    """Patch: collectives wait 3 seconds for each other, not 30 minutes."""
+    real = torch.distributed.init_process_group
+    torch.distributed.init_process_group = lambda *args, **kwargs: real(
+        *args, **kwargs, timeout=datetime.timedelta(seconds=3))
+
+
+@each("hanging rank", {"randommask": [1]}, {"randommask": [0], "findna": [1], "cm_gems": [1]}, PRETRAINING)
+def test_a_rank_hangs(fresh, survived, method, todo):
+    for victim in todo:
+        alone = fresh(method)
+        processes = begin(method, dict.fromkeys((0, 1), lambda: (short_timeout(), slow())), 2)
+        wait_rows(processes[0], Path("out"), 6)
+        os.kill(processes[victim].pid, signal.SIGSTOP)
+        start = time.monotonic()
+        processes[1 - victim].join(60)
+        assert processes[1 - victim].exitcode == 1 and time.monotonic() - start < 10
+        processes[victim].kill()
+        wait(*processes)
+        check_sound(4)
+        check_goes_on(method, alone)
+        survived()
+
+
+# the n-th call in step 7 of rank 1: a loss of its only micro-batch there; of findna a block of the student
+NAN = {"randommask": ("cross_entropy", 7), "cm_gems": ("cross_entropy", 7), "findna": ("gelu", 7 * 6)}
+
+
+@each("NaN on one rank", {"cm_gems": [1]}, [0], PRETRAINING)
+def test_nan_on_one_rank(fresh, survived, method, todo):
+    """All stop with 3 before the weights change, log nothing of that step and keep the checkpoint."""
+    name, n = NAN[method]
+    for rank in todo:
+        alone = fresh(method)
+        nan = at_call("torch.nn.functional", name, n, only=lambda x, *_: x.requires_grad,
+                      fault=lambda real, *args, **kwargs: real(*args, **kwargs) * np.nan)
+        result = go(method, {rank: nan}, 2)
+        assert result.codes == [3, 3] and "step 7: not finite" in result.err, result
+        assert log_rows(Path("out"))[-1]["step"] == 6 and last_step() == 4
+        equal(*(training.load(path)["model"] for path in ("out/last.pt", alone / "steps/4.pt")))
+        check_goes_on(method, alone, 2)
+        survived()
+
+
+@each("full disk on two ranks", {"randommask": [2]}, {"findna": [2], "cm_gems": [2]}, PRETRAINING)
+def test_full_disk(fresh, survived, method, todo):
+    """Rank 0, which writes, says so; rank 1 does not wait for it for ever."""
+    for n in todo:
+        alone, start = fresh(method), time.monotonic()
+        full = in_save(n, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)))
+        result = go(method, full, 2)
+        assert result.code == 2 and result.err.startswith("error: cannot write") and result.codes[1], result
+        assert time.monotonic() - start < 15 and last_step() == 4
+        check_goes_on(method, alone, 2)
+        survived()
+
+
+@each("broken last.pt, two ranks", {"findna": [5]}, {"randommask": [13], "cm_gems": [13]}, PRETRAINING)
+def test_the_checkpoint_before(fresh, survived, method, todo):
+    for step in todo:
+        alone = fresh(method, step)
+        os.rename("out/last.pt", "out/prev.pt")
+        Path("out/last.pt").write_bytes(Path("out/prev.pt").read_bytes()[:9999])
+        check_goes_on(method, alone, 2)
+        survived()
+
+
+LAUNCH = """import os, runpy, sys
+sys.path[:0] = [{root!r}, {tests!r}]
+import harness, test_fault_ranks
+test_fault_ranks.short_timeout() if os.environ.get("SHORT") else None
+harness.slow()
+if os.environ.get("FAIL") == os.environ["RANK"]:
+    harness.at_call("training", "all_reduce", 16, test_fault_ranks.fail)()
+sys.argv[0] = {script!r}
+runpy.run_path({script!r}, run_name="__main__")
+"""
+
+
+def alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.fixture
+def torchrun():
+    """torchrun(method, env): a launcher with two slow workers that have logged 6 rows: (it, their pids)."""
+    started = []
+
+    def launch(method, env={}):
+        script, tests = str(ROOT / f"{method}.py"), str(ROOT / "tests")
+        Path("launch.py").write_text(LAUNCH.format(root=str(ROOT), tests=tests, script=script))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        launcher = subprocess.Popen([*command, "launch.py", *flags_of(method)], stdout=open("stdout", "w"),
+                                    stderr=open("stderr", "w"), env=os.environ | env, start_new_session=True)
+        started.append(launcher.pid)
+        log, deadline = Path("out/log.jsonl"), time.monotonic() + 90
+        while not log.exists() or log.read_text().count("\n") < 6:
+            assert launcher.poll() is None and time.monotonic() < deadline, Path("stderr").read_text()[-999:]
+            time.sleep(0.01)
+        pids = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+        workers = [int(pid) for pid in pids if b"launch.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+        workers.sort(key=lambda pid: b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes())
+        started.extend(workers)
+        assert len(workers) == 2
+        return launcher, workers
+    yield launch
+    for pid in filter(alive, started):
+        os.kill(pid, signal.SIGKILL)
+
+
+def send(which, *to):
+    """Fault: this signal to the launcher (L), rank 0 or rank 1."""
+    def fault(launcher, workers):
+        for target in to:
+            os.kill(launcher.pid if target == "L" else workers[target], which)
+    return fault
+
+
+# (method, what, fault, does it stop with a checkpoint of its own, seconds in which all are gone, environment)
+TORCHRUN = [
+    ("randommask", "SIGTERM to torchrun", send(signal.SIGTERM, "L"), True, 20, {}),
+    ("findna", "SIGTERM to torchrun and all ranks", send(signal.SIGTERM, "L", 0, 1), True, 20, {}),
+    ("cm_gems", "SIGINT (Ctrl-C) to torchrun and all ranks", send(signal.SIGINT, "L", 0, 1), True, 20, {}),
+    ("findna", "SIGTERM to rank 1", send(signal.SIGTERM, 1), True, 20, {}),
+    ("cm_gems", "SIGUSR1 to rank 0", send(signal.SIGUSR1, 0), True, 20, {}),
+    ("randommask", "kill -9 of torchrun", send(signal.SIGKILL, "L"), True, 20, {}),
+    ("cm_gems", "kill -9 of torchrun", send(signal.SIGKILL, "L"), True, 20, {}),
+    ("findna", "kill -9 of rank 0", send(signal.SIGKILL, 0), False, 45, {}),
+    ("randommask", "kill -9 of rank 1", send(signal.SIGKILL, 1), False, 45, {}),
+    ("cm_gems", "exception in rank 1", send(signal.SIGCONT, 1), False, 45, {"FAIL": "1"}),
+    ("findna", "rank 1 hangs", send(signal.SIGSTOP, 1), False, 60, {"SHORT": "1"})]      # torchrun waits 30 s
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method, act, stops, seconds, env", [
+    pytest.param(method, *case, marks=fault(f"torchrun: {what}"), id=f"{what}-{method}")
+    for method, what, *case in TORCHRUN])
+def test_torchrun(fresh, torchrun, method, act, stops, seconds, env):
+    alone = fresh(method)
+    launcher, workers = torchrun(method, env)
+    act(launcher, workers)
+    start = time.monotonic()
+    assert launcher.wait(seconds) != 0
+    while any(map(alive, workers)):                          # nobody is orphaned
+        assert time.monotonic() - start < seconds
+        time.sleep(0.05)
+    said = Path("stdout").read_text()
+    if stops:
+        assert log_rows(Path("out"))[-1]["step"] == last_step() and 6 <= last_step() < STEPS
+        assert f"stopped  by a signal after step {last_step()};" in said
+    check_sound(4)
+    check_goes_on(method, alone, 2)
