@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -168,3 +169,12 @@ def refused(result):
     assert set(result.codes) == {2} and "error: " in last and len(last) < 900, result
     assert "error: " not in "".join(usage) and (not usage or usage[0].startswith("usage: ")), result
     return last
+
+
+def check_bad_flags(case, run, args, **names):
+    """The flags of a case behind args are refused in a line with its word; nothing is printed or made."""
+    if case.get("no_cuda") and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    flags = case["args"].split() if isinstance(case["args"], str) else case["args"]
+    result = run([*args, *(flag.format(**names) for flag in flags)])
+    assert case["word"].format(**names) in refused(result) and result.out == "" and os.listdir() == []

@@ -16,8 +16,8 @@ import torch
 
 import cm_gems
 import models
-from harness import (SHARED, cases, command_line, contents, equal, log_rows, random_dna, refused, run, slow,
-                     start, stop_two_ranks, wait, wait_rows, write_fasta, write_genome)
+from harness import (SHARED, cases, check_bad_flags, command_line, contents, equal, log_rows, random_dna,
+                     refused, run, slow, start, stop_two_ranks, wait, wait_rows, write_fasta, write_genome)
 
 GOLDEN = SHARED / "golden" / "genemask_golden.json"
 STEPS, SWITCH = 20, 14                                       # the run left alone goes to Global after 14
@@ -253,9 +253,4 @@ def test_nothing_masked(out):
 @pytest.mark.parametrize("case", cases("common_flags.json") + cases("cm_flags.json"),
                          ids=lambda case: str(case["args"]))
 def test_bad_flags(out, tmp_path, case):
-    if case.get("no_cuda") and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    names = {"tmp": str(tmp_path), "fasta": str(FASTA), "whole": str(WHOLE / "last.pt")}
-    flags = case["args"].split() if isinstance(case["args"], str) else case["args"]
-    result = pretrain(tiny(out) + [flag.format(**names) for flag in flags])
-    assert case["word"].format(**names) in refused(result) and result.out == "" and os.listdir() == []
+    check_bad_flags(case, pretrain, tiny(out), tmp=tmp_path, fasta=FASTA, whole=WHOLE / "last.pt")

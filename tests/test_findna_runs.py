@@ -18,8 +18,8 @@ import findna
 import finetune                                              # noqa: F401, its imports take long
 import models
 import training
-from harness import (at_call, cases, command_line, contents, die, equal, log_rows, random_dna, refused, run,
-                     slow, start, stop_two_ranks, wait, wait_rows, write_fasta)
+from harness import (at_call, cases, check_bad_flags, command_line, contents, die, equal, log_rows,
+                     random_dna, refused, run, slow, start, stop_two_ranks, wait, wait_rows, write_fasta)
 
 STEPS, K = 8, findna.N_CLS
 
@@ -202,12 +202,7 @@ def test_demo_and_show_masks(out, tmp_path):
 @pytest.mark.parametrize("case", cases("common_flags.json") + cases("findna_flags.json"),
                          ids=lambda c: str(c["args"]))
 def test_bad_flags(out, tmp_path, case):
-    if case.get("no_cuda") and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    names = {"tmp": str(tmp_path), "fasta": str(FASTA), "whole": str(WHOLE / "last.pt")}
-    flags = case["args"].split() if isinstance(case["args"], str) else case["args"]
-    result = pretrain(tiny(out) + [flag.format(**names) for flag in flags])
-    assert case["word"].format(**names) in refused(result) and result.out == "" and os.listdir() == []
+    check_bad_flags(case, pretrain, tiny(out), tmp=tmp_path, fasta=FASTA, whole=WHOLE / "last.pt")
 
 
 def tune(*args):

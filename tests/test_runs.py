@@ -15,8 +15,9 @@ import torch
 
 import models
 import training
-from harness import (ROOT, at_call, cases, checkpoint, command_line, contents, die, equal, log_rows, refused,
-                     run, slow, start, stop_two_ranks, wait, wait_rows, write_case, write_fasta, write_genome)
+from harness import (ROOT, at_call, cases, check_bad_flags, checkpoint, command_line, contents, die, equal,
+                     log_rows, refused, run, slow, start, stop_two_ranks, wait, wait_rows, write_case,
+                     write_fasta, write_genome)
 
 STEPS = 20
 
@@ -318,12 +319,7 @@ def test_it_learns_and_the_demo_runs(out, tmp_path):
 @pytest.mark.parametrize("case", cases("common_flags.json") + cases("randommask_flags.json"),
                          ids=lambda c: str(c["args"]))
 def test_bad_flags(out, tmp_path, case):
-    if case.get("no_cuda") and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    names = {"tmp": str(tmp_path), "fasta": str(FASTA), "whole": str(WHOLE / "last.pt")}
-    flags = case["args"].split() if isinstance(case["args"], str) else case["args"]
-    result = run(tiny(out) + [flag.format(**names) for flag in flags])
-    assert case["word"].format(**names) in refused(result) and result.out == "" and os.listdir() == []
+    check_bad_flags(case, run, tiny(out), tmp=tmp_path, fasta=FASTA, whole=WHOLE / "last.pt")
 
 
 @pytest.mark.fault("FASTA cases: randommask")
