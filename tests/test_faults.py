@@ -31,7 +31,7 @@ import torch
 
 import finetune                                              # noqa: F401, its imports take long
 import training
-from harness import ROOT, at_call, contents, die, fork, log_rows, refused, wait
+from harness import ROOT, at_call, contents, die, fork, log_rows, refused, wait, wait_rows
 from methods import (METHODS, PRETRAINING, STEPS, begin, begin_slowly, bits, check_ending, check_goes_on,
                      each, fault, flags_of, fresh, go, in_save, run_folder, whole)   # noqa: F401, fixtures
 
@@ -175,8 +175,8 @@ ENVIRONMENTS = [dict(PYTHONHASHSEED="1", LC_ALL="C", TZ="Asia/Kathmandu"),
 
 
 def in_new_process(method, **env):
-    command = [sys.executable, ROOT / f"{method}.py", *flags_of(method)]
-    subprocess.run(command, check=True, capture_output=True, env=os.environ | env)
+    subprocess.run([sys.executable, ROOT / f"{method}.py", *flags_of(method)], env=os.environ | env, check=True,
+                   capture_output=True)
 
 
 @each("another environment", (), ENVIRONMENTS)
@@ -430,12 +430,19 @@ def cut(raw, at, rng):
     return raw[:at]
 
 
+def larger(path, state):
+    """A megabyte more in a checkpoint: its pages are of tensors, not of headers."""
+    torch.save(state | {"more": torch.ones(1 << 18)}, path)
+    return path.read_bytes()
+
+
 def check_damage(whole, survived, path, how, todo):
     """0 silently wrong: a checkpoint damaged anywhere is refused, or has the right content."""
     rng = np.random.default_rng(todo[0])
     for n in todo:
         step = 1 + n % STEPS
-        raw = broken = (whole / f"steps/{step}.pt").read_bytes()
+        sound = training.load(whole / f"steps/{step}.pt")
+        raw = broken = larger(path, sound) if how is zero else (whole / f"steps/{step}.pt").read_bytes()
         while broken == raw:
             broken = how(raw, int(rng.integers(len(raw))), rng)
         path.write_bytes(broken)
@@ -444,7 +451,7 @@ def check_damage(whole, survived, path, how, todo):
         except ValueError as e:
             assert "not a readable checkpoint" in str(e)
         else:
-            assert how is flip and bits(state) == bits(training.load(whole / f"steps/{step}.pt"))
+            assert how is flip and bits(state) == bits(sound)
         survived()
 
 
@@ -588,3 +595,19 @@ def test_soak(tmp_path):
     command = [sys.executable, ROOT / "tests/soak.py", "--minutes", "1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and "runs, all bitwise equal" in result.stdout, result.stderr
+
+
+@pytest.mark.slow
+@fault("stop signal to a model of BERT's size")
+def test_stop_of_a_large_model(fresh):
+    """86 million parameters: from the signal to the end within half a minute, on a busy machine too."""
+    fresh("randommask")
+    [process] = begin("randommask", k=6, n_layer=12, n_head=12, n_embd=768, batch_size=2, micro_batch_size=1,
+                      steps=999, eval_every=999, save_every=999, keep=999)
+    wait_rows(process, Path("out"), 3)
+    start = time.monotonic()
+    process.terminate()
+    assert wait(process).code == 143 and time.monotonic() - start < 30
+    assert Path("out/last.pt").stat().st_size > 1e9
+    assert training.load("out/last.pt")["step"] == log_rows(Path("out"))[-1]["step"]
+    shutil.rmtree("out")
