@@ -254,9 +254,9 @@ def open_cache(paths, cache, keep):
     for root in roots:
         key = json.dumps([[os.path.relpath(p, root) for p in paths], keep])
         name = f"{os.path.basename(paths[0])}.{hashlib.sha256(key.encode()).hexdigest()[:8]}.nanodna"
-        folder = os.path.join(root, name)
+        folder, error = os.path.join(root, name), "it does not read back as written"
         for _ in range(100):                                 # another process may remove the folder
-            if found := read_cache(folder, source):
+            if found := read_cache(folder, source, lambda *_, **__: None):
                 return found
             try:
                 os.makedirs(folder, exist_ok=True)
@@ -276,7 +276,7 @@ def open_cache(paths, cache, keep):
     raise ValueError(f"{folder}: cannot write the genome cache ({error}); use --cache FOLDER")
 
 
-def read_cache(folder, source):
+def read_cache(folder, source, say=print):
     """(index, bases) of a cache that is whole and of these sources; else None, and says why it is built anew.
     The bases are the very mapping that was checked: files of these names may change at any moment."""
     if not os.path.exists(os.path.join(folder, "index.json")):
@@ -291,7 +291,7 @@ def read_cache(folder, source):
         sound = False
     if sound and index["source"] == source:
         return index, bases
-    print(f"genome cache {folder}: {'FASTA changed' if sound else 'damaged'}, building it again", flush=True)
+    say(f"genome cache {folder}: {'FASTA changed' if sound else 'damaged'}, building it again", flush=True)
 
 
 def build_cache(paths, keep, source, folder):

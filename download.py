@@ -266,7 +266,7 @@ def count_rows(path):
         except (TypeError, RecursionError) as e:             # a number; lists without end
             raise ValueError(f"not the JSON of a config ({data.show(str(e))})") from None
     if name.endswith(".bin"):
-        return len(models.hf_tensors(os.path.dirname(path))[0])
+        return len(models.hf_tensors(os.path.dirname(path), [name])[0])
     if name.endswith((".fa", ".fa.gz")):
         return sum(1 for _ in data.fasta_records(path))
     if "activity" in name:
@@ -326,6 +326,9 @@ def unpack(archive, made, classes):
                 wanted = [re.compile(f"(.*/)?{split}/{name}/[^/]+[.]txt") for name in classes]
                 found = [(label, member) for label, pattern in enumerate(wanted) for member in every
                          if pattern.fullmatch(member.filename)]
+                stored = zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED              # others raise what they like
+                if any(member.compress_type not in stored for member in every):
+                    raise zipfile.BadZipFile("compression method not supported")
                 if len(found) != n or any(member.file_size > 1 << 14 for _, member in found):
                     raise ValueError(f"{len(found):,} sequences of {split} (or too long); published {n:,}")
                 os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -443,8 +446,8 @@ def get(names, data_dir, only_check):
     if os.path.exists(record):
         with open(record) as f:
             try:
-                manifest = dict(json.load(f))
-            except (ValueError, TypeError):
+                manifest = {path: dict(entry) for path, entry in json.load(f).items()}
+            except (ValueError, TypeError, AttributeError, RecursionError):
                 raise ValueError(f"{record}: damaged; remove it, the files are verified anew") from None
     for name in names:
         for file in SOURCES[name].files:

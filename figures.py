@@ -28,14 +28,15 @@ import randommask
 import table
 import training
 
-COLORS = "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"  # Okabe, Ito
+COLORS = np.array([[*bytes.fromhex(rgb)] for rgb in (        # Okabe, Ito: (8, 3) of 0..1
+    "0072B2", "D55E00", "009E73", "CC79A7", "E69F00", "56B4E9", "000000", "999999")]) / 255
 REACH = 6                                                    # tokens on either side: neighbours
 SHOWN = 120                                                  # bases in the picture of the masks
 PANELS = (                                                   # title, unit, scale, {column of the log: style}
     ("Loss; dots: held out; triangles: the next phase's masks", "nats", "log", {
         "loss": "-", "val_loss": "o", "val_loss_next_phase": "^"}),
-    ("Perplexity, held out; dashed: DNABERT's spans", "exp(nats)", "log", {
-        "val_loss": "-", "val_loss_span": "--"}),
+    ("Perplexity, held out; dashed: DNABERT's spans; triangles: next phase", "exp(nats)", "log", {
+        "val_loss": "-", "val_loss_span": "--", "val_loss_next_phase": "^"}),
     ("FinDNA, masked bases; dots: held out", "nats", "linear", {"mnm_loss": "-", "val_mnm_loss": "o"}),
     ("FinDNA, contrastive; dots: held out", "nats", "linear", {"cl_loss": "-", "val_cl_loss": "o"}),
     ("Its teacher: what it says of a sequence; dashed: cosine of two", "nats", "linear", {
@@ -44,8 +45,8 @@ PANELS = (                                                   # title, unit, scal
     ("Learning rate", "", "linear", {"lr": "-"}))
 
 
-def new_figure(rows, columns, width, height):
-    """A figure and its axes (rows, columns), each of width x height inches."""
+def new_figure(n, columns, width, height):
+    """A figure and its n axes in rows of so many, each of width x height inches."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -53,8 +54,9 @@ def new_figure(rows, columns, width, height):
         raise ValueError("matplotlib, which draws the figures, is missing: pip install matplotlib") from None
     matplotlib.rcParams.update({"font.size": 7, "axes.titlesize": 8, "legend.frameon": False,
                                 "axes.spines.top": False, "axes.spines.right": False})
+    rows = -(-n // columns)
     fig = Figure((columns * width, rows * height), layout="constrained")
-    return fig, fig.subplots(rows, columns, squeeze=False)
+    return fig, [fig.add_subplot(rows, columns, i) for i in range(1, n + 1)]
 
 
 def read_log(run):
@@ -66,9 +68,9 @@ def read_log(run):
             print(f"{path}: line {n} is still being written: left out")
             break
         try:
-            row = json.loads(line)
-            step, _ = int(row.pop("step")), float(row["loss"])
-        except (ValueError, LookupError, TypeError, AttributeError):
+            row = {name: x for name, x in json.loads(line).items() if isinstance(x, (int, float))}
+            step, _ = int(row.pop("step")), row["loss"]
+        except (ValueError, LookupError, AttributeError, ArithmeticError, RecursionError):
             raise ValueError(f"{path}: line {n}: {data.show(line.strip())}, not a row of a pretraining log; "
                              f"give a run folder of randommask, findna or cm_gems") from None
         for name, value in row.items():
@@ -100,17 +102,15 @@ def draw_loss(logs):
     """logs: {run: what read_log gives}."""
     lines = {run: curves(log) for run, log in logs.items()}
     panels = [panel for panel in PANELS if any(panel[0] in found for found in lines.values())]
-    fig, axes = new_figure(-(-len(panels) // 2), 2, 4, 2.5)
-    for ax in axes.flat[len(panels):]:
-        ax.axis("off")
-    for ax, (title, unit, scale, styles) in zip(axes.flat, panels):
+    fig, axes = new_figure(len(panels), 2, 4, 2.5)
+    for ax, (title, unit, scale, styles) in zip(axes, panels):
         for color, (run, found) in zip(COLORS, lines.items()):
             for column, (steps, values) in found.get(title, {}).items():
                 ax.plot(steps, values, styles[column], color=color, ms=3, lw=1,
                         label=run if styles[column] == "-" else None)
             for step, what in events(logs[run]):
                 ax.axvline(step, color=color, lw=0.8, ls=":")
-                if ax is axes[0, 0]:
+                if ax is axes[0]:
                     ax.annotate(what, (step, 1), xycoords=("data", "axes fraction"), color=color, fontsize=6,
                                 rotation=90, va="top", ha="right")
         ax.set(title=title, xlabel="step", ylabel=unit, yscale=scale)
@@ -118,7 +118,7 @@ def draw_loss(logs):
             low, high = ax.get_ylim()
             ax.yaxis.set_major_formatter("{x:g}")
             ax.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
-    axes[0, 0].legend()
+    axes[0].legend()
     return fig
 
 
@@ -156,17 +156,11 @@ def embeddings(bert):
                          for name, ids in (classes | shuffled).items()}
 
 
-def rgb(color):
-    """'#RRGGBB' -> (3,) of 0..1."""
-    return np.array([int(color[i:i + 2], 16) / 255 for i in (1, 3, 5)])
-
-
 def shades(classes):
     """Colors (n, 3): the hue is the letter; of two letters the first, and the lightness the second."""
-    hues = np.stack([rgb(color) for color in COLORS[:4]])
     if classes.max() < 4:
-        return hues[classes]
-    hue, light = hues[classes // 4], np.array([-0.45, 0.0, 0.4, 0.7])[classes % 4, None]
+        return COLORS[classes]
+    hue, light = COLORS[classes // 4], np.array([-0.45, 0.0, 0.4, 0.7])[classes % 4, None]
     return hue * (1 - abs(light)) + light.clip(0)            # towards black, towards white
 
 
@@ -176,14 +170,11 @@ def draw_embeddings(found):
     panels = [(by if one else name, xy, classes[by], scores[by])
               for name, (xy, classes, scores) in found.items() for by in (classes if one else ["center"])]
     columns = 3 if one else min(4, len(panels) + 1)
-    fig, axes = new_figure(-(-(len(panels) + 1) // columns), columns, 8 / columns, 8.6 / columns)
-    for ax in axes.flat:
+    fig, (*axes, key) = new_figure(len(panels) + 1, columns, 8 / columns, 8.6 / columns)
+    for ax, (name, xy, classes, score) in zip(axes, panels):
         ax.axis("off")
-    for ax, (name, xy, classes, score) in zip(axes.flat, panels):
         ax.scatter(*xy.T, s=3, lw=0, c=shades(classes), rasterized=True)
         ax.set_title(f"{name}\nsilhouette {score:.3f}")
-    key = axes.flat[len(panels)]
-    key.axis("on")
     key.imshow(shades(np.arange(16)).reshape(4, 4, 3))
     key.set(title="colors", ylabel="letter, or the first of two", xlabel="the second", xticks=range(4),
             yticks=range(4), xticklabels="ATCG", yticklabels="ATCG")
@@ -238,20 +229,22 @@ def attention(bert, tokens, stride):
 
 def draw_attention(found, places):
     """found: {checkpoint: what attention gives}. Shares by layer; profiles of the sequences at `places`."""
-    fig, axes = new_figure(2, 2, 4, 2.5)
+    fig, axes = new_figure(4, 2, 4, 2.5)
     titles = {0: "Attention to [CLS]", 2: f"To k-mers at most {REACH} tokens away", 3: "Entropy of attention"}
     for color, (name, a) in zip(COLORS, found.items()):
         layers = range(1, len(a["shares"]) + 1)
-        for ax, (i, title) in zip(axes.flat, titles.items()):
+        for ax, (i, title) in zip(axes, titles.items()):
             ax.plot(layers, a["shares"][:, i], "o-", color=color, ms=3, lw=1, label=name)
             ax.axhline(a["uniform"][i], color=color, lw=0.8, ls=":")
-            ax.set(title=f"{title}; dotted: uniform", xlabel="layer", xticks=layers, ylim=0,
+            ax.set(title=f"{title}; dotted: uniform", xlabel="layer", xticks=layers,
                    ylabel="nats" if i == 3 else "share")
         for received, style in zip(a["profile"], ("--", "-")):
-            axes[1, 1].plot(received * a["maps"].shape[-1], style, color=color, lw=1)
-    axes[1, 1].set(title="Last layer, what a base gets from a k-mer; dashed: from [CLS]", ylim=0,
-                   xlabel=f"base of {' or of '.join(places)}", ylabel="1 = uniform")
-    axes[0, 0].legend()
+            axes[3].plot(received * a["maps"].shape[-1], style, color=color, lw=1)
+    axes[3].set(title="Last layer, what a base gets from a k-mer; dashed: from [CLS]",
+                xlabel=f"base of {' or of '.join(places)}", ylabel="1 = uniform")
+    for ax in axes:
+        ax.set_ylim(bottom=0)                                # at last: it ends the autoscaling
+    axes[0].legend()
     return fig
 
 
@@ -263,14 +256,14 @@ def draw_maps(found):
                 for i, layer in enumerate(a["maps"], 1)}
     columns = max(map(len, rows.values()))
     side = min(2.2, max(1, 8 / columns))
-    fig, axes = new_figure(len(rows), columns, side, side + 0.2)
-    for ax in axes.flat:
-        ax.set(xticks=[], yticks=[])
-    for row, (name, maps) in zip(axes, rows.items()):
-        row[0].set_ylabel(name)
-        for ax, (title, m) in zip(row, maps.items()):
-            ax.imshow(m, vmin=0, vmax=np.quantile(m, 0.99), interpolation="nearest")
-            ax.set_title(title)
+    fig, axes = new_figure(len(rows) * columns, columns, side, side + 0.2)
+    for y, (name, maps) in enumerate(rows.items()):
+        for x, (ax, title) in enumerate(itertools.zip_longest(axes[y * columns:(y + 1) * columns], maps)):
+            if title is None:                                # of fewer layers than another
+                ax.axis("off")
+                continue
+            ax.imshow(maps[title], vmin=0, vmax=np.quantile(maps[title], 0.99), interpolation="nearest")
+            ax.set(title=title, ylabel=name if x == 0 else "", xticks=[], yticks=[])
     fig.supxlabel("across: token looked at; down: token that looks; yellow: the top 1 % of a map", fontsize=7)
     return fig
 
@@ -279,20 +272,21 @@ def mask_rows(bases, npmi_rank, k):
     """Every method on bases (n, L), each with the same seed: [(name, share of its tokens that are masked, of
     each base the share of the tokens on it that are (n, L))]. A base is hidden where that is 1."""
     rate, tokens, apart = randommask.MASK_RATE, data.kmer_tokens(bases, k, 1), data.kmer_tokens(bases, k, k)
-    methods = {f"RandomMask {phase}": (1, randommask.random_mask, tokens, phase, rate / k, k)
-               for phase in range(1, 6)} | {"non-overlapping": (k, randommask.random_mask, apart, 1, rate, 1)}
-    for name, masker in {"GeneMask": "genemask", "Global": "global"}.items():
-        training.seed(0)
-        centers = data.draw_centers(tokens.shape, cm_gems.center_probability(masker, k), tokens.device)
-        methods[name] = 1, cm_gems.MASKERS[masker], tokens, npmi_rank, centers
-    methods["FinDNA"] = 0, findna.draw_masked, bases.shape, bases.device
     rows = []
-    for name, (stride, draw, *args) in methods.items():
+
+    def add(name, stride, draw, *args):
         training.seed(0)
         masked = draw(*args).float()
         share = over_bases(masked, k, stride) if stride else masked
         share = torch.nn.functional.pad(share, (0, bases.shape[1] - share.shape[1]))       # a rest under k
         rows.append((name, masked.mean().item(), share.numpy()))
+    for phase, name in enumerate(("1 = DNABERT", "2", "3", "4", "5"), 1):
+        add(f"RandomMask {name}", 1, randommask.random_mask, tokens, phase, rate / k, k)
+    add("non-overlapping", k, randommask.random_mask, apart, 1, rate, 1)
+    for name, masker in {"GeneMask": "genemask", "Global": "global"}.items():
+        add(name, 1, lambda p: cm_gems.MASKERS[masker](tokens, npmi_rank, data.draw_centers(
+            tokens.shape, p, tokens.device)), cm_gems.center_probability(masker, k))
+    add("FinDNA", 0, findna.draw_masked, bases.shape, bases.device)
     return rows
 
 
@@ -302,8 +296,8 @@ def draw_masks(rows, place):
     means = hidden.mean((1, 2))
     n = abs(hidden[..., :SHOWN].mean(2) - means[:, None]).sum(0).argmin()
     share = np.stack([share[n, :SHOWN] for _, _, share in rows])[..., None]    # (rows, L, 1)
-    fig, [[ax]] = new_figure(1, 1, 8, 0.22 * len(rows) + 0.9)
-    ax.imshow(np.where(share == 1, rgb(COLORS[1]), 1 - 0.75 * share * (1 - rgb(COLORS[0]))), aspect="auto",
+    fig, [ax] = new_figure(1, 1, 8, 0.22 * len(rows) + 0.9)
+    ax.imshow(np.where(share == 1, COLORS[1], 1 - 0.75 * share * (1 - COLORS[0])), aspect="auto",
               interpolation="nearest")
     ax.set_yticks(range(len(rows)), [name for name, _, _ in rows])
     ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
@@ -318,12 +312,11 @@ def draw_masks(rows, place):
 
 def result_points(out):
     """results.jsonl and the papers' values of its tasks, x 100: ours {way: {(task, shots, metric): (mean, sd
-    or nan, seeds)}}, papers {column: {key: value}}."""
+    or nan, seeds)}}, papers {column: {key: (value, ...)}}."""
     runs = table.read_runs(out)
-    ours, papers = table.our_columns(runs)[0], table.paper_columns(table.PAPER, runs)[0]
-    points = {way: {key: (float(cell[0]), cell[1] or math.nan, cell[2]) for key, cell in cells.items()}
-              for way, cells in ours.items()}
-    return points, {name: {key: cell[0] for key, cell in column.items()} for name, column in papers.items()}
+    return {way: {key: (float(mean), math.nan if sd == "" else sd, n)
+                  for key, (mean, sd, n, *_) in cells.items()}
+            for way, cells in table.our_columns(runs)[0].items()}, table.paper_columns(table.PAPER, runs)[0]
 
 
 def draw_results(ours, papers):
@@ -331,20 +324,20 @@ def draw_results(ours, papers):
     order = {name: i for i, name in enumerate(data.TASKS)}
     keys = sorted({key for cells in ours.values() for key in cells if not key[1]},
                   key=lambda key: (order.get(key[0], len(order)), key))
-    fig, [[ax]] = new_figure(1, 1, 8, 0.25 * len(keys) + 1.2)
+    fig, [ax] = new_figure(1, 1, 8, 0.25 * len(keys) + 1.2)
     for i, (way, cells) in enumerate(ours.items()):
         mean, sd, _ = zip(*(cells.get(key, (math.nan,) * 3) for key in keys))
         y = np.arange(len(keys)) + 0.6 * ((i + 1) / (len(ours) + 1) - 0.5)
         ax.errorbar(mean, y, xerr=sd, fmt="o", ms=3, lw=1, color=COLORS[i % len(COLORS)], label=way)
     names = sorted({name.split(":")[0] for name in papers})
     for marker, paper in zip(itertools.cycle("sD^v"), names):
-        at = [(cells[key], y) for name, cells in papers.items() for y, key in enumerate(keys)
+        at = [(cells[key][0], y) for name, cells in papers.items() for y, key in enumerate(keys)
               if name.split(":")[0] == paper and key in cells]
-        ax.plot(*zip(*at), marker, ms=5, mfc="none", color="#999999", label=f"{paper}: its methods")
+        ax.plot(*zip(*at), marker, ms=5, mfc="none", color=COLORS[7], label=f"{paper}: its methods")
+    ax.set_yticks(range(len(keys)), [f"{task} ({table.METRICS[metric]})" for task, _, metric in keys])
     for y in range(1, len(keys)):
         same = keys[y][0].split("/")[0] == keys[y - 1][0].split("/")[0]
-        ax.axhline(y - 0.5, lw=0.2 if same else 0.8, color="#999999")
-    ax.set_yticks(range(len(keys)), [f"{task} ({table.METRICS[metric]})" for task, _, metric in keys])
+        ax.axhline(y - 0.5, lw=0.2 if same else 0.8, color=COLORS[7])
     ax.invert_yaxis()
     ax.set(title="Test scores: mean and sd over seeds; hollow: as published", xlabel="100 x score")
     fig.legend(loc="outside right upper")
@@ -354,10 +347,9 @@ def draw_results(ours, papers):
 def draw_shots(ours):
     """A panel a few-shot task: mean and sd over draws by the shots of each class."""
     tasks = sorted({key[::2] for cells in ours.values() for key in cells if key[1]})
-    fig, axes = new_figure(-(-len(tasks) // 3), min(3, len(tasks)), 8 / min(3, len(tasks)), 2.6)
-    for ax in axes.flat[len(tasks):]:
-        ax.axis("off")
-    for ax, (task, metric) in zip(axes.flat, tasks):
+    columns = min(3, len(tasks))
+    fig, axes = new_figure(len(tasks), columns, 8 / columns, 2.6)
+    for ax, (task, metric) in zip(axes, tasks):
         for color, (way, cells) in zip(itertools.cycle(COLORS), ours.items()):
             points = sorted((n, *cells[name, n, of][:2]) for name, n, of in cells
                             if n and (name, of) == (task, metric))
@@ -367,20 +359,15 @@ def draw_shots(ours):
         ax.set(title=task, xlabel="rows of each class", xscale="log", ylabel=f"100 x {table.METRICS[metric]}")
         ax.set_xticks(shots, shots)
         ax.set_xticks([], minor=True)
-    axes[0, 0].legend()
+    axes[0].legend()
     return fig
 
 
 def named(args):
-    """{label: path}: of the paths as much of the end as tells them apart, or --names."""
-    paths, n = [os.path.normpath(path).removesuffix(".pt").split(os.sep) for path in args.paths], 1
-    if len(set(map(tuple, paths))) < len(paths) or len(paths) > len(COLORS):
-        raise ValueError(f"{len(paths)} paths: name each once, and at most {len(COLORS)}")
-    while len({tuple(path[-n:]) for path in paths}) < len(paths):
-        n += 1
-    labels = args.names or ["/".join(path[-n:]) for path in paths]
-    if len(set(labels)) < len(paths) or len(labels) > len(paths):
-        raise ValueError(f"--names {' '.join(labels)}: give another one for each of the {len(paths)} paths")
+    """{label: path}: the paths as given, or --names."""
+    labels = args.names or [path.removesuffix(".pt") for path in args.paths]
+    if not len(set(labels)) == len(labels) == len(args.paths) <= len(COLORS):
+        raise ValueError(f"{len(args.paths)} paths, {len(labels)} --names: each once, at most {len(COLORS)}")
     return dict(zip(labels, args.paths))
 
 
@@ -420,6 +407,8 @@ def plot_attention(args):
         bert, stride = read_bert(path)
         length = (bert.config.block_size - 3) * stride + bert.config.k
         bases, place = random_windows(genome, args.windows, length)
+        if bases.shape[1] < bert.config.k:
+            raise ValueError(f"--fasta {args.fasta[0]}: no {bert.config.k} bases without N; give more")
         places[place] = None
         tokens = data.kmer_tokens(bases.to(device), bert.config.k, stride, specials=True)
         a = found[name] = attention(bert.to(device), tokens, stride)
@@ -490,5 +479,7 @@ def parse_args():
 if __name__ == "__main__":
     with training.user_errors():
         args = parse_args()
+        if not os.path.basename(args.out):
+            raise ValueError(f"--out {args.out!r}: no name of a file")
         for suffix, fig in args.plot(args).items():
             write(fig, args.out + suffix, args.dpi)

@@ -154,6 +154,8 @@ def check_spec(spec, weights):
     if sizes.get("n_layer", 0) > len(weights) or spec["kind"] == "bert" and not (
             spec["k"] == models.BertConfig(**sizes).k and 1 <= spec["stride"] <= spec["k"]):
         raise LookupError("other sizes than its weights")
+    if "classes" in spec and (type(spec["regression"]) is not bool or len(spec["classes"]) != spec["n_out"]):
+        raise LookupError("other classes than outputs")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # that nothing is copied
         build_net({"n_out": 1, "pool": "mean", "head": "linear", "n_blocks": None} | spec, weights)
@@ -163,11 +165,11 @@ def read_checkpoint(path, args):
     """A checkpoint of ours -> (spec, weights). Of FinDNA's two networks the one that --eval_network names."""
     state = training.load(path)
     spec, weights, method = state["config"], state["model"], state["method"]
+    network = args.eval_network or ("teacher" if "teacher" in state else "student")
+    if method == "findna" and network not in ("student", *state):
+        raise ValueError(f"--eval_network teacher: {path} was pretrained without one; use student")
     try:
         if method == "findna":
-            network = args.eval_network or ("teacher" if "teacher" in state else "student")
-            if network not in ("student", *state):
-                raise ValueError(f"--eval_network teacher: {path} was pretrained without one; use student")
             weights = {name: t for name, t in state.get(network, weights).items() if "backbone" in name}
             spec = {"kind": "mixer", "mixer": spec, "n_cls": spec["length"] - state["args"]["length"]}
         elif method != "finetune":
@@ -175,7 +177,7 @@ def read_checkpoint(path, args):
             spec = {"kind": "bert", "bert": dataclasses.asdict(config), "k": config.k,
                     "stride": state["args"].get("stride", 1)}
         check_spec(spec, weights)
-    except (LookupError, TypeError, AttributeError, RuntimeError) as e:
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise ValueError(f"--init {path}: not a model of these scripts ({e!r:.80}); use another") from None
     return spec, weights
 

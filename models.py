@@ -552,24 +552,27 @@ def load_hf(folder):
     dropout = theirs.get("hidden_dropout_prob", 0.1)
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise ValueError(f"{path}: hidden_dropout_prob {show(dropout)}; it is a share")
-    config = BertConfig(*sizes.values(), dropout)
+    try:
+        config = BertConfig(*sizes.values(), dropout)
+        k = config.k
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
     tensors, path = hf_tensors(folder)
-    if config.n_layer > len(tensors) or config.k > 8:
-        raise ValueError(f"{path}: {config.n_layer} layers, {config.k}-mers in its config; too many")
+    if config.n_layer > len(tensors) or k > 8:
+        raise ValueError(f"{path}: {config.n_layer} layers, {k}-mers in its config; too many")
     missing = [name for names in hf_names(config).values() for name in names if name not in tensors]
     if missing:
         raise ValueError(f"{path}: no weights {show(missing[0])}; a BERT with its masked-LM head is needed")
     try:
         state = {ours: torch.cat([tensors.pop(n) for n in names]) for ours, names in hf_names(config).items()}
-        with torch.device("meta"):                           # sizes that fit, before they take memory
-            Bert(config).load_state_dict(state, assign=True)
-        model = Bert(config)
-        model.load_state_dict(state)
+        with torch.device("meta"):                           # takes no memory, and no time to draw weights
+            model = Bert(config)
+        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     except RuntimeError as e:
         raise ValueError(f"{path}: {show(str(e).splitlines()[-1])}; config and weights disagree") from None
     if tensors:
         raise ValueError(f"{path}: weights a BERT has not: {show(sorted(tensors))}; is it another model?")
-    check_vocabulary(os.path.join(folder, "vocab.txt"), config.k)
+    check_vocabulary(os.path.join(folder, "vocab.txt"), k)
     return model
 
 
@@ -597,14 +600,13 @@ def load_bin(path):
     return raw
 
 
-def hf_tensors(folder):
+def hf_tensors(folder, names=("model.safetensors", "pytorch_model.bin")):
     """(tensors by stock name, file) of a Hugging Face folder: old names renewed, no pooler."""
-    files = [os.path.join(folder, name) for name in ("model.safetensors", "pytorch_model.bin")]
-    path = next(filter(os.path.exists, files), None)
+    path = next(filter(os.path.exists, (os.path.join(folder, name) for name in names)), None)
     if path is None:
         raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; download the weights, too")
     try:
-        raw = load_file(path) if path == files[0] else load_bin(path)
+        raw = load_bin(path) if path.endswith(".bin") else load_file(path)
         raw = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
                for n, t in raw.items()}
     except Exception as e:                                   # foreign bytes, whatever they raise

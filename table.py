@@ -45,7 +45,7 @@ def read_rows(out):
                 break
             try:
                 rows.append(json.loads(line))
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise ValueError(f"{path}: line {n}: not a run; delete the line and run its task "
                                  f"again") from None
     return rows

@@ -175,8 +175,8 @@ ENVIRONMENTS = [dict(PYTHONHASHSEED="1", LC_ALL="C", TZ="Asia/Kathmandu"),
 
 
 def in_new_process(method, **env):
-    subprocess.run([sys.executable, ROOT / f"{method}.py", *flags_of(method)], env=os.environ | env, check=True,
-                   capture_output=True)
+    command = [sys.executable, ROOT / f"{method}.py", *flags_of(method)]
+    subprocess.run(command, env=os.environ | env, check=True, capture_output=True)
 
 
 @each("another environment", (), ENVIRONMENTS)

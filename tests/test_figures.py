@@ -1,6 +1,7 @@
 """figures.py: its arrays against literal loops, without matplotlib; its commands as a user types them."""
 import json
 import math
+import shlex
 import sys
 from pathlib import Path
 
@@ -121,16 +122,16 @@ def test_masks():
     assert len(rows) == 9 and all(share.shape == (400, 515) for _, share in rows.values())
     for phase in range(1, 6):
         want = 1 - np.mean([(1 - 0.025) ** (6 + 2 * i) for i in range(phase)])
-        masked, share = rows[f"RandomMask {phase}"]
+        masked, share = rows[f"RandomMask {phase}" + " = DNABERT" * (phase == 1)]
         assert masked == pytest.approx(want, abs=0.006)
-    assert (rows["RandomMask 5"][1] == 1).mean() > 3 * (rows["RandomMask 1"][1] == 1).mean()
+    assert (rows["RandomMask 5"][1] == 1).mean() > 3 * (rows["RandomMask 1 = DNABERT"][1] == 1).mean()
     assert set(np.unique(rows["FinDNA"][1])) == set(np.unique(rows["non-overlapping"][1])) == {0, 1}
     assert rows["FinDNA"][0] == pytest.approx(0.3, abs=1e-3) and rows["GeneMask"][0] > rows["Global"][0]
     training.seed(0)
     tokens = data.kmer_tokens(bases, 6, 1)
     masked = randommask.random_mask(tokens, 1, 0.025)
     hidden = [all(masked[0, t] for t in range(max(0, b - 5), min(510, b + 1))) for b in range(515)]
-    assert hidden == (rows["RandomMask 1"][1][0] == 1).tolist()
+    assert hidden == (rows["RandomMask 1 = DNABERT"][1][0] == 1).tolist()
 
 
 def results(tmp_path):
@@ -150,7 +151,19 @@ def test_result_points(tmp_path):
     mean, sd, n = ours["x.pt"]["tf_m/0", None, "mcc"]
     assert (mean, sd, n) == pytest.approx((55, np.std([50, 60], ddof=1), 2))
     assert math.isnan(ours["cnn"]["emp/H3", None, "mcc"][1]) and ours["cnn"].keys() == ours["x.pt"].keys()
-    assert papers["RandomMask: DNABERT"]["emp/H3", None, "mcc"] == 75.82       # its Table 3
+    assert papers["RandomMask: DNABERT"]["emp/H3", None, "mcc"][0] == 75.82    # its Table 3
+    path = tmp_path / "results.jsonl"
+    path.write_text(path.read_text().replace('"score": 0.6', '"score": 0.5'))
+    assert figures.result_points(str(tmp_path))[0]["cnn"]["tf_m/0", None, "mcc"] == (50, 0, 2)
+
+
+def test_every_curve_is_in_the_picture():
+    a = {"maps": np.ones((2, 1, 4, 4)) / 4, "profile": np.ones((2, 9)) / 4, "uniform": np.full(4, 0.2)}
+    shares = [np.full((2, 4), 0.1), np.full((2, 4), 0.9)]
+    fig = figures.draw_attention({str(i): a | {"shares": s} for i, s in enumerate(shares)}, ["x"])
+    for ax in fig.axes:
+        low, high = ax.get_ylim()
+        assert all(low <= y <= high for line in ax.lines for y in np.asarray(line.get_ydata(), float)), ax
 
 
 def figure(*args, patches={}):
@@ -215,20 +228,28 @@ BROKEN = {
     "embeddings findna.pt": "a mixer", "embeddings k1.pt": "1-mers", "embeddings hf:none": "none",
     "attention good.pt": "--fasta", "attention good.pt --fasta none.fa": "none.fa",
     "attention good.pt --fasta text/log.jsonl": "log.jsonl", "masks --fasta short.fa": "too few",
-    "results rm": "no results yet", "results text": "line 1", "loss rm --out rm/log.jsonl/x": "rm/log.jsonl"}
+    "results rm": "no results yet", "loss huge": "line 1", "loss deep": "line 1", "loss columns": "line 1",
+    "results deep": "line 1", "loss rm --out ''": "--out", "attention good.pt --fasta tiny.fa": "3 bases",
+    "embeddings heads.pt": "heads.pt",
+    "results text": "line 1", "loss rm --out rm/log.jsonl/x": "rm/log.jsonl"}
 
 
 def bad_files():
     good = json.dumps(LOSS[0]) + "\n"
     for name, text in {"rm": good, "empty": "", "text": good + "\x1b[31mhello\n", "other": '{"score": 1}\n',
-                       "list": "[1]\n", "nan_step": good.replace('"step": 1', '"step": null')}.items():
+                       "list": "[1]\n", "huge": good.replace("1,", "1e400,", 1), "deep": "[" * 100_000 + "\n",
+                       "columns": good.replace("0.1", "null").replace("3.9", '"x"'),
+                       "nan_step": good.replace('"step": 1', '"step": null')}.items():
         Path(name).mkdir()
         Path(name, "log.jsonl").write_text(text)
     Path("text/results.jsonl").write_text("hello\n")
-    save("good.pt")
+    Path("deep/results.jsonl").write_text("[" * 100_000 + "\n")
+    write_fasta(Path("tiny.fa"), {"a": "ACNNNGT"})
+    _, config = save("good.pt")
     mixer = {"length": 26, "n_layer": 1, "track_size": 4, "hidden": 8, "dropout": 0.0}
     save("findna.pt", method="findna", config=mixer, args={"length": 16},
          model=models.BaseModel(models.make_backbone(mixer)).state_dict())
+    save("heads.pt", config=config | {"n_head": 0})
     small = models.BertConfig(9, 22, 1, 2, 16, 32)
     save("k1.pt", config={name: getattr(small, name) for name in small.__dataclass_fields__},
          model=models.Bert(small).state_dict())
@@ -241,7 +262,7 @@ def test_bad_input(tmp_path, monkeypatch, survived):
     bad_files()
     before = sorted(path for path in tmp_path.rglob("*") if path.is_file())
     for args, word in BROKEN.items():
-        message = refused(figure(*args.split()))
+        message = refused(figure(*shlex.split(args)))
         assert word in message and "\x1b" not in message, (args, message)
         survived()
     made = {path for path in tmp_path.rglob("*") if path.is_file()} - set(before)
