@@ -309,7 +309,7 @@ def load(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
         wrong = [name for name, kind in KEYS.items() if not isinstance(state.get(name), kind)]
         if wrong or state["format"] != FORMAT or state["step"] < 0:
-            raise ValueError(f"no good {', '.join(wrong)}" if wrong else "of another format")
+            raise ValueError(f"without a good {wrong}" if wrong else "of another format")
         if not all(x.is_contiguous() for x in leaves(state) if torch.is_tensor(x)):
             raise ValueError("a tensor that is not laid out as its shape")     # fused steps never look
         if not all(type(name) is str and torch.is_tensor(x) for name, x in state["model"].items()):

@@ -378,7 +378,8 @@ def lies(state):
              "10**9 layers": {"config": sized(n_layer=10 ** 9)},
              "10**12 positions": {"config": sized(block_size=10 ** 12, length=10 ** 12)},
              "10**7 wide": {"config": sized(n_embd=10 ** 7, hidden=10 ** 7)},
-             "no heads": {"config": sized(n_head=0)}, "a word for every k": {"config": sized(vocab_size=1e400)},
+             "no heads": {"config": sized(n_head=0, track_size=0)},
+             "words without end": {"config": sized(vocab_size=1e400, length=1e400)},
              "2**40 flags": {"args": state["args"] | {"more": doubled}},
              "no flags": {"args": {}}, "flags that are tensors": {"args": dict.fromkeys(state["args"], zero)},
              "another method": {"method": "x" * 5000}, "other data": {"data": LONG}}
