@@ -60,8 +60,14 @@ def pytest_runtest_makereport(item, call):
 
 def pytest_terminal_summary(terminalreporter, config):
     if config.option.markexpr != "not slow" and BOARD:
-        rows = [*sorted(BOARD.items()), ("all", [sum(row[i] for row in BOARD.values()) for i in range(3)])]
+        line, groups = terminalreporter.write_line, defaultdict(dict)
+        for kind, row in sorted(BOARD.items()):              # "kill -9 at random: findna"
+            name, _, of = kind.partition(": ")
+            groups[name][of] = row
+        groups["all"] = {"": [sum(row[i] for row in BOARD.values()) for i in range(3)]}
         terminalreporter.section("faults")
-        terminalreporter.write_line("| kind | tried | survived | seconds |\n|---|---|---|---|")
-        for kind, (tried, right, seconds) in rows:
-            terminalreporter.write_line(f"| {kind} | {tried:,} | {right:,} | {seconds:.1f} |")
+        line("| kind | tried | survived | seconds | survived of |\n|---|---|---|---|---|")
+        for name, rows in groups.items():
+            tried, right, seconds = (sum(row[i] for row in rows.values()) for i in range(3))
+            of = ", ".join(f"{of} {row[1]:,}" for of, row in rows.items() if of)
+            line(f"| {name} | {tried:,} | {right:,} | {seconds:.1f} | {of} |")
