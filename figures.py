@@ -35,7 +35,7 @@ SHOWN = 120                                                  # bases in the pict
 PANELS = (                                                   # title, unit, scale, {column of the log: style}
     ("Loss; dots: held out; triangles: the next phase's masks", "nats", "log", {
         "loss": "-", "val_loss": "o", "val_loss_next_phase": "^"}),
-    ("Perplexity, held out; dashed: DNABERT's spans; triangles: next phase", "exp(nats)", "log", {
+    ("Perplexity; dashed: DNABERT's spans; triangles: next phase", "exp(nats)", "log", {
         "val_loss": "-", "val_loss_span": "--", "val_loss_next_phase": "^"}),
     ("FinDNA, masked bases; dots: held out", "nats", "linear", {"mnm_loss": "-", "val_mnm_loss": "o"}),
     ("FinDNA, contrastive; dots: held out", "nats", "linear", {"cl_loss": "-", "val_cl_loss": "o"}),
