@@ -84,7 +84,10 @@ def set_up(device, dtype, join=True):
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and bf16 else "float32"
     if world > 1 and join:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        except RuntimeError as e:                            # as after one that was refused and has left
+            raise ValueError(f"rank {rank} cannot join the others ({str(e)[:80]!r}); see theirs") from None
     return device, dtype, rank, world
 
 

@@ -91,6 +91,21 @@ def test_too_many_ranks(fresh, survived, method, todo):
         survived()
 
 
+@fault("rank that leaves while another joins")
+def test_a_rank_leaves_early(fresh):
+    """Exit code 2 of the other, too, which names no cause: that is in the message of the one that left."""
+    def leave(*_):
+        where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = torch.distributed.TCPStore(*where, is_master=True, wait_for_workers=False)
+        time.sleep(1)
+        raise ValueError(f"all is wrong, {store.port}")
+    fresh("randommask")
+    processes = begin("randommask", {0: at_call("torch.distributed", "init_process_group", 1, leave)}, 2)
+    assert "all is wrong" in refused(wait(*processes))
+    last = wait(processes[1]).err.splitlines()[-1]           # torch has said much before
+    assert last.startswith("error: rank 1 cannot join") and not Path("out").exists()
+
+
 def fail(*_):
     raise RuntimeError("as of a broken GPU")
 
