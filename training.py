@@ -251,6 +251,13 @@ def log(out, row):
     sys.stdout.flush()
 
 
+def made_with():
+    """What the last bits of sums depend on, as text: torch, its threads, the CPU's instructions, the GPU."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else \
+        torch.backends.cpu.get_cpu_capability()
+    return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}"
+
+
 def save(state, out, milestone=None):
     """Writes out/last.pt (the one before becomes prev.pt) and a copy as milestone; none is ever half-written.
 
@@ -259,7 +266,7 @@ def save(state, out, milestone=None):
     tmp, link, last = (os.path.join(out, name) for name in ("last.pt.tmp", "link.tmp", "last.pt"))
     try:
         with open(tmp, "wb") as f:
-            torch.save({"format": FORMAT} | state, f)
+            torch.save({"format": FORMAT, "made_with": made_with()} | state, f)
             f.flush()
             os.fsync(f.fileno())
         torch.load(tmp, weights_only=True, mmap=True)
@@ -370,6 +377,9 @@ def load_run(out, run, fixed=(), **parts):
     if differ:
         raise ValueError(f"--resume: {out} is another run ({'; '.join(differ)[:300]}); give its flags")
     restore(state, parts)
+    made, now = state.get("made_with"), made_with()
+    if isinstance(made, str) and made != now:
+        print(f"resume   of a run made with {plain(made)}; now {now}: last bits may differ", flush=True)
     if broken:                                               # or it would replace prev.pt at the next save
         with contextlib.suppress(FileNotFoundError):         # another rank was first
             os.replace(last, os.path.join(out, "broken.pt"))

@@ -117,6 +117,14 @@ def test_kill_inside_a_save(out, module, name, n, when, to):
 
 
 @pytest.mark.fault("second run in a run folder: randommask", n=2)
+def test_another_environment_is_said(out):
+    last = stopped(out)
+    assert "made with" not in check_resume(shutil.copytree(out, out.with_name("same")))
+    torch.save(torch.load(last, weights_only=True) | {"made_with": "torch 1.0, 96 threads\x1b[2J"}, last)
+    said = check_resume(out)
+    assert "96 threads\\x1b" in said and f"now torch {torch.__version__}, 1 threads" in said
+
+
 def test_lock(out):
     [process] = start(tiny(out), {0: slow})
     wait_rows(process, out, 6)
