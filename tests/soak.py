@@ -14,6 +14,7 @@ from pathlib import Path
 
 import conftest                                              # noqa: F401, one thread, before torch
 import finetune                                              # noqa: F401, its imports take long
+import training
 from harness import wait
 from methods import METHODS, begin, check_ending, link_inputs, write_whole
 
@@ -77,7 +78,7 @@ def soak(minutes, seed=0):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--minutes", type=training.number(float, 0.01), default=30)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
