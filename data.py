@@ -202,7 +202,7 @@ def open_genome(names, data_dir, cache=None):
     if names[0] == "demo" and not os.path.exists(demo):
         write_demo_genome(demo)
     if names[0] == "hg38" and not os.path.exists(hg38):
-        raise ValueError(f"{hg38}: no such file; get it (1 GB): python download.py hg38 --data_dir "
+        raise ValueError(f"{hg38}: no such file; get it (1 GB): python -m tools.download hg38 --data_dir "
                          f"{data_dir} (or use --genome YOUR.fa, or --demo)")
     paths, keep = {"demo": (demo, None), "hg38": (hg38, HG38_CONTIGS)}.get(names[0], (names, None))
     return Genome(paths, cache, keep)
@@ -744,7 +744,7 @@ def find_files(task, data_dir, wanted):
     found = {names[0]: find(folder, *names) for names in wanted}
     lost = [name for name, path in found.items() if not path]
     if lost:
-        raise ValueError(f"{folder}: no {', '.join(lost)} ({task.name}); python download.py {task.name}, or "
+        raise ValueError(f"{folder}: no {', '.join(lost)} ({task.name}); python -m tools.download {task.name}, or "
                          f"{task.source}")
     for name, path in found.items():
         if not find(folder, name):
@@ -765,7 +765,7 @@ def class_paths(task, folder, suffix=""):
     names = {name.removesuffix(".gz").removesuffix(suffix): name for name in names if name[0] != "."}
     if set(names) != set(task.classes):
         raise ValueError(f"{folder}: {', '.join(names)[:80] or 'nothing'} there, not the classes "
-                         f"{', '.join(task.classes)} ({task.name}); python download.py {task.name}, or "
+                         f"{', '.join(task.classes)} ({task.name}); python -m tools.download {task.name}, or "
                          f"{task.source}")
     return [os.path.join(folder, names[name]) for name in task.classes]
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import data
 import infer
-import table
+from tools import table
 import training
 from training import number
 

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from scipy import special
 
-import card
+from tools import card
 import data
 import models
-import table
+from tools import table
 import training
 
 LONGEST = 1 << 20                                            # bases of a sequence in one piece

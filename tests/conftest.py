@@ -2,12 +2,9 @@
 the scoreboard of the faults: `python -m pytest -q tests -m fault`."""
 import multiprocessing
 import os
-import sys
 from collections import defaultdict
-from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import pytest                                                # noqa: E402
 import torch                                                 # noqa: E402

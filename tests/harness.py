@@ -18,6 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+LOCAL = {"tools", *(path.stem for path in ROOT.glob("*.py"))}                 # modules of this repository
 
 
 def fork(function):
@@ -54,12 +55,15 @@ def start(args, patches={}, ranks=1, script="randommask.py"):
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(ranks)}
 
     def main(rank):
-        for name in ("data", "models", "training", "table", "infer"):     # fresh, as in a new process
-            sys.modules.pop(name, None)
+        for name in [name for name in sys.modules if name.split(".")[0] in LOCAL]:           # fresh, as in
+            del sys.modules[name]                            # a new process
         os.environ.update(env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
         sys.argv = [str(ROOT / script), *map(str, args)]
         patches.get(rank, lambda: None)()
-        runpy.run_path(sys.argv[0], run_name="__main__")
+        if script.endswith(".py"):
+            runpy.run_path(sys.argv[0], run_name="__main__")
+        else:
+            runpy.run_module(script, run_name="__main__", alter_sys=True)
     return [fork(lambda: main(rank)) for rank in range(ranks)]
 
 

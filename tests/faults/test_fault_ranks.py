@@ -191,7 +191,7 @@ def test_the_checkpoint_before(fresh, survived, method, todo):
 
 
 LAUNCH = """import os, runpy, sys
-sys.path[:0] = [{root!r}, {tests!r}]
+sys.path[:0] = {paths!r}
 import harness, test_fault_ranks
 test_fault_ranks.short_timeout() if os.environ.get("SHORT") else None
 harness.slow()
@@ -215,8 +215,8 @@ def torchrun():
     started = []
 
     def launch(method, env={}):
-        script, tests = str(ROOT / f"{method}.py"), str(ROOT / "tests")
-        Path("launch.py").write_text(LAUNCH.format(root=str(ROOT), tests=tests, script=script))
+        script, paths = str(ROOT / f"{method}.py"), [str(ROOT / x) for x in ("", "tests", "tests/faults")]
+        Path("launch.py").write_text(LAUNCH.format(paths=paths, script=script))
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
         launcher = subprocess.Popen([*command, "launch.py", *flags_of(method)], stdout=open("stdout", "w"),
                                     stderr=open("stderr", "w"), env=os.environ | env, start_new_session=True)

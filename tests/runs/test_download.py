@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import data
-import download
+from tools import download
 import harness
 import models
 from test_benchmarks import dna, pairs
@@ -315,7 +315,7 @@ def test_refused(case, server, tmp_path, monkeypatch, capsys):
     place = folder / ("partial" if "zip" in path else "") / path
     assert out.count("curl ") == 1 and "\x1b" not in out
     for said in (f"curl -fL --create-dirs -o {place} {server.url}first", f"python data.py a {folder}",
-                 f"python download.py a --check --data_dir {folder}"):
+                 f"python -m tools.download a --check --data_dir {folder}"):
         assert said in out
     left = {name for name in harness.contents(folder) if not name.startswith("partial/")}
     assert not left and not (tmp_path / "train").exists() and not list(tmp_path.glob("*.txt"))
@@ -436,17 +436,17 @@ def test_command(server, tmp_path, monkeypatch):
         path = download.GUE[1].removeprefix(download.HUB).format("prom/prom_core_tata", split)
         server.replies[path] = [{"body": csv(n, width=70, seed=n)}]
     monkeypatch.setenv("HF_ENDPOINT", server.url)            # which ends with a slash
-    result = harness.run(["cpd/tata", "--data_dir", tmp_path], script="download.py")
+    result = harness.run(["cpd/tata", "--data_dir", tmp_path], script="tools.download")
     assert (result.code, result.err) == (0, ""), result
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.glob("GUE/*/*/*"))] == [
         f"GUE/prom/prom_core_tata/{split}.csv" for split in ("dev", "test", "train")]
-    assert harness.run(["cpd/tata", "--check", "--data_dir", tmp_path], script="download.py").code == 0
+    assert harness.run(["cpd/tata", "--check", "--data_dir", tmp_path], script="tools.download").code == 0
     monkeypatch.setenv("HF_ENDPOINT", "ftp://example.invalid")
-    result = harness.run(["cpd", "--data_dir", tmp_path], script="download.py")
+    result = harness.run(["cpd", "--data_dir", tmp_path], script="tools.download")
     assert "6 files not sound (cpd/all, cpd/notata)" in harness.refused(result)
     assert result.out.count("not https, refused") == 12 and result.out.count("curl -fL") == 12
-    assert "unknown; use hg38" in harness.refused(harness.run(["hg39"], script="download.py"))
-    result = harness.run([], script="download.py")
+    assert "unknown; use hg38" in harness.refused(harness.run(["hg39"], script="tools.download"))
+    result = harness.run([], script="tools.download")
     assert result.code == 0 and all(f"{name} | " in result.out for name in download.SOURCES)
 
 

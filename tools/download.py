@@ -1,9 +1,9 @@
 """Gets public data and leaves verified files where data.py looks for them, or says what to fetch by hand.
 
-    python download.py                                       what there is: size, how it is verified, licence
-    python download.py hg38                                  the genome that pretraining reads by default
-    python download.py gue deepstarr gb/human_enhancers_cohn benchmark sets, as in finetune.py --task
-    python download.py gue --check                           verify what is there: no network, nothing written
+    python -m tools.download                                       what there is: size, how it is verified, licence
+    python -m tools.download hg38                                  the genome that pretraining reads by default
+    python -m tools.download gue deepstarr gb/human_enhancers_cohn benchmark sets, as in finetune.py --task
+    python -m tools.download gue --check                           verify what is there: no network, nothing written
 
 A download grows in DATA_DIR/partial, where the same command goes on after a cut, and moves to its place once
 it is verified: by its published checksum, else ("rows") by a strict read of it and the published number of
@@ -413,10 +413,10 @@ def print_recipe(name, files, data_dir):
             print(f"{prefix}curl -fL --create-dirs -o {shlex.quote(place)} {shlex.quote(url)}")
         if file.path not in file.rows:
             of = os.path.basename(file.path).removesuffix("_v0.zip")
-            print(f"  python download.py {name} --data_dir {quoted}   # unpacks it, without network\n"
+            print(f"  python -m tools.download {name} --data_dir {quoted}   # unpacks it, without network\n"
                   f"  # or: git clone https://github.com/ML-Bioinfo-CEITEC/genomic_benchmarks; copy its\n"
                   f"  # datasets/{of} to {quoted}/GenomicBenchmarks/coordinates/{of}; use --fasta GENOME.fa")
-    print(f"  python download.py {name} --check --data_dir {quoted} && {source.check.format(quoted)}",
+    print(f"  python -m tools.download {name} --check --data_dir {quoted} && {source.check.format(quoted)}",
           flush=True)
 
 

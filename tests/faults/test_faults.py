@@ -593,7 +593,7 @@ def test_stale_files(fresh, survived, method, todo):
 @fault("soak: random kills, stops and numbers of ranks")
 def test_soak(tmp_path):
     """A minute of soak.py, which is to run for longer."""
-    command = [sys.executable, ROOT / "tests/soak.py", "--minutes", "1"]
+    command = [sys.executable, ROOT / "tests/faults/soak.py", "--minutes", "1"]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0 and "runs, all bitwise equal" in result.stdout, result.stderr
 

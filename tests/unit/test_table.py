@@ -9,7 +9,7 @@ from harness import ROOT
 from scipy import stats
 
 import data
-from table import METRICS, PROBE, write_table
+from tools.table import METRICS, PROBE, write_table
 
 PAPER = ROOT / "results" / "paper.csv"
 ROWS = list(csv.DictReader(PAPER.open(newline="", encoding="utf-8")))

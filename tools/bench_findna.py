@@ -14,7 +14,7 @@ import data
 import findna
 import models
 import training
-from bench import compare, line
+from tools.bench import compare, line
 
 CONFIG = models.ChordMixerConfig()                           # FinDNA's: 40 blocks of 308 / 512
 N = 2                                                        # sequences of a step here

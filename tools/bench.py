@@ -1,8 +1,8 @@
 """Ours against its peers in the same run: time, ratio, throughput, and beside them the goal.
 
-    python bench.py                                     all that this machine can measure; 4 minutes on a CPU
-    python bench.py --only tokenize,mask --rounds 25
-    python bench.py --device cuda --only gpu
+    python -m tools.bench                                     all that this machine can measure; 4 minutes on a CPU
+    python -m tools.bench --only tokenize,mask --rounds 25
+    python -m tools.bench --device cuda --only gpu
 
 Times are CPU seconds of one thread (gpu: wall seconds). Peers and ours take turns in every round, in
 alternating order; ratio = peer / ours, median of rounds [lowest..highest]; "ours again" is the noise floor.

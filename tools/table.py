@@ -13,7 +13,7 @@ from scipy import stats
 
 import data
 
-PAPER = os.path.join(os.path.dirname(os.path.abspath(__file__)), "results", "paper.csv")
+PAPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "results", "paper.csv")
 METRICS = {"mcc": "MCC", "acc": "accuracy", "f1_macro": "macro F1", "f1_binary": "binary F1",
            "f1_micro": "micro F1", "pcc": "mean PCC"}
 FIELDS = "pool", "protocol", "stride", "long", "overrides"    # of a way, named where they differ

@@ -13,7 +13,7 @@ import pytest
 
 import data
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SHARED = Path(os.environ.get("NANODNA_SHARED") or ROOT.parent / "shared") / "data"
 README = (SHARED / "README.md").read_text() if (SHARED / "README.md").exists() else ""
 TABLES = re.findall(r"^\| (\S+) \| (\d+) rows, (\d+)(?:–(\d+) .*?)? bp, ((?:\d:\d+ ?)+)", README, re.M)

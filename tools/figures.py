@@ -1,10 +1,10 @@
 """The papers' pictures from your own runs. Each command prints its numbers and writes OUT.png and OUT.pdf.
 
-    python figures.py loss out/randommask out/dnabert               what runs logged, overlaid
-    python figures.py embeddings out/randommask/step_*.pt           t-SNE of the k-mer embeddings, silhouettes
-    python figures.py attention out/randommask/last.pt --fasta my.fa
-    python figures.py masks                                         what each method masks of one sequence
-    python figures.py results out/finetune                          results.jsonl beside the papers' numbers
+    python -m tools.figures loss out/randommask out/dnabert               what runs logged, overlaid
+    python -m tools.figures embeddings out/randommask/step_*.pt           t-SNE of the k-mer embeddings, silhouettes
+    python -m tools.figures attention out/randommask/last.pt --fasta my.fa
+    python -m tools.figures masks                                         what each method masks of one sequence
+    python -m tools.figures results out/finetune                          results.jsonl beside the papers' numbers
 
 Each picture is a function that gives arrays and a draw_... that draws them; only these need matplotlib.
 """
@@ -25,7 +25,7 @@ import findna
 import infer
 import models
 import randommask
-import table
+from tools import table
 import training
 
 COLORS = np.array([[*bytes.fromhex(rgb)] for rgb in (        # Okabe, Ito: (8, 3) of 0..1

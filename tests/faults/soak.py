@@ -1,16 +1,19 @@
 """Small runs of every method under random kills and stops, on one and two ranks in turn, for half an hour:
 
-    python tests/soak.py --minutes 30
+    python tests/faults/soak.py --minutes 30
 
 Each must end, bit by bit, as the same run left alone. Exit code 0 if all did."""
 import argparse
 import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+
+sys.path[:0] = map(str, Path(__file__).resolve().parents[:3])
 
 import conftest                                              # noqa: F401, one thread, before torch
 import finetune                                              # noqa: F401, its imports take long

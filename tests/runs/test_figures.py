@@ -11,7 +11,7 @@ import torch
 from harness import equal, log_rows, random_dna, refused, run, write_fasta
 
 import data
-import figures
+from tools import figures
 import models
 import randommask
 import training
@@ -167,7 +167,7 @@ def test_every_curve_is_in_the_picture():
 
 
 def figure(*args, patches={}):
-    return run(args, patches, script="figures.py")
+    return run(args, patches, script="tools.figures")
 
 
 def pictures(folder):

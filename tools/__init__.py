@@ -1,0 +1,1 @@
+"""Optional commands around the four scripts at the top: python -m tools.NAME."""
