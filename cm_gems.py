@@ -8,20 +8,14 @@ the k-mers of highest NPMI, the words of a genome: GeneMask those near random ce
     python cm_gems.py --strategy genemask                    baselines: genemask, global, random, cm_step
     python cm_gems.py --npmi_only --genome my.fa.gz          the k-mers of highest and lowest NPMI
 """
-import argparse
-import contextlib
-import dataclasses
 import math
 import os
 import re
-import sys
-import time
 import zlib
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import models
@@ -132,8 +126,8 @@ def npmi_table(args, genome):
     return values, counts[-1], path
 
 
-def letters(npmi_rank):
-    """k of a table by token id."""
+def k_of(npmi_rank):
+    """Returns k of a table by token id."""
     return round(math.log(len(npmi_rank) - 5, 4))
 
 
@@ -152,7 +146,7 @@ def mark(at, T):
 
 def random_mask(tokens, npmi_rank, centers):
     """DNABERT: the k tokens around every center."""
-    k = letters(npmi_rank)
+    k = k_of(npmi_rank)
     return data.span_mask(centers, tokens > data.MASK, (k - 1) // 2, k // 2)
 
 
@@ -160,7 +154,7 @@ def best_tokens(tokens, npmi_rank, centers):
     """bool (B, T): the token of highest NPMI in the k around each high center (of equals the center, then the
     first). High are ceil(m / 2) of a row's m centers, by that NPMI, then by position; if under 5, all m.
     """
-    T, left, right = tokens.shape[1], (letters(npmi_rank) - 1) // 2, letters(npmi_rank) // 2
+    T, left, right = tokens.shape[1], (k_of(npmi_rank) - 1) // 2, k_of(npmi_rank) // 2
     centers = centers & (tokens > data.MASK)
     m, position = centers.sum(1), torch.arange(T, device=tokens.device)
     at = lowest(torch.where(centers, position, T), m)        # (B, S): the centers in order
@@ -180,7 +174,7 @@ def gene_mask(tokens, npmi_rank, centers):
 
     tokens int64 (B, T), npmi_rank by token id (0 = highest NPMI), centers -> masked, bool (B, T).
     """
-    best, reach = best_tokens(tokens, npmi_rank, centers), letters(npmi_rank) - 1
+    best, reach = best_tokens(tokens, npmi_rank, centers), k_of(npmi_rank) - 1
     return random_mask(tokens, npmi_rank, centers) | data.span_mask(best, tokens > data.MASK, reach, reach)
 
 
@@ -194,7 +188,7 @@ def top_tokens(tokens, npmi_rank, m):
 
 def global_mask(tokens, npmi_rank, m):
     """Global: the 2k - 1 tokens around each of the m (B,) top_tokens; masked bool (B, T)."""
-    top, reach = top_tokens(tokens, npmi_rank, m), letters(npmi_rank) - 1
+    top, reach = top_tokens(tokens, npmi_rank, m), k_of(npmi_rank) - 1
     return data.span_mask(top, tokens > data.MASK, reach, reach)
 
 
@@ -231,9 +225,9 @@ def cm_step_share(step, steps, stages):
     return stages * (step - 1) // steps / stages
 
 
-def show(masker, npmi_rank, tokens, centers, masked):
+def print_masks(masker, npmi_rank, tokens, centers, masked):
     """Prints sequences, and below the first base of each k-mer: # masked, o center, * chosen for its NPMI."""
-    names, chosen = models.vocabulary(letters(npmi_rank)), torch.zeros_like(masked)
+    names, chosen = models.vocabulary(k_of(npmi_rank)), torch.zeros_like(masked)
     if masker == "genemask":
         chosen = best_tokens(tokens, npmi_rank, centers)
     if masker == "global":                                   # there centers only say how many
@@ -248,13 +242,8 @@ def show(masker, npmi_rank, tokens, centers, masked):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, positive, names = parser.add_argument, number(int, 1), lambda text: text.split(",")
-    add("--genome", nargs="+", default=["hg38"], help="FASTA files (plain or gzip), or hg38, or demo (hg38)")
-    add("--data_dir", default="data", help="where hg38.fa.gz lies (%(default)s)")
-    add("--cache", help="folder of the packed genome (beside the FASTA)")
-    add("--val_contigs", type=names, default=[], help="held-out contigs, a,b,... (the last 1 %% of each)")
+    parser, positive = training.new_parser(__doc__), number(int, 1)
+    add = parser.add_argument_group("model").add_argument
     add("--k", type=number(int, 2, 9), default=6, help="k-mer length, 2 to 8 (%(default)s)")
     add("--block_size", type=positive, default=512, help="positions; pieces have one base less (%(default)s)")
     add("--model", choices=MODELS, default="dnabert", help="sets the next five flags (%(default)s)")
@@ -262,41 +251,29 @@ def parse_args():
     add("--n_head", type=positive, help="attention heads (dnabert 12, logo 8)")
     add("--n_embd", type=positive, help="width (dnabert 768, logo 256)")
     add("--n_inner", type=positive, help="width of the feed-forward layers (3072)")
-    add("--dropout", type=number(float, 0, 1), help="(dnabert 0.1, logo 0)")
+    add("--dropout", type=number(float, 0, 1), help="dropout (dnabert 0.1, logo 0)")
     add("--init", help="start from these weights: a checkpoint, or hf:FOLDER")
+    add = parser.add_argument_group("method").add_argument
     add("--strategy", choices=("cm_gems", "cm_step", *MASKERS), default="cm_gems", help="(%(default)s)")
-    add("--p_scale", type=number(float, 1e-9, 6), default=1.0, help="times the probability of a center (1)")
-    add("--switch_drop", type=number(float, 0), default=1.0, help="cm_gems: change of perplexity (1)")
-    add("--switch_after", type=number(int, 0), default=0, help="cm_gems: no switch before this step (0)")
+    add("--p_scale", type=number(float, 1e-9, 6), default=1.0,
+        help="multiplies the probability of a center (%(default)s)")
+    add("--switch_drop", type=number(float, 0), default=1.0,
+        help="cm_gems: switch when the perplexity changes by less than this (%(default)s)")
+    add("--switch_after", type=number(int, 0), default=0, help="cm_gems: do not switch before this step (0)")
     add("--cm_step_stages", type=positive, default=10, help="stages of cm_step (10; released code: 100)")
-    add("--cm_step_easy", choices=("genemask", "random"), default="genemask", help="(released code: random)")
-    add("--npmi", choices=("published", "textbook"), default="published", help="formula (%(default)s)")
-    add("--npmi_contigs", type=names, help="contigs to count, a,b,... (all; of hg38 chr1,chr2,chr3)")
-    add("--npmi_table", help="do not count, read this CSV: ours, or GeneMask's")
-    add("--npmi_only", action="store_true", help="count, print the top and bottom k-mers, and stop")
-    add("--batch_size", type=positive, default=250, help="sequences of a step, over all GPUs (%(default)s)")
-    add("--micro_batch_size", type=positive, default=32, help="sequences of a forward pass (%(default)s)")
+    add("--cm_step_easy", choices=("genemask", "random"), default="genemask",
+        help="cm_step: the masking it starts with (%(default)s; released code: random)")
+    add("--npmi", choices=("published", "textbook"), default="published", help="NPMI formula (%(default)s)")
+    add("--npmi_contigs", type=lambda text: text.split(","),
+        help="contigs whose k-mers are counted, comma-separated (all; of hg38 chr1,chr2,chr3)")
+    add("--npmi_table", help="read NPMI from this CSV, ours or GeneMask's, instead of counting")
+    add("--npmi_only", action="store_true", help="count, print the top and bottom k-mers, then stop")
+    add = training.add_optimization_flags(parser, batch_size=250, micro_batch_size=32, lr=8e-4, warmup="5 %%",
+                                          weight_decay=0.01)
     add("--steps", type=positive, default=10_000, help="steps (%(default)s)")
-    add("--lr", type=number(float, 1e-30), default=8e-4, help="peak learning rate (%(default)s)")
-    add("--warmup", type=number(int, 0), help="steps of linear warm-up (5 %% of the steps)")
-    add("--weight_decay", type=number(float, 0), default=0.01, help="(%(default)s)")
-    add("--grad_clip", type=number(float, 1e-30), default=1.0, help="largest gradient norm (%(default)s)")
-    add("--out", default="out/cm_gems", help="run folder (%(default)s)")
-    add("--resume", action="store_true", help="continue the run in --out")
-    add("--keep", type=positive, nargs="+", default=[], help="steps whose checkpoint stays")
-    add("--log_every", type=positive, default=100, help="steps (%(default)s)")
-    add("--eval_every", type=positive, help="steps from one perplexity to the next (steps / 20)")
-    add("--eval_windows", type=positive, default=2000, help="fixed validation sequences (%(default)s)")
-    add("--save_every", type=positive, default=1000, help="steps (%(default)s)")
-    add("--seed", type=number(int, 0, 2 ** 63), default=42, help="(%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on CUDA)")
-    add("--show_masks", type=positive, metavar="N", help="print what is masked in N sequences, and stop")
-    add("--demo", action="store_true", help="a tiny model on a synthetic genome")
-    args = parser.parse_args()
-    parser.set_defaults(**MODELS[args.model] | (DEMO if args.demo else {}))
-    return parser.parse_args()
+    training.add_run_flags(parser, "out/cm_gems", eval_windows=2000)
+    parser.set_defaults(**MODELS[parser.parse_args().model])
+    return training.parse_flags(parser, DEMO)
 
 
 def complete_args(args):
@@ -304,21 +281,19 @@ def complete_args(args):
     if args.block_size < args.k + 2:
         raise ValueError(f"--block_size {args.block_size}: give {args.k + 2} or more for k = {args.k}")
     if args.npmi_table and args.npmi_contigs:
-        raise ValueError("--npmi_table and --npmi_contigs: a table is counted already; drop one of them")
-    if args.warmup is None:
-        args.warmup = round(0.05 * args.steps)               # 500 of 10,000
+        raise ValueError("--npmi_table and --npmi_contigs: a table needs no counting; drop one of them")
+    training.complete_warmup(args, 0.05)                     # 500 of 10,000
     if args.eval_every is None:
         args.eval_every = max(1, round(args.steps / 20))
-    training.check_flags(args)
 
 
 def build_model(args):
-    """The network of the flags, started from --init where given: a checkpoint of ours, or hf:FOLDER."""
+    """Returns the network of the flags, started from --init where given."""
     config = models.BertConfig(4 ** args.k + 5, args.block_size, args.n_layer, args.n_head, args.n_embd,
                                args.n_inner, args.dropout)
     training.seed(args.seed)
     model = models.Bert(config)
-    if args.init:
+    if args.init and not args.resume:
         models.copy_weights(model, args.init, training.load)
     return model
 
@@ -327,37 +302,29 @@ if __name__ == "__main__":
     with training.user_errors():
         args = parse_args()
         complete_args(args)
-        if not args.show_masks and not args.npmi_only:
-            training.check_out(args.out, args.resume)
-        device, args.dtype, rank, world = training.set_up(args.device, args.dtype)
-        if args.demo:
-            torch.set_num_threads(1)                         # so small a model gains nothing from more
-        say = print if rank == 0 else lambda *_, **__: None
-        n_micro = training.count_micro_batches(args.batch_size, args.micro_batch_size, world)
+        run = training.Run(args, writes=not (args.show_masks or args.npmi_only))
+        device = run.device
         genome = data.open_genome(args.genome, args.data_dir, args.cache)
         values, counts, npmi_path = npmi_table(args, genome)
         ranks, (header, *lines) = npmi_rank(values), npmi_lines(values, counts, args.k)
         about_npmi = f"npmi     of {len(lines)} of {4 ** args.k} {args.k}-mers: {npmi_path}"
         if args.npmi_only:
-            say(header, *lines[:20], "...", *lines[20:][-20:], about_npmi, sep="\n")
+            run.say(header, *lines[:20], "...", *lines[20:][-20:], about_npmi, sep="\n")
             training.finish()
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
+        parts = {"model": model, "optimizer": optimizer}
 
         length = args.block_size - 1                         # bases of a whole piece: 511 for 512
         train, val = (data.window_table(part, length) for part in genome.split(length, args.val_contigs))
         bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
-        run = {"method": "cm_gems", "config": dataclasses.asdict(model.config), "args": vars(args),
-               "data": f"{genome.fingerprint}, NPMI {zlib.crc32(ranks.numpy()):08x}"}
         in_force = "genemask" if args.strategy == "cm_gems" else args.strategy
-        start, curriculum = 0, {"strategy": in_force, "perplexities": [], "switch_step": None}
-        if args.resume:
-            state = training.load_run(args.out, run, fixed=("eval_every",),    # that decides when it switches
-                                      model=model, optimizer=optimizer)
-            start, curriculum = state["step"], {name: state[name] for name in curriculum}
-            del state
-        if rank == 0 and not args.show_masks:
-            lock = training.open_run(args.out, args, start)
+        curriculum = {"strategy": in_force, "perplexities": [], "switch_step": None}
+        if run.writes:
+            fingerprint = f"{genome.fingerprint}, NPMI {zlib.crc32(ranks.numpy()):08x}"
+            state = run.open("cm_gems", model.config, fingerprint, parts, fixed=("eval_every",))
+            curriculum = {name: state.get(name, value) for name, value in curriculum.items()}
+            del state                                        # eval_every decides when it switches
     center_p = {masker: args.p_scale * center_probability(masker, args.k) for masker in MASKERS}
     ranks = ranks.to(device)
 
@@ -376,32 +343,29 @@ if __name__ == "__main__":
 
     if args.show_masks:
         both = {"cm_gems": ("genemask", "global"), "cm_step": (args.cm_step_easy, "global")}
-        for masker in both.get(args.strategy, [args.strategy]) if rank == 0 else ():
-            show(masker, ranks, *get_batch(train, args.show_masks, args.show_masks, masker, 1, 0, 0))
+        for masker in both.get(args.strategy, [args.strategy]) if run.rank == 0 else ():
+            print_masks(masker, ranks, *get_batch(train, args.show_masks, args.show_masks, masker, 1, 0, 0))
         training.finish()
 
-    # what this run is
-    n_params, mean = sum(p.numel() for p in model.parameters()), length / 2 + (args.k + length - 1) / 4
+    mean = length / 2 + (args.k + length - 1) / 4            # bases of a piece
     passes = args.steps * args.batch_size * mean / int(np.diff(genome.intervals).sum())
-    say(f"model    {n_params:,} parameters, {args.dtype}, {world} x {device.type}, {n_micro} micro-batches a "
-        f"step{' in uneven shares' if n_micro % world else ''}")
-    say(f"genome   {' '.join(args.genome)}: {genome}")
-    say(about_npmi)
-    say(f"pieces   half {length} bases, half {args.k} to {length - 1}; {passes:.2g} passes over the genome")
-    say(f"masks    {args.strategy}; p " + ", ".join(f"{p:.4g} ({masker})" for masker, p in center_p.items()))
-    if start:
-        say(f"resume   after step {start}, with {curriculum['strategy']}")
+    run.describe(model, genome, args.batch_size * (mean - args.k + 1))
+    run.say(about_npmi)
+    run.say(f"pieces   half {length} bases, half {args.k} to {length - 1}; {passes:.2g} passes over the "
+            f"genome")
+    run.say(f"masks    {args.strategy}; p " + ", ".join(f"{p:.4g} ({name})" for name, p in center_p.items()))
+    if run.start:
+        run.say(f"strategy {curriculum['strategy']} in force")
 
-    net = training.wrap(model, args.compile, device, world)
+    net = training.wrap(model, args.compile, device, run.world)
     span = 2 * args.k - 1                                    # the longest; of this share at most are masked:
-    at_most = 1 - (1 - max(center_p.values())) ** span
+    share = 1 - (1 - max(center_p.values())) ** span
 
-    def forward(network, table, i, size, strategy, step, key):
-        """(loss sum, count, number of k-mers) of micro-batch i of `size` sequences in all."""
-        n = min(args.micro_batch_size, size - i * args.micro_batch_size)
+    def forward(network, table, n, size, strategy, step, key, i):
+        """(loss sum, number of masked tokens, number of k-mers) of micro-batch i of `size` sequences."""
         tokens, _, masked = get_batch(table, n, size, strategy, step, key, i)
         inputs, labels = data.corrupt(tokens, masked, n_vocab)
-        capacity = models.mask_capacity(tokens.numel(), at_most, span) if device.type == "cuda" else None
+        capacity = models.mask_capacity(tokens.numel(), share, span) if device.type == "cuda" else None
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             loss_sum, count = network(inputs, labels, mask=tokens != data.PAD, capacity=capacity)
         return loss_sum, count, (tokens > data.MASK).sum()
@@ -411,89 +375,69 @@ if __name__ == "__main__":
         """Mean loss and perplexity: the same sequences and masks (key 0) each time, shared by the ranks."""
         model.eval()
         total = torch.zeros(3, dtype=torch.float64, device=device)
-        for i in range(rank, math.ceil(args.eval_windows / args.micro_batch_size), world):
-            total += torch.stack(forward(model, val, i, args.eval_windows, strategy, step, 0))
+        for i, n in run.micro_batches(args.eval_windows):
+            total += torch.stack(forward(model, val, n, args.eval_windows, strategy, step, 0, i))
         model.train()
         loss = training.all_reduce(total)[0] / total[1].clamp(min=1)
         return loss.item(), loss.exp().item()
 
-    unread, clock, seen = [], time.perf_counter(), 0         # unread: numbers the host has not looked at yet
-    training.catch_signals()
-    with training.user_errors(OSError, torch.OutOfMemoryError):
-        for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step",
-                         disable=rank > 0 or not sys.stderr.isatty()):
-            strategy, lr = curriculum["strategy"], args.lr * training.linear(step, args.steps, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            numbers = torch.zeros(5, dtype=torch.float64, device=device)
-            for i in range(rank, n_micro, world):
-                with net.no_sync() if world > 1 and i + world < n_micro else contextlib.nullcontext():
-                    loss_sum, count, n_kmers = forward(net, train, i, args.batch_size, strategy, step, step)
-                    loss_sum.backward()
-                numbers[:3] += torch.stack([loss_sum.detach(), count, n_kmers])
-            numbers[3].fill_(training.stop_requested())      # numbers[3] = ... would make a GPU wait
-            training.all_reduce(numbers)                     # 40 bytes; gradients went with the last backward
-            # from DDP's average over ranks of sums to the mean over all masked tokens of the batch
-            numbers[4] = training.scale_gradients(model, world / numbers[1].clamp(min=1), args.grad_clip)
-            optimizer.found_inf = 1 - numbers.isfinite().all().float()         # 1: AdamW changes nothing
-            optimizer.step()
-            optimizer.zero_grad()
+    def validate(step):
+        """A row for the log; adds to the curriculum, which it switches to Global once it has settled."""
+        strategy, row = curriculum["strategy"], {}
+        row["val_loss"], row["val_ppl"] = evaluate(strategy, step)
+        row[f"val_loss_span{args.k}"], _ = evaluate("random", step)
+        curriculum["perplexities"].append(row["val_ppl"])    # the same on all ranks
+        may_switch = (args.strategy, strategy) == ("cm_gems", "genemask") and step >= args.switch_after
+        if may_switch and settled(curriculum["perplexities"], args.switch_drop):
+            curriculum.update(strategy="global", switch_step=step)
+            row |= {"switch_step": step, "val_ppl_global": evaluate("global", step)[1]}
+        return row
 
-            # the host reads these numbers while the device works on the next step, or now where they are due
-            last = step == args.steps
-            to_eval = step % args.eval_every == 0 or last
-            to_save = step % args.save_every == 0 or step in args.keep or last
-            to_log = step % args.log_every == 0 or to_eval
-            unread.append(training.read_later(numbers))
-            stop = False
-            timing = step in (start + 5, start + 20)         # the first steps compile and warm up
-            while unread and (len(unread) > (device.type == "cuda") or to_log or to_save or stop or timing):
-                loss_sum, count, n_kmers, stop, norm = unread.pop(0)()
-                seen += n_kmers
-                training.check_finite(step - len(unread), [loss_sum], norm, args.out, rank)
-            speed = seen / (time.perf_counter() - clock)
-            if step == start + 20:
-                say(f"speed    {speed:,.0f} tokens/s, {training.memory(device)}, "
-                    f"{(args.steps - step) * n_kmers / speed / 3600:.2g} h left")
-            if to_log or stop:
-                row = {"step": step, "loss": loss_sum / max(count, 1), "lr": lr, "grad_norm": norm,
-                       "strategy": strategy, "masked": count / n_kmers, "tokens_per_s": speed}
-                if training.peak_flops(device):
-                    flops = model.flops_per_token(args.block_size, row["masked"])
-                    row["mfu"] = speed * flops / world / training.peak_flops(device)
-                if to_eval:
-                    row["val_loss"], row["val_ppl"] = evaluate(strategy, step)
-                    row[f"val_loss_span{args.k}"], _ = evaluate("random", step)
-                    curriculum["perplexities"].append(row["val_ppl"])
-                    may = (args.strategy, strategy) == ("cm_gems", "genemask") and step >= args.switch_after
-                    if may and settled(curriculum["perplexities"], args.switch_drop):      # so on all ranks
-                        curriculum |= {"strategy": "global", "switch_step": step}
-                        row |= {"switch_step": step, "val_ppl_global": evaluate("global", step)[1]}
-                if rank == 0:
-                    training.log(args.out, row)
-            if (to_save or stop) and rank == 0:
-                state = run | curriculum | {"step": step, "model": model.state_dict(),
-                                            "optimizer": optimizer.state_dict()}
-                training.save(state, args.out, f"step_{step}.pt" if step in args.keep else None)
-            if stop:
-                say(f"stopped  by a signal after step {step}; continue with --resume")
-                training.finish(143)
-            if to_log or to_save or step == start + 5:
-                clock, seen = time.perf_counter(), 0
-
-    say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
-    if args.demo:
-        say(f"\nWhat it learnt, as perplexity on held-out DNA ({4 ** args.k}: any of the {args.k}-mers)")
+    def say_what_it_learnt():
+        """Prints the demo's held-out perplexities beside those of guessing, and the next commands."""
+        run.say(f"\nWhat it learnt, as perplexity on held-out DNA (any of the {args.k}-mers: {4 ** args.k})")
         for masker in ("genemask", "global"):
             n = args.eval_windows
             tokens, _, masked = get_batch(val, n, n, masker, 1, 0, 0)
             often = torch.special.entr(tokens[masked].bincount() / masked.sum()).sum().exp()
             ppl = evaluate(masker, 1)[1]
-            say(f"  {masker:8} {ppl:5.1f}, {often:.1f} by how often it hides each {args.k}-mer: the model "
-                f"{'reads what is around' if ppl < often / 1.5 else 'hardly looks at what is around'}")
-        say(f"""A model is best at what it did last; to Global after step {curriculum['switch_step']}.
-Next, your own DNA: its words, in seconds, and a model for a laptop (--help has the rest)
+            verdict = "reads what is around" if ppl < often / 1.5 else "hardly looks at what is around"
+            run.say(f"  {masker:8} {ppl:5.1f}, {often:.1f} by how often it hides each {args.k}-mer: the model "
+                    f"{verdict}")
+        switch = curriculum["switch_step"]
+        run.say(f"""A model is best at what it did last; it switched after step {switch}
+Next, your own DNA: its words, in seconds, and a model for a laptop (--help lists every flag)
   python cm_gems.py --npmi_only --genome YOUR.fa.gz
   python cm_gems.py --genome YOUR.fa.gz --out out/mine --block_size 26 --n_layer 2 --n_head 2 --n_embd 64 \\
       --n_inner 256 --dropout 0 --batch_size 256 --micro_batch_size 128 --lr 8e-3 --steps 3000""")
+
+    with training.user_errors(OSError, torch.OutOfMemoryError):
+        for step in run.steps():
+            strategy, lr = curriculum["strategy"], args.lr * training.linear(step, args.steps, args.warmup)
+            sums = run.new_sums(3)                           # loss, masked tokens, k-mers
+            for i, n in run.micro_batches(args.batch_size):
+                with run.sync_at_last(net, i):
+                    loss_sum, count, n_kmers = forward(net, train, n, args.batch_size, strategy, step,
+                                                       step, i)
+                    loss_sum.backward()
+                sums += torch.stack([loss_sum.detach(), count, n_kmers])
+            run.sum_over_ranks()
+            # from DDP's average over ranks of sums to the mean over all masked tokens of the batch
+            norm = training.scale_gradients(model, run.world / sums[1].clamp(min=1), args.grad_clip)
+            run.update(optimizer, lr, norm)
+
+            run.read()
+            if run.to_log:
+                loss_sum, count, n_kmers = run.sums
+                row = {"loss": loss_sum / max(count, 1), "lr": lr, "grad_norm": run.norm,
+                       "strategy": strategy, "masked": count / n_kmers, "tokens_per_s": run.speed}
+                row |= run.mfu(model.flops_per_token(args.block_size, row["masked"]))
+                run.log(row | (validate(step) if run.to_evaluate else {}))
+            if run.to_save:
+                run.save(parts, **curriculum)
+            run.end_step()
+
+    run.say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
+    if args.demo:
+        say_what_it_learnt()
     training.finish()

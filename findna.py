@@ -10,19 +10,13 @@ what the teacher says (Yu et al., "Self-Distillation Improves DNA Sequence Infer
     python findna.py --objective mnm                         ablation CM-MNM: masked bases only, no teacher
     python findna.py --backbone transformer                  ablation FinDNA-T
 """
-import argparse
-import contextlib
 import copy
-import dataclasses
 import functools
 import math
-import sys
-import time
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import data
 import models
@@ -178,70 +172,47 @@ def pass_over(windows, seed, first, n):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, positive = parser.add_argument, number(int, 1)
-    add("--genome", nargs="+", default=["hg38"], help="FASTA files (plain or gzip), or hg38, or demo (hg38)")
-    add("--data_dir", default="data", help="where hg38.fa.gz lies (%(default)s)")
-    add("--cache", help="folder of the packed genome (beside the FASTA)")
-    add("--val_contigs", type=lambda text: text.split(","), default=[],
-        help="held-out contigs, comma-separated (the last 1 %% of each contig)")
+    parser, positive = training.new_parser(__doc__), number(int, 1)
+    add = parser.add_argument_group("model").add_argument
     add("--length", type=number(int, EDIT + 1), default=1000, help="bases of a window (%(default)s)")
-    add("--windows", type=positive, default=100_000, help="windows of an epoch (%(default)s)")
-    add("--fresh_windows", action="store_true", help="draw new windows at each step, not one set for all")
     add("--backbone", choices=("chordmixer", "transformer"), default="chordmixer", help="(%(default)s)")
     add("--n_layer", type=positive, default=4, help="layers (%(default)s)")
     add("--track_size", type=positive, default=28, help="chordmixer: channels of a track (%(default)s)")
     add("--hidden", type=positive, default=512, help="chordmixer: width of its MLPs (%(default)s)")
     add("--n_head", type=positive, default=8, help="transformer: attention heads (%(default)s)")
     add("--n_embd", type=positive, default=320, help="transformer: width (%(default)s)")
-    add("--dropout", type=number(float, 0, 1), default=0.0, help="(%(default)s)")
+    add("--dropout", type=number(float, 0, 1), default=0.0, help="dropout (%(default)s)")
     add("--init", help="start from the weights of this checkpoint")
+    add = parser.add_argument_group("method").add_argument
+    add("--windows", type=positive, default=100_000, help="windows of an epoch (%(default)s)")
+    add("--fresh_windows", action="store_true", help="draw new windows at each step, not one set for all")
     add("--objective", choices=("both", "mnm", "cl"), default="both", help="mnm: no teacher (%(default)s)")
-    add("--alpha", type=number(float, 1e-9, 1), default=0.5, help="weight of mnm; the rest: cl (%(default)s)")
-    add("--cl_softmax", choices=("features", "tokens"), default="features", help="over which (%(default)s)")
-    add("--cl_space", choices=("latent", "projected"), default="latent", help="of the [CLS] (%(default)s)")
+    add("--alpha", type=number(float, 1e-9, 1), default=0.5,
+        help="weight of the masked-base loss; 1 - alpha weighs the contrastive loss (%(default)s)")
+    add("--cl_softmax", choices=("features", "tokens"), default="features", help="softmax axis (%(default)s)")
+    add("--cl_space", choices=("latent", "projected"), default="latent",
+        help="[CLS] outputs before or after the projection to bases (%(default)s)")
     add("--views", choices=VIEWS, default=VIEWS[0],
         help="student+teacher: Mask, Delete, Insert, Translocate, Noise, Reverse complement (%(default)s)")
     add("--translocation", type=number(int, 0), default=EDIT, metavar="SHIFT",
-        help="largest; the --length: any breakpoint (%(default)s)")
-    add("--batch_size", type=positive, default=64, help="sequences of a step, over all GPUs (%(default)s)")
-    add("--micro_batch_size", type=positive, default=8, help="sequences of a forward pass (%(default)s)")
+        help="largest shift of a translocation; the --length allows any breakpoint (%(default)s)")
+    add = training.add_optimization_flags(parser, batch_size=64, micro_batch_size=8, lr=3e-4, warmup="30 %%",
+                                          weight_decay=3e-4)
     add("--epochs", type=positive, default=50, help="passes over the windows (%(default)s)")
-    add("--steps", type=positive, help="instead of --epochs")
-    add("--lr", type=number(float, 1e-30), default=3e-4, help="peak learning rate (%(default)s)")
-    add("--warmup", type=number(int, 0), help="steps of linear warm-up (30 %% of the steps)")
-    add("--weight_decay", type=number(float, 0), default=3e-4, help="(%(default)s)")
-    add("--grad_clip", type=number(float, 1e-30), default=1.0, help="largest gradient norm (%(default)s)")
-    add("--out", default="out/findna", help="run folder (%(default)s)")
-    add("--resume", action="store_true", help="continue the run in --out")
-    add("--keep", type=positive, nargs="+", default=[], help="steps whose checkpoint stays")
-    add("--log_every", type=positive, default=100, help="steps (%(default)s)")
-    add("--eval_every", type=positive, default=2000, help="steps (%(default)s)")
-    add("--eval_windows", type=positive, default=512, help="fixed validation windows (%(default)s)")
-    add("--save_every", type=positive, default=1000, help="steps (%(default)s)")
-    add("--seed", type=number(int, 0, 2 ** 63), default=42, help="(%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on CUDA)")
-    add("--show_masks", type=positive, metavar="N", help="print the views of N sequences, and stop")
-    add("--demo", action="store_true", help="a tiny model on a synthetic genome")
-    if parser.parse_args().demo:
-        parser.set_defaults(**DEMO)
-    return parser.parse_args()
+    add("--steps", type=positive, help="steps, instead of --epochs")
+    training.add_run_flags(parser, "out/findna", eval_windows=512, eval_every=2000)
+    return training.parse_flags(parser, DEMO)
 
 
 def complete_args(args):
     """Fills in the defaults that depend on other flags. ValueError for flags that contradict each other."""
     if args.steps is None:
         args.steps = math.ceil(args.epochs * args.windows / args.batch_size)
-    if args.warmup is None:
-        args.warmup = round(0.3 * args.steps)                # the paper's
-    training.check_flags(args)
+    training.complete_warmup(args, 0.3)                      # the paper's
 
 
 def build_model(args):
-    """The network of the flags, started from --init where given: the student of a checkpoint."""
+    """Returns the network of the flags, started from --init where given: the student of a checkpoint."""
     training.seed(args.seed)
     size = args.length + N_CLS, args.n_layer
     if args.backbone == "chordmixer":
@@ -250,22 +221,49 @@ def build_model(args):
     else:
         config = models.EncoderConfig(*size, args.n_head, args.n_embd, args.dropout)
         model = models.BaseModel(models.Encoder(config))
-    if args.init:
+    if args.init and not args.resume:
         models.copy_weights(model, args.init, training.load)
     return model
+
+
+def show_views(views, say):
+    """Prints for each sequence the student's view, with and without its masked bases, and the teacher's."""
+    for n, (view_u, target, view_v) in enumerate(zip(*views)):
+        masked = target.any(-1)
+        say(f"sequence {n}, {masked.float().mean():.1%} masked (.): student, with and without; teacher")
+        for view in (view_u + target, view_u, view_v):       # of a noisy view the likeliest bases
+            shown = torch.where(masked & (view is view_u), 5, view.argmax(-1))
+            say("".join("ACGTN."[i] for i in shown))
+
+
+def say_what_it_learnt(args, row, guessed):
+    """Prints the demo's accuracy on held-out DNA beside that of `guesses`, and the next commands."""
+    (constant, order0), (flanked, order1) = guessed
+    acc, loss = row["val_acc"], row["val_mnm_loss"]
+    verdict = ("has learnt more of this DNA's grammar than neighbours tell" if acc > flanked else
+               "has learnt some of this DNA's grammar" if acc > constant else "has learnt little")
+    teacher = "tells sequences apart" if row["q_information"] > COLLAPSED else "has collapsed"
+    print(f"""
+What it learnt: the share of masked bases of held-out DNA that are guessed right (and nats per base)
+  25.0 %  (1.386)  knowing nothing
+  {100 * constant:.1f} %  ({order0:.3f})  always the most frequent base
+  {100 * flanked:.1f} %  ({order1:.3f})  from the base on either side, were these never masked
+  {100 * acc:.1f} %  ({loss:.3f})  this model {verdict}
+The teacher {teacher}: its outputs carry {row["q_information"]:.2f} nats about which sequence they belong to
+Next: see what it is good for, by a probe or fine-tuning from these weights and from random ones
+  python finetune.py --csv YOUR.csv --init {args.out}/last.pt random:{args.out}/last.pt kmer \\
+      --lr 1e-2 --epochs 20
+Or train on your own DNA, at a size for a laptop (--help lists every flag)
+  python findna.py --genome YOUR.fa.gz --out out/mine --length 246 --n_layer 2 --track_size 8 --hidden 64 \\
+      --windows 20000 --steps 2000 --alpha 0.97 --lr 1e-2 --micro_batch_size 32""")
 
 
 if __name__ == "__main__":
     with training.user_errors():
         args = parse_args()
         complete_args(args)
-        if not args.show_masks:
-            training.check_out(args.out, args.resume)
-        device, args.dtype, rank, world = training.set_up(args.device, args.dtype)
-        if args.demo:
-            torch.set_num_threads(1)                         # so small a model gains nothing from more
-        say = print if rank == 0 else lambda *_, **__: None
-        n_micro = training.count_micro_batches(args.batch_size, args.micro_batch_size, world)
+        run = training.Run(args, writes=not args.show_masks)
+        device = run.device
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
         teacher = None if args.objective == "mnm" else copy.deepcopy(model).eval().requires_grad_(False)
@@ -273,21 +271,17 @@ if __name__ == "__main__":
         projected, dim = args.cl_space == "projected", 2 if args.cl_softmax == "features" else 1
         width = 5 if projected else model.config.n_embd
         center = torch.zeros(N_CLS, width if teacher else 0, device=device)
+        parts = {"model": model, "optimizer": optimizer}
+        if teacher:
+            parts |= {"teacher": teacher, "center": center}
 
         genome = data.open_genome(args.genome, args.data_dir, args.cache)
         train, val = (data.window_table(part, args.length)
                       for part in genome.split(args.length, args.val_contigs))
         windows = data.draw_starts(train, args.windows, np.random.default_rng((args.seed, 0, 1, 2)))
         bases = data.resident(genome.bases, device)
-
-        run = {"method": "findna", "config": dataclasses.asdict(model.config), "data": genome.fingerprint,
-               "args": vars(args)}
-        start = 0
-        if args.resume:
-            more = {"teacher": teacher, "center": center} if teacher else {}
-            start = training.load_run(args.out, run, model=model, optimizer=optimizer, **more)["step"]
-        if rank == 0 and not args.show_masks:
-            lock = training.open_run(args.out, args, start)
+        if run.writes:
+            run.open("findna", model.config, genome.fingerprint, parts)
 
     def get_views(starts):
         """view_u, target, view_v of the windows at `starts`; their draws are of the last training.seed."""
@@ -295,30 +289,20 @@ if __name__ == "__main__":
                           args.translocation)
 
     if args.show_masks:
-        views = get_views(data.draw_starts(train, args.show_masks, training.seed(args.seed, 0, 0)))
-        for n, (view_u, target, view_v) in enumerate(zip(*views)):
-            masked = target.any(-1)
-            say(f"sequence {n}, {masked.float().mean():.1%} masked (.): student, with and without; teacher")
-            for view in (view_u + target, view_u, view_v):   # of a noisy one the likeliest bases
-                shown = torch.where(masked & (view is view_u), 5, view.argmax(-1))
-                say("".join("ACGTN."[i] for i in shown))
+        starts = data.draw_starts(train, args.show_masks, training.seed(args.seed, 0, 0))
+        show_views(get_views(starts), run.say)
         training.finish()
 
-    # what this run is
-    n_params, n_masked = sum(p.numel() for p in model.parameters()), round(MASK_RATE * args.length)
-    n_bases = args.batch_size * args.length                  # of a step
-    (constant, order0), (flanked, order1) = guesses(genome.bases[:10 ** 7])
-    say(f"model    {n_params:,} parameters{' and a teacher alike' * bool(teacher)}, {args.dtype}, {world} x "
-        f"{device.type}, {n_micro} micro-batches a step{' in uneven shares' if n_micro % world else ''}")
-    say(f"genome   {' '.join(args.genome)}: {genome}")
-    say(f"windows  {args.windows:,}{' fresh ones' * args.fresh_windows} an epoch, "
-        f"{args.steps * args.batch_size / args.windows:.3g} epochs; {n_masked} of {args.length} bases masked")
-    say(f"guesses  of a base: {constant:.1%} are right from its frequency ({order0:.3f} nats), {flanked:.1%} "
-        f"from the base on either side ({order1:.3f} nats)")
-    if start:
-        say(f"resume   after step {start}")
+    n_masked = round(MASK_RATE * args.length)                # of a window
+    guessed = (constant, order0), (flanked, order1) = guesses(genome.bases[:10 ** 7])
+    run.describe(model, genome, args.batch_size * args.length, "bases")
+    epochs = args.steps * args.batch_size / args.windows
+    run.say(f"windows  {args.windows:,} an epoch, {epochs:.3g} epochs; {n_masked} of {args.length} bases "
+            f"masked")
+    run.say(f"guesses  of a base: {constant:.1%} are right from its frequency ({order0:.3f} nats), "
+            f"{flanked:.1%} from the base on either side ({order1:.3f} nats)")
 
-    net = training.wrap(model, args.compile, device, world)
+    net = training.wrap(model, args.compile, device, run.world)
     if teacher:
         training.wrap(teacher, args.compile, device, 1)      # the teacher has no gradients to share
 
@@ -345,8 +329,7 @@ if __name__ == "__main__":
         """A row for the log: the same windows with the same draws each time, shared by the ranks."""
         model.eval()
         total = torch.zeros(6 + 2 * center.numel(), dtype=torch.float64, device=device)
-        for i in range(rank, math.ceil(args.eval_windows / args.micro_batch_size), world):
-            n = min(args.micro_batch_size, args.eval_windows - i * args.micro_batch_size)
+        for i, n in run.micro_batches(args.eval_windows):
             starts = data.draw_starts(val, n, training.seed(args.seed, 0, i))
             view_u, target, view_v = get_views(starts)
             mnm, cl, _, latent, q = forward(model, view_u, target, view_v)
@@ -368,95 +351,50 @@ if __name__ == "__main__":
                     "center_norm": center.norm().item()} | collapse(total[5:], n, center.shape, dim)
         return row
 
-    unread, clock, timed = [], time.perf_counter(), start    # unread: numbers the host has not looked at yet
     warned = False
-    training.catch_signals()
     with training.user_errors(OSError, torch.OutOfMemoryError):
-        for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step",
-                         disable=rank > 0 or not sys.stderr.isatty()):
+        for step in run.steps():
             lr, ema = args.lr * training.cosine(step, args.steps, args.warmup), ema_at(step, args.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            # loss sums (mnm, cl), stop, norm; then the sum of the teacher's [CLS]
-            numbers = torch.zeros(4 + center.numel(), dtype=torch.float64, device=device)
-            for i in range(rank, n_micro, world):
+            sums = run.new_sums(2 + center.numel())          # losses mnm, cl; then of the teacher's [CLS]
+            for i, n in run.micro_batches(args.batch_size):
                 first, rng = i * args.micro_batch_size, training.seed(args.seed, step, i)
-                n = min(args.micro_batch_size, args.batch_size - first)
                 starts = (data.draw_starts(train, n, rng) if args.fresh_windows else
                           pass_over(windows, args.seed, (step - 1) * args.batch_size + first, n))
-                with net.no_sync() if world > 1 and i + world < n_micro else contextlib.nullcontext():
+                with run.sync_at_last(net, i):
                     mnm, cl, _, latent, _ = forward(net, *get_views(starts))
                     (alpha * mnm + (1 - alpha) * cl).backward()
-                numbers[:2] += torch.stack([mnm.detach(), cl.detach()])
-                numbers[4:] += latent.float().sum(0).flatten()
-            numbers[2].fill_(training.stop_requested())      # numbers[2] = ... would make a GPU wait
-            training.all_reduce(numbers)                     # gradients went with the last backward
+                sums[:2] += torch.stack([mnm.detach(), cl.detach()])
+                sums[2:] += latent.float().sum(0).flatten()
+            run.sum_over_ranks()
             # from DDP's average over ranks of sums to the mean over all sequences of the batch
-            numbers[3] = training.scale_gradients(
-                model, numbers.new_full((), world / args.batch_size), args.grad_clip)
-            optimizer.found_inf = 1 - numbers.isfinite().all().float()         # 1: AdamW changes nothing
-            optimizer.step()
-            optimizer.zero_grad()
+            scale = sums.new_full((), run.world / args.batch_size)
+            norm = training.scale_gradients(model, scale, args.grad_clip)
+            run.update(optimizer, lr, norm)
             if teacher:
                 with torch.no_grad():
                     torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - ema)
-                    center.lerp_((numbers[4:] / args.batch_size).float().view_as(center), 1 - CENTER_MOMENTUM)
+                    center.lerp_((sums[2:] / args.batch_size).float().view_as(center), 1 - CENTER_MOMENTUM)
 
-            # the host reads these numbers while the device works on the next step, or now where they are due
-            last = step == args.steps
-            to_eval = step % args.eval_every == 0 or last
-            to_save = step % args.save_every == 0 or step in args.keep or last
-            to_log = step % args.log_every == 0 or to_eval
-            unread.append(training.read_later(numbers[:4]))
-            stop = False
-            timing = step in (start + 5, start + 20)         # the first steps compile and warm up
-            while unread and (len(unread) > (device.type == "cuda") or to_log or to_save or stop or timing):
-                mnm, cl, stop, norm = unread.pop(0)()
-                training.check_finite(step - len(unread), [mnm, cl], norm, args.out, rank)
-            speed = (step - timed) * n_bases / (time.perf_counter() - clock)
-            if step == start + 20:
-                say(f"speed    {speed:,.0f} bases/s, {training.memory(device)}, "
-                    f"{(args.steps - step) * n_bases / speed / 3600:.2g} h left")
-            if to_log or stop:
-                mnm, cl = mnm / args.batch_size, cl / args.batch_size
-                row = {"step": step, "loss": alpha * mnm + (1 - alpha) * cl, "mnm_loss": mnm}
+            run.read()
+            if run.to_log:
+                mnm, cl = (loss_sum / args.batch_size for loss_sum in run.sums[:2])
+                row = {"loss": alpha * mnm + (1 - alpha) * cl, "mnm_loss": mnm}
                 row |= {"cl_loss": cl, "ema": ema} if teacher else {}
-                row |= {"lr": lr, "grad_norm": norm, "masked": n_masked / args.length, "tokens_per_s": speed}
-                row |= validate() if to_eval else {}
-                if rank == 0:
-                    training.log(args.out, row)
+                row |= {"lr": lr, "grad_norm": run.norm, "masked": n_masked / args.length,
+                        "tokens_per_s": run.speed}
+                row |= validate() if run.to_evaluate else {}
+                run.log(row)
                 if step > args.warmup and not warned and row.get("q_information", 1) < COLLAPSED:
                     warned = True
-                    say(f"warning: step {step}: collapsed, the teacher says the same of every sequence "
-                        f"({row['q_information']:.2g} nats about which it is); try another --seed or --lr")
-            if (to_save or stop) and rank == 0:
-                state = run | {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                state |= {"teacher": teacher.state_dict(), "center": center} if teacher else {}
-                training.save(state, args.out, f"step_{step}.pt" if step in args.keep else None)
-            if stop:
-                say(f"stopped  by a signal after step {step}; continue with --resume")
-                training.finish(143)
-            if to_log or to_save or step == start + 5:
-                clock, timed = time.perf_counter(), step
+                    run.say(f"warning: step {step}: collapsed, the teacher's outputs hardly tell sequences "
+                            f"apart ({row['q_information']:.2g} nats); try another --seed or --lr")
+            if run.to_save:
+                run.save(parts)
+            run.end_step()
 
-    say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
+    run.say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
     if args.demo and teacher:
-        row = validate()
-        acc, loss = row["val_acc"], row["val_mnm_loss"]
-        verdict = "has learnt more of this DNA's grammar than neighbours tell" if acc > flanked else \
-            "has learnt some of this DNA's grammar" if acc > constant else "has learnt little"
-        says = "tells sequences apart" if row["q_information"] > COLLAPSED else "has collapsed"
-        say(f"""
-What it learnt: how many of the masked bases of held-out DNA are guessed right (and nats per base)
-  25.0 %  (1.386)  knowing nothing
-  {100 * constant:.1f} %  ({order0:.3f})  always the most frequent base
-  {100 * flanked:.1f} %  ({order1:.3f})  from the base on either side, were these never masked
-  {100 * acc:.1f} %  ({loss:.3f})  this model {verdict}
-The teacher {says}: what it says of a sequence has {row["q_information"]:.2f} nats about which one it is
-Next, what this is good for: a probe, or fine-tuning, from these weights and from random ones
-  python finetune.py --csv YOUR.csv --init {args.out}/last.pt random:{args.out}/last.pt kmer \\
-      --lr 1e-2 --epochs 20
-Or your own DNA, at a size for a laptop (--help has the rest):
-  python findna.py --genome YOUR.fa.gz --out out/mine --length 246 --n_layer 2 --track_size 8 --hidden 64 \\
-      --windows 20000 --steps 2000 --alpha 0.97 --lr 1e-2 --micro_batch_size 32""")
+        row = validate()                                     # on all ranks
+        if run.rank == 0:
+            say_what_it_learnt(args, row, guessed)
     training.finish()

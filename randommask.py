@@ -9,16 +9,10 @@ the BERT-like Pretraining for DNA Sequences"). Longer spans hide more bases, so 
     python randommask.py --mask dnabert                      baseline: six-token spans throughout
     python randommask.py --mask single --stride 6            baseline: non-overlapping 6-mers
 """
-import argparse
-import contextlib
-import dataclasses
 import math
-import sys
-import time
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import data
 import models
@@ -56,47 +50,25 @@ def random_mask(tokens, phase, p, span=6):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, positive = parser.add_argument, number(int, 1)
-    add("--genome", nargs="+", default=["hg38"], help="FASTA files (plain or gzip), or hg38, or demo (hg38)")
-    add("--data_dir", default="data", help="where hg38.fa.gz lies (%(default)s)")
-    add("--cache", help="folder of the packed genome (beside the FASTA)")
-    add("--val_contigs", type=lambda text: text.split(","), default=[],
-        help="held-out contigs, comma-separated (the last 1 %% of each contig)")
+    parser, positive = training.new_parser(__doc__), number(int, 1)
+    add = parser.add_argument_group("model").add_argument
     add("--k", type=number(int, 1, 9), default=6, help="k-mer length, 1 to 8 (%(default)s)")
     add("--stride", type=positive, default=1, help="1: overlapping k-mers; k: non-overlapping (%(default)s)")
     add("--block_size", type=number(int, 3), default=512, help="tokens with [CLS] and [SEP] (%(default)s)")
     add("--n_layer", type=positive, default=12, help="layers (%(default)s)")
     add("--n_head", type=positive, default=12, help="attention heads (%(default)s)")
     add("--n_embd", type=positive, default=768, help="width (%(default)s)")
-    add("--dropout", type=number(float, 0, 1), default=0.1, help="(%(default)s)")
+    add("--dropout", type=number(float, 0, 1), default=0.1, help="dropout (%(default)s)")
     add("--init", help="start from these weights: a checkpoint, or hf:FOLDER")
+    add = parser.add_argument_group("method").add_argument
     add("--mask", choices=("randommask", "dnabert", "single"), default="randommask", help="(%(default)s)")
     add("--p", type=number(float, 1e-9, 1), help="probability of a center (0.15 / k; single: 0.15)")
-    add("--batch_size", type=positive, default=512, help="sequences of a step, over all GPUs (%(default)s)")
-    add("--micro_batch_size", type=positive, default=64, help="sequences of a forward pass (%(default)s)")
-    add("--steps", type=positive, default=PAPER_STEPS, help="steps; the phases scale along (%(default)s)")
-    add("--lr", type=number(float, 1e-30), default=1e-4, help="peak learning rate (%(default)s)")
-    add("--warmup", type=number(int, 0), help="steps of linear warm-up (2 %% of the steps)")
-    add("--weight_decay", type=number(float, 0), default=0.01, help="(%(default)s)")
-    add("--grad_clip", type=number(float, 1e-30), default=1.0, help="largest gradient norm (%(default)s)")
-    add("--out", default="out/randommask", help="run folder (%(default)s)")
-    add("--resume", action="store_true", help="continue the run in --out")
-    add("--keep", type=positive, nargs="+", help="steps whose checkpoint stays (1/480, 30/480, 300/480)")
-    add("--log_every", type=positive, default=100, help="steps (%(default)s)")
-    add("--eval_every", type=positive, default=5000, help="steps (%(default)s)")
-    add("--eval_windows", type=positive, default=512, help="fixed validation windows (%(default)s)")
-    add("--save_every", type=positive, default=1000, help="steps (%(default)s)")
-    add("--seed", type=number(int, 0, 2 ** 63), default=42, help="(%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (on CUDA)")
-    add("--show_masks", type=positive, metavar="N", help="print what is masked in N sequences, and stop")
-    add("--demo", action="store_true", help="a tiny model on a synthetic genome")
-    if parser.parse_args().demo:
-        parser.set_defaults(**DEMO)
-    return parser.parse_args()
+    add = training.add_optimization_flags(parser, batch_size=512, micro_batch_size=64, lr=1e-4, warmup="2 %%",
+                                          weight_decay=0.01)
+    add("--steps", type=positive, default=PAPER_STEPS, help="steps; phase edges scale with it (%(default)s)")
+    training.add_run_flags(parser, "out/randommask", eval_windows=512, eval_every=5000,
+                           keep="1/480, 30/480 and 300/480 of the steps")
+    return training.parse_flags(parser, DEMO)
 
 
 def complete_args(args):
@@ -106,53 +78,58 @@ def complete_args(args):
         raise ValueError(f"--stride {args.stride}: --mask {args.mask} needs {args.k if single else 1}")
     if args.p is None:
         args.p = MASK_RATE if single else MASK_RATE / args.k
-    if args.warmup is None:
-        args.warmup = round(0.02 * args.steps)               # DNABERT: 10,000 of 500,000
-    training.check_flags(args)
-    if args.keep is None:
+    training.complete_warmup(args, 0.02)                     # DNABERT: 10,000 of 500,000
+    if not args.keep:
         args.keep = [max(1, round(step * args.steps / PAPER_STEPS)) for step in MILESTONES]
 
 
 def build_model(args):
-    """The network of the flags, started from --init where given: a checkpoint of ours, or hf:FOLDER."""
+    """Returns the network of the flags, started from --init where given."""
     config = models.BertConfig(4 ** args.k + 5, args.block_size, args.n_layer, args.n_head, args.n_embd,
                                4 * args.n_embd, args.dropout)
     training.seed(args.seed)
     model = models.Bert(config)
-    if args.init:
+    if args.init and not args.resume:
         models.copy_weights(model, args.init, training.load)
     return model
+
+
+def say_what_it_learnt(args, genome, loss):
+    """Prints the demo's held-out loss beside what guessing gives, and the next commands."""
+    order0, order3 = data.base_entropies(genome.bases[:10 ** 7])
+    verdict = ("has learnt the grammar of this DNA" if loss < order3 else
+               "uses the neighbours, not yet all of the grammar" if loss < order0 else "has learnt little")
+    print(f"""
+What it learnt, in nats per masked token on held-out DNA ({args.k}-token spans: each hides one base)
+  {math.log(4 ** args.k):.2f}  knowing nothing: any of the {4 ** args.k} {args.k}-mers
+  {order0:.2f}  order-0 entropy: the neighbours give all but the hidden base, which is guessed
+  {order3:.2f}  order-3 entropy: the hidden base is guessed from three bases on either side
+  {loss:.2f}  this model {verdict}
+Next: see what it is good for, finding a motif in DNA that it has not seen
+  python finetune.py --demo
+Or train on your own DNA, at a size for a laptop (ten minutes; --help lists every flag)
+  python randommask.py --genome YOUR.fa.gz --out out/mine --block_size 22 --n_layer 2 --n_head 2 \\
+      --n_embd 64 --dropout 0 --batch_size 256 --micro_batch_size 128 --lr 8e-3 --steps 3000""")
 
 
 if __name__ == "__main__":
     with training.user_errors():
         args = parse_args()
         complete_args(args)
-        if not args.show_masks:
-            training.check_out(args.out, args.resume)
-        device, args.dtype, rank, world = training.set_up(args.device, args.dtype)
-        if args.demo:
-            torch.set_num_threads(1)                         # so small a model gains nothing from more
-        say = print if rank == 0 else lambda *_, **__: None
-        n_micro = training.count_micro_batches(args.batch_size, args.micro_batch_size, world)
+        run = training.Run(args, writes=not args.show_masks)
+        device = run.device
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
+        parts = {"model": model, "optimizer": optimizer}
 
-        single = args.mask == "single"
-        span = 1 if single else args.k
+        span = 1 if args.mask == "single" else args.k
         edges = phase_edges(args.steps) if args.mask == "randommask" else []
         length = (args.block_size - 3) * args.stride + args.k                  # bases of a window
         genome = data.open_genome(args.genome, args.data_dir, args.cache)
         train, val = (data.window_table(part, length) for part in genome.split(length, args.val_contigs))
         bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
-
-        run = {"method": "randommask", "config": dataclasses.asdict(model.config), "data": genome.fingerprint,
-               "args": vars(args)}
-        start = 0
-        if args.resume:
-            start = training.load_run(args.out, run, model=model, optimizer=optimizer)["step"]
-        if rank == 0 and not args.show_masks:
-            lock = training.open_run(args.out, args, start)
+        if run.writes:
+            run.open("randommask", model.config, genome.fingerprint, parts)
 
     def get_batch(table, n, phase, *key):
         """n windows and their masks, a function of the key alone: inputs, labels (n, T)."""
@@ -165,34 +142,27 @@ if __name__ == "__main__":
         for phase in range(1, len(edges) + 2):
             for n, labels in enumerate(get_batch(train, args.show_masks, phase, 0, 0)[1]):
                 marks = "".join(".#"[label >= 0] for label in labels[1:-1])
-                say(f"phase {phase}, sequence {n}: {marks.count('#') / len(marks):.1%} masked (#)\n{marks}")
+                share = marks.count("#") / len(marks)
+                run.say(f"phase {phase}, sequence {n}: {share:.1%} masked (#)\n{marks}")
         training.finish()
 
-    # what this run is
-    tokens_per_step = args.batch_size * args.block_size
+    n_tokens = args.batch_size * args.block_size             # of a step
     passes = args.steps * args.batch_size * length / int(np.diff(genome.intervals).sum())
-    n_params = sum(p.numel() for p in model.parameters())
-    say(f"model    {n_params:,} parameters, {args.dtype}, {world} x {device.type}, {n_micro} micro-batches a "
-        f"step{' in uneven shares' if n_micro % world else ''}")
-    say(f"genome   {' '.join(args.genome)}: {genome}")
-    say(f"tokens   {tokens_per_step:,} a step, {tokens_per_step * args.steps:,} in all: "
-        f"{passes:.2g} passes over the genome")
-    scaled = f" (Algorithm 1's x {args.steps} / {PAPER_STEPS})" if edges and args.steps != PAPER_STEPS else ""
-    say(f"phases   spans {', '.join(f'{span}..{span + 2 * i}' for i in range(len(edges) + 1))}; last steps "
-        f"{', '.join(map(str, [*edges, args.steps]))}{scaled}")
-    if start:
-        say(f"resume   after step {start}")
+    run.describe(model, genome, n_tokens)
+    run.say(f"tokens   {n_tokens:,} a step, {n_tokens * args.steps:,} in all: {passes:.2g} passes over the "
+            f"genome")
+    run.say(f"phases   spans {', '.join(f'{span}..{span + 2 * i}' for i in range(len(edges) + 1))}; last "
+            f"steps {', '.join(map(str, [*edges, args.steps]))} (Algorithm 1's, scaled to --steps)")
 
-    net = training.wrap(model, args.compile, device, world)
+    net = training.wrap(model, args.compile, device, run.world)
     longest, capacity = span + 2 * len(edges), None
     if device.type == "cuda":                                # slots for masked tokens, all spans the longest
-        n_tokens = min(args.micro_batch_size, max(args.batch_size, args.eval_windows)) * args.block_size
-        capacity = models.mask_capacity(n_tokens, 1 - (1 - args.p) ** longest, longest)
+        per_pass = min(args.micro_batch_size, max(args.batch_size, args.eval_windows)) * args.block_size
+        capacity = models.mask_capacity(per_pass, 1 - (1 - args.p) ** longest, longest)
 
-    def forward(network, table, i, size, phase, key):
-        """(loss sum, count) of micro-batch i of `size` sequences in all."""
-        n = min(args.micro_batch_size, size - i * args.micro_batch_size)
-        inputs, labels = get_batch(table, n, phase, key, i)
+    def forward(network, table, n, phase, *key):
+        """(loss sum, number of masked tokens) of one micro-batch of n sequences."""
+        inputs, labels = get_batch(table, n, phase, *key)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             return network(inputs, labels, capacity=capacity)
 
@@ -201,8 +171,8 @@ if __name__ == "__main__":
         """Mean loss under the masks of `phase`: the same windows and masks each time, shared by the ranks."""
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        for i in range(rank, math.ceil(args.eval_windows / args.micro_batch_size), world):
-            total += torch.stack(forward(model, val, i, args.eval_windows, phase, 0))     # steps count from 1
+        for i, n in run.micro_batches(args.eval_windows):
+            total += torch.stack(forward(model, val, n, phase, 0, i))          # key 0: steps count from 1
         model.train()
         loss_sum, count = training.all_reduce(total).tolist()
         return loss_sum / max(count, 1)
@@ -210,81 +180,39 @@ if __name__ == "__main__":
     def validate(step, phase):
         """Loss under this phase's masks, under DNABERT's (comparable), at an edge under the next phase's."""
         row = {"val_loss": evaluate(phase)}
-        if not single:
+        if args.mask != "single":
             row[f"val_loss_span{args.k}"] = evaluate(1) if phase > 1 else row["val_loss"]
         return row | ({"val_loss_next_phase": evaluate(phase + 1)} if step in edges else {})
 
-    unread, clock, timed = [], time.perf_counter(), start    # unread: numbers the host has not looked at yet
-    training.catch_signals()
     with training.user_errors(OSError, torch.OutOfMemoryError):
-        for step in tqdm(range(start + 1, args.steps + 1), initial=start, total=args.steps, unit="step",
-                         disable=rank > 0 or not sys.stderr.isatty()):
+        for step in run.steps():
             phase, lr = phase_at(step, edges), args.lr * training.linear(step, args.steps, args.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            numbers = torch.zeros(4, dtype=torch.float64, device=device)       # loss sum, count, stop, norm
-            for i in range(rank, n_micro, world):
-                with net.no_sync() if world > 1 and i + world < n_micro else contextlib.nullcontext():
-                    loss_sum, count = forward(net, train, i, args.batch_size, phase, step)
+            sums = run.new_sums(2)                           # loss, masked tokens
+            for i, n in run.micro_batches(args.batch_size):
+                with run.sync_at_last(net, i):
+                    loss_sum, count = forward(net, train, n, phase, step, i)
                     loss_sum.backward()
-                numbers[:2] += torch.stack([loss_sum.detach(), count])
-            numbers[2].fill_(training.stop_requested())      # numbers[2] = ... would make a GPU wait
-            training.all_reduce(numbers)                     # 32 bytes; gradients went with the last backward
+                sums += torch.stack([loss_sum.detach(), count])
+            run.sum_over_ranks()
             # from DDP's average over ranks of sums to the mean over all masked tokens of the batch
-            numbers[3] = training.scale_gradients(model, world / numbers[1].clamp(min=1), args.grad_clip)
-            optimizer.found_inf = 1 - numbers.isfinite().all().float()         # 1: AdamW changes nothing
-            optimizer.step()
-            optimizer.zero_grad()
+            norm = training.scale_gradients(model, run.world / sums[1].clamp(min=1), args.grad_clip)
+            run.update(optimizer, lr, norm)
 
-            # the host reads these numbers while the device works on the next step, or now where they are due
-            last, at_edge = step == args.steps, step in edges
-            to_eval = step % args.eval_every == 0 or at_edge or last
-            to_save = step % args.save_every == 0 or step in args.keep or last
-            to_log = step % args.log_every == 0 or to_eval
-            unread.append(training.read_later(numbers))
-            stop = False
-            timing = step in (start + 5, start + 20)         # the first steps compile and warm up
-            while unread and (len(unread) > (device.type == "cuda") or to_log or to_save or stop or timing):
-                loss_sum, count, stop, norm = unread.pop(0)()
-                training.check_finite(step - len(unread), [loss_sum], norm, args.out, rank)
-            speed = (step - timed) * tokens_per_step / (time.perf_counter() - clock)
-            if step == start + 20:
-                say(f"speed    {speed:,.0f} tokens/s, {training.memory(device)}, "
-                    f"{(args.steps - step) * tokens_per_step / speed / 3600:.2g} h left")
-            if to_log or stop:
-                row = {"step": step, "loss": loss_sum / max(count, 1), "lr": lr, "grad_norm": norm,
-                       "phase": phase, "masked": count / (args.batch_size * (args.block_size - 2)),
-                       "tokens_per_s": speed}
-                if training.peak_flops(device):
-                    flops = model.flops_per_token(args.block_size, row["masked"])
-                    row["mfu"] = speed * flops / world / training.peak_flops(device)
-                row |= validate(step, phase) if to_eval else {}
-                if rank == 0:
-                    training.log(args.out, row)
-            if (to_save or stop) and rank == 0:
-                state = run | {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}
-                training.save(state, args.out, f"step_{step}.pt" if step in args.keep else None)
-            if stop:
-                say(f"stopped  by a signal after step {step}; continue with --resume")
-                training.finish(143)
-            if to_log or to_save or step == start + 5:
-                clock, timed = time.perf_counter(), step
+            run.read(also_evaluate=step in edges)
+            if run.to_log:
+                loss_sum, count = run.sums
+                masked = count / (args.batch_size * (args.block_size - 2))
+                row = {"loss": loss_sum / max(count, 1), "lr": lr, "grad_norm": run.norm, "phase": phase,
+                       "masked": masked, "tokens_per_s": run.speed}
+                row |= run.mfu(model.flops_per_token(args.block_size, masked))
+                run.log(row | (validate(step, phase) if run.to_evaluate else {}))
+            if run.to_save:
+                run.save(parts)
+            run.end_step()
 
-    say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
-    if args.demo and not single:
-        order0, order3 = data.base_entropies(genome.bases[:10 ** 7])
-        loss = evaluate(1)
-        verdict = "has learnt the grammar of this DNA" if loss < order3 else \
-            "uses the neighbours, not yet all of the grammar" if loss < order0 else "has learnt little"
-        say(f"""
-What it learnt, in nats per masked token on held-out DNA ({args.k}-token spans: each hides one base):
-  {math.log(4 ** args.k):.2f}  knowing nothing: any of the {4 ** args.k} {args.k}-mers
-  {order0:.2f}  order-0 entropy: all but the hidden base read off the neighbours, that one guessed
-  {order3:.2f}  order-3 entropy: the hidden base guessed from three bases on either side
-  {loss:.2f}  this model {verdict}
-Next, what this is good for: find a motif in DNA that it has not seen
-  python finetune.py --demo
-Or your own DNA, at a size for a laptop (ten minutes; --help has the rest):
-  python randommask.py --genome YOUR.fa.gz --out out/mine --block_size 22 --n_layer 2 --n_head 2 \\
-      --n_embd 64 --dropout 0 --batch_size 256 --micro_batch_size 128 --lr 8e-3 --steps 3000""")
+    run.say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
+    if args.demo and args.mask != "single":
+        loss = evaluate(1)                                   # on all ranks
+        if run.rank == 0:
+            say_what_it_learnt(args, genome, loss)
     training.finish()

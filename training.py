@@ -1,10 +1,12 @@
-"""What every training loop calls: flag types, ranks, optimizer, schedules, run folder, checkpoint, stops.
+"""What the training loops share: flags, ranks, optimizer, schedules, run folder, checkpoints, stop signals.
 
-Functions only: no loop over steps, no flags, no method. A user's mistake is a ValueError or OSError whose
-text is one clear line: `user_errors` prints it and exits with 2. Others: 0 done, 3 not finite, 143 stopped.
+Nothing here names a method and nothing loops over steps: the loop stays in the script. A user's mistake is a
+ValueError or OSError whose text is one clear line; `user_errors` prints it and exits with 2. The other exit
+codes: 0 done, 3 a loss that is not finite, 143 stopped by a signal after a checkpoint.
 """
 import argparse
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -13,6 +15,7 @@ import resource
 import shutil
 import signal
 import sys
+import time
 import zipfile
 
 import numpy as np
@@ -23,25 +26,27 @@ from tqdm import tqdm
 
 FORMAT = 1                                                   # of the checkpoint
 KEYS = {"format": int, "method": str, "step": int, "model": dict, "optimizer": dict, "config": dict,
-        "args": dict, "data": str}                           # in it
+        "args": dict, "data": str}                           # what every checkpoint holds
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
 MAY_CHANGE = ("out", "resume", "init", "genome", "data_dir", "cache", "device", "compile", "log_every",
               "eval_every", "save_every", "keep", "show_masks")      # at a resume: the weights depend on none
+TIMED = (5, 20)                                              # steps after the start: speed is taken between
 signals, parent = [], os.getppid()                           # stop signals received; who started us
 
 
 def plain(text):
-    """Text in one line, safe on a terminal: unprintable characters escaped, a long one cut in the middle."""
+    """Returns text in one line that is safe on a terminal: escapes unprintable characters, cuts long text."""
     text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
     return text if len(text) < 850 else f"{text[:550]} ... {text[-250:]}"
 
 
 @contextlib.contextmanager
 def user_errors(*kinds):
-    """These exceptions (default ValueError, OSError, CUDA out of memory) become one line and exit code 2."""
+    """Turns these exceptions (default ValueError, OSError, out of memory) into one line and exit code 2."""
+    kinds = kinds or (ValueError, OSError, torch.OutOfMemoryError)
     try:
         yield
-    except kinds or (ValueError, OSError, torch.OutOfMemoryError) as e:
+    except kinds as e:
         advice = "; lower --micro_batch_size" if isinstance(e, torch.OutOfMemoryError) else ""
         print(f"error: {plain((str(e) or repr(e)).splitlines()[0])}{advice}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
@@ -58,8 +63,102 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def new_parser(description):
+    """Returns the parser of a pretraining script, with the flags that say which DNA is read."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument_group("data").add_argument
+    add("--genome", nargs="+", default=["hg38"], help="FASTA files, plain or gzip; or hg38; or demo (hg38)")
+    add("--data_dir", default="data", help="folder of hg38.fa.gz (%(default)s)")
+    add("--cache", help="folder for the packed genome (default: beside the FASTA)")
+    add("--val_contigs", type=lambda text: text.split(","), default=[],
+        help="contigs held out for validation, comma-separated (default: the last 1 %% of each contig)")
+    return parser
+
+
+def add_optimization_flags(parser, batch_size, micro_batch_size, lr, warmup, weight_decay):
+    """Adds the optimizer's flags, with these defaults (warmup: in words); returns add_argument for more."""
+    add, positive = parser.add_argument_group("optimization").add_argument, number(int, 1)
+    add("--batch_size", type=positive, default=batch_size,
+        help="sequences of a step, over all GPUs (%(default)s)")
+    add("--micro_batch_size", type=positive, default=micro_batch_size,
+        help="sequences of a forward pass (%(default)s)")
+    add("--lr", type=number(float, 1e-30), default=lr, help="peak learning rate (%(default)s)")
+    add("--warmup", type=number(int, 0), help=f"steps of linear warm-up ({warmup} of the steps)")
+    add("--weight_decay", type=number(float, 0), default=weight_decay, help="of AdamW (%(default)s)")
+    add("--grad_clip", type=number(float, 1e-30), default=1.0, help="largest gradient norm (%(default)s)")
+    return add
+
+
+def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
+    """Adds the flags of a run that mean the same in every pretraining script; these four defaults differ.
+
+    eval_every None: a twentieth of the steps. keep: the default of --keep in words.
+    """
+    add, positive = parser.add_argument_group("run").add_argument, number(int, 1)
+    add("--out", default=out, help="run folder (%(default)s)")
+    add("--resume", action="store_true", help="continue the run in --out, with the flags it was started with")
+    add("--keep", type=positive, nargs="+", default=[], metavar="STEP",
+        help=f"keep the checkpoints of these steps as step_N.pt ({keep})")
+    add("--log_every", type=positive, default=100, help="log every N steps (%(default)s)")
+    add("--eval_every", type=positive, default=eval_every,
+        help=f"evaluate every N steps ({eval_every or 'steps / 20'})")
+    add("--eval_windows", type=positive, default=eval_windows, help="validation windows (%(default)s)")
+    add("--save_every", type=positive, default=1000, help="save a checkpoint every N steps (%(default)s)")
+    add("--seed", type=number(int, 0, 2 ** 63), default=42, help="seed of all random draws (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
+    add("--show_masks", type=positive, metavar="N", help="print what is masked in N sequences, then stop")
+    add("--demo", action="store_true", help="train a tiny model on a synthetic genome")
+
+
+def parse_flags(parser, demo):
+    """Parses the command line. --demo replaces defaults; --resume takes the flags from the run's args.json.
+
+    A flag on the command line always wins; load_run refuses one that would make it another run.
+    """
+    args = parser.parse_args()
+    if args.demo:
+        parser.set_defaults(**demo)
+        args = parser.parse_args()
+    if args.resume and args.init:
+        raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
+    if args.resume and has_checkpoint(args.out):
+        parser.set_defaults(**read_args(args))
+    return parser.parse_args()
+
+
+def complete_warmup(args, share):
+    """Sets --warmup, unless it is given, to this share of the steps. ValueError if it exceeds the steps."""
+    if args.warmup is None:
+        args.warmup = round(share * args.steps)
+    if args.warmup > args.steps:
+        raise ValueError(f"--warmup {args.warmup}: more than --steps {args.steps}")
+
+
+def read_args(args):
+    """Returns the flags in the args.json of the run in args.out. ValueError if the file is broken."""
+    path = os.path.join(args.out, "args.json")
+    if not os.path.exists(path):
+        print(f"resume   {path} is missing: using the flags given here", flush=True)
+        return {}
+    try:
+        with open(path) as f:
+            saved = {name: value for name, value in json.load(f).items()
+                     if name in vars(args) and name not in ("out", "resume", "show_masks")}
+    except (OSError, ValueError, AttributeError, RecursionError) as e:
+        raise ValueError(f"{path}: cannot be read ({e!r:.80}); delete it and give the run's flags") from None
+    for name, value in saved.items():
+        default = getattr(args, name)
+        kinds = (str, int, float, type(None)) if default is None else type(default)
+        if not isinstance(value, kinds):
+            raise ValueError(f"{path}: {name} {value!r:.40} has the wrong type; restore the file")
+    return saved
+
+
 def set_up(device, dtype, join=True):
-    """--device, --dtype -> (torch.device, 'float32' or 'bfloat16', rank, world).
+    """Turns --device, --dtype into (torch.device, 'float32' or 'bfloat16', rank, world).
 
     Under torchrun it joins the process group (unless join=False): nccl on GPUs, gloo on CPUs.
     """
@@ -75,40 +174,33 @@ def set_up(device, dtype, join=True):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
         if device.index >= torch.cuda.device_count():
-            raise ValueError(f"--device {device}: {torch.cuda.device_count()} CUDA GPUs here; use another")
+            raise ValueError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA GPUs; "
+                             f"use another")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "bfloat16" and not bf16:
-        raise ValueError("--dtype bfloat16: this GPU has none; use --dtype float32")
+        raise ValueError("--dtype bfloat16: this GPU does not support it; use --dtype float32")
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and bf16 else "float32"
     if world > 1 and join:
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except RuntimeError as e:                            # as after one that was refused and has left
-            raise ValueError(f"rank {rank} cannot join the others ({str(e)[:80]!r}); see theirs") from None
+        except RuntimeError as e:                            # as after a rank that was refused and has left
+            raise ValueError(f"rank {rank} cannot join the others ({str(e)[:80]!r}); see their "
+                             f"messages") from None
     return device, dtype, rank, world
 
 
-def count_micro_batches(batch_size, micro_batch_size, world):
-    """Micro-batches of a step. ValueError where a rank would have none."""
-    n_micro = math.ceil(batch_size / micro_batch_size)
-    if n_micro < world:
-        raise ValueError(f"--batch_size {batch_size}: {n_micro} micro-batches for {world} ranks; "
-                         f"lower --micro_batch_size or raise --batch_size")
-    return n_micro
-
-
 def wrap(model, compiled, device, world):
-    """What to call for a forward pass: the model, compiled (None: on CUDA), over several ranks in DDP."""
+    """Returns what to call for a forward pass: the model, compiled (None: on CUDA), in DDP if world > 1."""
     if compiled or (compiled is None and device.type == "cuda"):
         model.compile()
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
 
 def catch_signals():
-    """From here on SIGTERM, SIGINT and SIGUSR1 are noted, for stop_requested, instead of killing."""
+    """From here on SIGTERM, SIGINT and SIGUSR1 no longer kill; stop_requested reports them."""
     for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(which, lambda which, frame: signals.append(which))
 
@@ -119,7 +211,7 @@ def stop_requested():
 
 
 def seed(*key):
-    """Seeds torch from the key (seed, step, micro-batch) and returns a numpy generator of it."""
+    """Seeds torch from the key (seed, step, micro-batch) and returns a numpy generator seeded by it too."""
     rng = np.random.default_rng(key)
     value = int(rng.integers(2 ** 63))
     torch.default_generator.manual_seed(value)               # torch.manual_seed: 90 us more
@@ -136,7 +228,7 @@ def all_reduce(numbers):
 
 
 def read_later(numbers):
-    """Starts copying a tensor to the host; the function returned waits for just that and gives a list."""
+    """Starts copying a tensor to the host; the returned function waits for that copy and gives a list."""
     if not numbers.is_cuda:
         return numbers.tolist
     host = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True).copy_(numbers, non_blocking=True)
@@ -145,32 +237,22 @@ def read_later(numbers):
     return lambda: copied.synchronize() or host.tolist()
 
 
-def check_finite(step, losses, norm, out, rank):
-    """All ranks leave with 3 unless the loss sums and the gradient norm of a step are finite."""
-    if not math.isfinite(sum(losses) + norm):
-        if rank == 0:
-            print(f"error: step {step}: not finite (loss sum{'s' * (len(losses) > 1)} "
-                  f"{', '.join(map(str, losses))}, gradient norm {norm}); the checkpoint in {out} is older: "
-                  f"start anew from it with --init and a lower --lr", file=sys.stderr)
-        finish(3)
-
-
 def memory(device):
-    """Peak memory so far, as text."""
+    """Returns the peak memory so far, as text."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated(device) / 1e9:.1f} GB of GPU memory"
-    unit = 1e9 if sys.platform == "darwin" else 1e6          # bytes there, KiB elsewhere
+    unit = 1e9 if sys.platform == "darwin" else 1e6          # macOS counts bytes, Linux KiB
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GB of memory"
 
 
 def peak_flops(device):
-    """Data-sheet bf16 FLOP/s of the GPU; 0 where unknown."""
+    """Returns the data-sheet bf16 FLOP/s of the GPU; 0 where unknown."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
 
 
 def make_optimizer(model, lr, weight_decay, betas, eps):
-    """Fused AdamW; no weight decay on biases and LayerNorm."""
+    """Returns a fused AdamW; biases and LayerNorm parameters have no weight decay."""
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
               {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0}]
@@ -196,31 +278,171 @@ def scale_gradients(model, scale, clip):
     return norm
 
 
-def check_flags(args):
-    """ValueError for flags of pretraining that contradict each other."""
-    if args.init and args.resume:
-        raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
-    if args.warmup > args.steps:
-        raise ValueError(f"--warmup {args.warmup}: more than --steps {args.steps}")
+class Run:
+    """What a pretraining loop needs to know about its run: ranks, steps, clock, run folder, stop signals.
+
+    The sums of a step (losses, counts) and the gradient norm stay on the device; the host reads them while
+    the device works on the next step, or at once where a log row or a checkpoint is due.
+    """
+
+    def __init__(self, args, writes):
+        if writes:
+            check_out(args.out, args.resume)
+        self.device, args.dtype, self.rank, self.world = set_up(args.device, args.dtype)
+        if args.demo:
+            torch.set_num_threads(1)                         # so small a model gains nothing from more
+        self.args, self.writes = args, writes
+        self.n_micro = math.ceil(args.batch_size / args.micro_batch_size)
+        if self.n_micro < self.world:
+            raise ValueError(f"--batch_size {args.batch_size}: {self.n_micro} micro-batches for {self.world} "
+                             f"ranks; lower --micro_batch_size or raise --batch_size")
+        self.start = self.step = 0                           # last step of the checkpoint; present step
+        self.unread, self.stop = [], False
+
+    def say(self, *lines, **kwargs):
+        """Prints on rank 0."""
+        if self.rank == 0:
+            print(*lines, **kwargs)
+
+    def open(self, method, config, fingerprint, parts, fixed=()):
+        """Opens and locks the run folder. At --resume loads the checkpoint into `parts` and returns it.
+
+        parts: {key of the checkpoint: network, optimizer or tensor}; fixed: flags that must stay, too.
+        """
+        self.identity = {"method": method, "config": dataclasses.asdict(config), "data": fingerprint,
+                         "args": vars(self.args)}
+        state = load_run(self.args.out, self.identity, fixed, **parts) if self.args.resume else {}
+        self.start = state.get("step", 0)
+        if self.rank == 0:
+            self.lock = open_run(self.args.out, self.args, self.start)
+        return state
+
+    def describe(self, model, genome, per_step, unit="tokens"):
+        """Says what the run is. per_step: tokens (or bases) of a step, from which the speed is computed."""
+        self.per_step, self.unit = per_step, unit
+        uneven = " in uneven shares" if self.n_micro % self.world else ""
+        self.say(f"model    {sum(p.numel() for p in model.parameters()):,} parameters, {self.args.dtype}, "
+                 f"{self.world} x {self.device.type}, {self.n_micro} micro-batches a step{uneven}")
+        self.say(f"genome   {' '.join(self.args.genome)}: {genome}")
+        if self.start:
+            self.say(f"resume   after step {self.start}")
+
+    def steps(self):
+        """Yields the steps that are left, with a progress bar on a terminal."""
+        self.clock, self.timed = time.perf_counter(), self.start
+        catch_signals()
+        steps = range(self.start + 1, self.args.steps + 1)
+        for step in tqdm(steps, initial=self.start, total=self.args.steps, unit="step",
+                         disable=self.rank > 0 or not sys.stderr.isatty()):
+            self.step = step
+            yield step
+
+    def micro_batches(self, size):
+        """Yields (i, n) for this rank's micro-batches of `size` sequences: number i has n of them."""
+        for i in range(self.rank, math.ceil(size / self.args.micro_batch_size), self.world):
+            yield i, min(self.args.micro_batch_size, size - i * self.args.micro_batch_size)
+
+    def sync_at_last(self, net, i):
+        """The context of a backward pass: DDP sums gradients over the ranks at the last micro-batch only."""
+        return net.no_sync() if self.world > 1 and i + self.world < self.n_micro else contextlib.nullcontext()
+
+    def new_sums(self, n):
+        """Returns n zeros (float64) for the sums of a step; the host will read the first three."""
+        self.numbers = torch.zeros(2 + n, dtype=torch.float64, device=self.device)     # stop, norm, sums
+        return self.numbers[2:]
+
+    def sum_over_ranks(self):
+        """Sums the new_sums of this step, and the requests to stop, over the ranks, in place."""
+        self.numbers[0].fill_(stop_requested())              # numbers[0] = ... would make a GPU wait
+        all_reduce(self.numbers)                             # a few bytes; gradients went with backward
+
+    def update(self, optimizer, lr, norm):
+        """Takes the optimizer's step; changes nothing if a sum or the gradient norm is not finite."""
+        self.numbers[1] = norm
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.found_inf = 1 - self.numbers.isfinite().all().float()        # 1: AdamW changes nothing
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def read(self, also_evaluate=False):
+        """Decides what is due after this step (to_evaluate, to_log, to_save) and reads sums and norm for it.
+
+        All ranks leave with 3 if one is not finite. After a stop signal a row and a checkpoint are due.
+        """
+        args, step = self.args, self.step
+        last, timing = step == args.steps, step - self.start in TIMED
+        self.to_evaluate = step % args.eval_every == 0 or also_evaluate or last
+        self.to_log = step % args.log_every == 0 or self.to_evaluate
+        self.to_save = step % args.save_every == 0 or step in args.keep or last
+        self.unread.append(read_later(self.numbers[:5]))
+        wait_for_all = self.to_log or self.to_save or timing
+        while self.unread and (len(self.unread) > (self.device.type == "cuda") or wait_for_all or self.stop):
+            self.stop, self.norm, *self.sums = self.unread.pop(0)()
+            self.check_finite(step - len(self.unread))
+        self.to_log, self.to_save = self.to_log or bool(self.stop), self.to_save or bool(self.stop)
+        self.speed = (step - self.timed) * self.per_step / (time.perf_counter() - self.clock)
+        if step - self.start == TIMED[-1]:
+            self.say(f"speed    {self.speed:,.0f} {self.unit}/s, {memory(self.device)}, "
+                     f"{(args.steps - step) * self.per_step / self.speed / 3600:.2g} h left")
+
+    def check_finite(self, step):
+        """All ranks leave with 3 unless the sums and the gradient norm of this step are finite."""
+        if not math.isfinite(sum(self.sums) + self.norm):
+            if self.rank == 0:
+                print(f"error: step {step}: not finite (sums of losses and counts "
+                      f"{', '.join(map(str, self.sums))}; gradient norm {self.norm}); the checkpoint in "
+                      f"{self.args.out} is older: use it with --init and a lower --lr", file=sys.stderr)
+            finish(3)
+
+    def mfu(self, flops_per_token):
+        """Returns {"mfu": share of the GPU's data-sheet FLOP/s}, {} where that is unknown."""
+        peak = peak_flops(self.device)
+        return {"mfu": self.speed * flops_per_token / self.world / peak} if peak else {}
+
+    def log(self, row):
+        """Writes a row of the log, on rank 0."""
+        if self.rank == 0:
+            log(self.args.out, {"step": self.step} | row)
+
+    def save(self, parts, **more):
+        """Writes the checkpoint of this step, on rank 0: parts as in `open`, more of plain values."""
+        if self.rank == 0:
+            state = {name: part if torch.is_tensor(part) else part.state_dict()
+                     for name, part in parts.items()}
+            milestone = f"step_{self.step}.pt" if self.step in self.args.keep else None
+            save(self.identity | {"step": self.step} | state | more, self.args.out, milestone)
+
+    def end_step(self):
+        """Leaves with 143 after a stop signal; else restarts the clock where the loop was held up."""
+        if self.stop:
+            self.say(f"stopped  by a signal after step {self.step}; continue with --resume")
+            finish(143)
+        if self.to_log or self.to_save or self.step - self.start == TIMED[0]:
+            self.clock, self.timed = time.perf_counter(), self.step
+
+
+def has_checkpoint(out):
+    """True if the run folder holds a checkpoint."""
+    return any(os.path.exists(os.path.join(out, name)) for name in ("last.pt", "prev.pt"))
 
 
 def check_out(out, resume):
-    """ValueError unless --out and --resume fit what is there; writes nothing."""
+    """Raises ValueError unless --out and --resume fit what is there; writes nothing."""
     if not out or os.path.exists(out) and not os.path.isdir(out):
         raise ValueError(f"--out {out!r}: not a folder; name one")
     if os.path.realpath(out) == os.path.dirname(os.path.realpath(sys.argv[0])):
         raise ValueError(f"--out {out}: the folder of the code; name another one")
-    exists = any(os.path.exists(os.path.join(out, name)) for name in ("last.pt", "prev.pt"))
-    if exists and not resume:
+    if has_checkpoint(out) and not resume:
         raise ValueError(f"--out {out}: holds a run; continue it with --resume or choose another --out")
-    if resume and not exists:
+    if resume and not has_checkpoint(out):
         raise ValueError(f"--resume: no checkpoint in {out}; start without --resume")
 
 
 def open_run(out, args, start):
-    """Rank 0 makes and locks the run folder, writes args.json and the script, cuts log rows past `start`.
+    """Makes and locks the run folder, writes args.json and the script, cuts log rows after step `start`.
 
-    Returns the lock, to be held on to. ValueError when another process has it.
+    Returns the lock, which the caller keeps open. ValueError when another process has it.
     """
     os.makedirs(out, exist_ok=True)
     lock = open(os.path.join(out, "lock"), "w")
@@ -252,16 +474,16 @@ def log(out, row):
 
 
 def made_with():
-    """What the last bits of sums depend on, as text: torch, its threads, the CPU's instructions, the GPU."""
+    """Describes what the last bits of sums depend on: torch, its threads, the CPU's instructions, the GPU."""
     device = torch.cuda.get_device_name() if torch.cuda.is_initialized() else \
         torch.backends.cpu.get_cpu_capability()
     return f"torch {torch.__version__}, {torch.get_num_threads()} threads, {device}"
 
 
 def save(state, out, milestone=None):
-    """Writes out/last.pt (the one before becomes prev.pt) and a copy as milestone; none is ever half-written.
+    """Writes out/last.pt (the one before becomes prev.pt) and a second name, milestone; never half a file.
 
-    Temp file, fsync, re-opened as a loader would, renamed. OSError in one line when it cannot be written.
+    Temporary file, fsync, re-opened as a loader would, renamed. OSError in one line if it cannot be written.
     """
     tmp, link, last = (os.path.join(out, name) for name in ("last.pt.tmp", "link.tmp", "last.pt"))
     try:
@@ -270,13 +492,13 @@ def save(state, out, milestone=None):
             f.flush()
             os.fsync(f.fileno())
         torch.load(tmp, weights_only=True, mmap=True)
-        for source, name in ((tmp, milestone), (last, "prev.pt")):             # second names, no copies
+        for source, name in ((tmp, milestone), (last, "prev.pt")):             # second names, not copies
             if name and os.path.exists(source):
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(link)
                 try:
                     os.link(source, link)
-                except OSError:                              # no hard links there (exFAT, some networks)
+                except OSError:                              # no hard links (exFAT, some network disks)
                     shutil.copy(source, link)
                 os.replace(link, os.path.join(out, name))
                 with contextlib.suppress(FileNotFoundError):
@@ -292,11 +514,11 @@ def save(state, out, milestone=None):
         for path in (tmp, link):
             with contextlib.suppress(OSError):
                 os.unlink(path)
-        raise OSError(f"cannot write {last}: {cause.strerror}; free space, go on with --resume") from None
+        raise OSError(f"cannot write {last}: {cause.strerror}; free space, then use --resume") from None
 
 
 def leaves(value):
-    """What nested dicts, lists and tuples hold; ValueError for more than a million (or 20 nested pairs)."""
+    """Yields what nested dicts, lists and tuples hold; ValueError for more than a million values."""
     parts = [value]
     for _ in range(10 ** 6):
         if not parts:
@@ -306,27 +528,34 @@ def leaves(value):
             parts += value.values() if isinstance(value, dict) else value
         else:
             yield value
-    raise ValueError("nested without end")
+    raise ValueError("more than a million values, or nested without end")
+
+
+def check_state(state):
+    """Raises ValueError unless a loaded checkpoint has the keys, types and tensor layouts of one of ours."""
+    wrong = [name for name, kind in KEYS.items() if not isinstance(state.get(name), kind)]
+    if wrong:
+        raise ValueError(f"missing or of the wrong type: {wrong}")
+    if state["format"] != FORMAT or state["step"] < 0:
+        raise ValueError("another format")
+    if not all(x.is_contiguous() for x in leaves(state) if torch.is_tensor(x)):
+        raise ValueError("a tensor that is not contiguous")  # fused steps never look
+    if not all(type(name) is str and torch.is_tensor(x) for name, x in state["model"].items()):
+        raise ValueError("'model' is not a dict of tensors")
+    flags = leaves([state["config"], state["args"]])
+    if not all(isinstance(x, (str, int, float, type(None))) for x in flags):
+        raise ValueError("'config' or 'args' holds more than numbers and text")
 
 
 def load(path):
-    """A checkpoint of ours, on the CPU: zip members stored and CRC-tested, then loaded with weights_only."""
+    """Loads a checkpoint of ours on the CPU: members stored, CRC-tested; then torch.load(weights_only)."""
     try:
         with zipfile.ZipFile(path) as z:
             stored = all(m.compress_type == zipfile.ZIP_STORED for m in z.infolist())
             if not stored or sum(m.file_size for m in z.infolist()) > os.path.getsize(path) or z.testzip():
                 raise ValueError("damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
-        wrong = [name for name, kind in KEYS.items() if not isinstance(state.get(name), kind)]
-        if wrong or state["format"] != FORMAT or state["step"] < 0:
-            raise ValueError(f"without a good {wrong}" if wrong else "of another format")
-        if not all(x.is_contiguous() for x in leaves(state) if torch.is_tensor(x)):
-            raise ValueError("a tensor that is not laid out as its shape")     # fused steps never look
-        if not all(type(name) is str and torch.is_tensor(x) for name, x in state["model"].items()):
-            raise ValueError("weights that are none")
-        flags = leaves([state["config"], state["args"]])
-        if not all(isinstance(x, (str, int, float, type(None))) for x in flags):
-            raise ValueError("flags that are none")
+        check_state(state)
         return state
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; check the path") from None
@@ -335,20 +564,17 @@ def load(path):
 
 
 def restore(state, parts):
-    """Puts a checkpoint in place. parts: {its key: network, optimizer or tensor}.
-
-    ValueError where one does not fit.
-    """
+    """Puts a checkpoint into parts {key: network, optimizer or tensor}. ValueError if one does not fit."""
     for name, part in parts.items():
         try:
             if torch.is_tensor(part):
                 if state[name].shape != part.shape:
                     raise ValueError("another shape")
                 part.copy_(state[name])
-            elif name == "optimizer":                        # the hyperparameters are those of the flags
+            elif name == "optimizer":                        # its hyperparameters come from the flags
                 part.load_state_dict({"state": state[name]["state"],
                                       "param_groups": part.state_dict()["param_groups"]})
-                for p, moments in part.state.items():        # a fused step trusts these shapes blindly
+                for p, moments in part.state.items():        # a fused step does not check these shapes
                     shapes = [moments[key].shape for key in ("exp_avg", "exp_avg_sq", "step")]
                     if shapes != [p.shape, p.shape, ()]:
                         raise ValueError("moments of another shape")
@@ -361,8 +587,8 @@ def restore(state, parts):
 def load_run(out, run, fixed=(), **parts):
     """Puts the newest sound checkpoint of a run folder into `parts` (see restore); returns it.
 
-    That is last.pt, else prev.pt, and it says so.
-    ValueError unless it has the method, config, data and args of `run` (but for MAY_CHANGE without `fixed`).
+    That is last.pt, else prev.pt, which it announces. ValueError unless the checkpoint has the method,
+    config, data and args of `run`; MAY_CHANGE lists the flags that may differ, unless they are in `fixed`.
     """
     last, prev = os.path.join(out, "last.pt"), os.path.join(out, "prev.pt")
     try:
@@ -377,9 +603,9 @@ def load_run(out, run, fixed=(), **parts):
     if differ:
         raise ValueError(f"--resume: {out} is another run ({'; '.join(differ)[:300]}); give its flags")
     restore(state, parts)
-    made, now = state.get("made_with"), made_with()
-    if isinstance(made, str) and made != now:
-        print(f"resume   of a run made with {plain(made)}; now {now}: last bits may differ", flush=True)
+    made, here = state.get("made_with"), made_with()
+    if isinstance(made, str) and made != here:
+        print(f"resume   of a run made with {plain(made)}; now {here}: last bits may differ", flush=True)
     if broken:                                               # or it would replace prev.pt at the next save
         with contextlib.suppress(FileNotFoundError):         # another rank was first
             os.replace(last, os.path.join(out, "broken.pt"))
@@ -387,7 +613,7 @@ def load_run(out, run, fixed=(), **parts):
 
 
 def finish(code=0):
-    """All ranks leave together."""
+    """Lets all ranks leave together, with this exit code."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
