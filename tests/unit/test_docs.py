@@ -125,14 +125,14 @@ def test_the_readme_is_short():
 
 def local_imports(path):
     """Modules of this repository that a file imports: (anywhere but in a function, in a function)."""
-    tree, local = ast.parse(path.read_text()), {"infer", "tools", *GROUND, *METHODS, "finetune"}
+    tree = ast.parse(path.read_text())
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
     nested, found = {id(node) for function in functions for node in ast.walk(function)}, (set(), set())
     for node in ast.walk(tree):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             names = [f"tools.{alias.name}" if node.module == "tools" else node.module for alias in node.names]
-        found[id(node) in nested].update(name for name in names if name.split(".")[0] in local)
+        found[id(node) in nested].update(name for name in names if name.split(".")[0] in harness.LOCAL)
     return found
 
 
