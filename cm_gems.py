@@ -1,5 +1,5 @@
-"""CM-GEMS (Roy et al.): two maskings, the second once the perplexity under the first has settled. Both hide
-the k-mers of highest NPMI, the words of a genome: GeneMask those near random centers, Global the best of all.
+"""CM-GEMS (Roy et al.): a curriculum of two maskings. GeneMask masks around random centers and the k-mers of
+highest NPMI near them; once the validation perplexity has settled, Global masks the k-mers of highest NPMI.
 
     python cm_gems.py --demo                                 two minutes on a laptop, no data needed
     python cm_gems.py --genome my.fa.gz --model logo         your own genome, a small model
@@ -22,9 +22,9 @@ import models
 import training
 from training import number
 
-MASK_RATE = 0.15                                             # the papers'; over the mean span = p of a center
-F_MIN = 101                                                  # rarest n-gram in GeneMask's NPMI vocabulary
-HG38_NPMI_CONTIGS = ["chr1", "chr2", "chr3"]                 # that GeneMask's published table was counted on
+MASK_RATE = 0.15                                             # the papers'; over the mean span: p of a center
+F_MIN = 101                                                  # lowest count in GeneMask's NPMI vocabulary
+HG38_NPMI_CONTIGS = ["chr1", "chr2", "chr3"]                 # GeneMask's published table was counted on these
 BETAS, EPS = (0.9, 0.98), 1e-6                               # GeneMask's pretraining script
 MODELS = {"dnabert": dict(n_layer=12, n_head=12, n_embd=768, n_inner=3072, dropout=0.1),     # and its configs
           "logo": dict(n_layer=2, n_head=8, n_embd=256, n_inner=3072, dropout=0.0)}
@@ -35,7 +35,7 @@ DEMO = dict(genome=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64,
 
 
 def count_kmers(bases, intervals, k):
-    """Exact counts of the 1..k-mers in the intervals (n, 2) of bases, one strand: k tables in token order."""
+    """Counts the 1- to k-mers in the intervals (n, 2) of bases, one strand: k tables in token order."""
     table, tails = np.zeros(4 ** k, np.int64), np.full((len(intervals), k - 1), 4, np.uint8)
     for tail, (start, end) in zip(tails, intervals.tolist()):
         for at in range(start, end - k + 1, CHUNK):
@@ -51,11 +51,11 @@ def count_kmers(bases, intervals, k):
 
 
 def npmi(counts, f_min=F_MIN, max_part=2, halve_p=True):
-    """NPMI of the k-mers in token order, (4**k,) float64; -inf for those that do not occur.
+    """Computes the NPMI of the k-mers in token order, (4**k,) float64; -inf for those that do not occur.
 
-    PMI = the least ln p(k-mer) - sum of ln p(part) over its divisions into parts of at most max_part letters,
-    NPMI = PMI x ln f / (ln f + ln f_min). By default as GeneMask's published table was made; max_part=k,
-    halve_p=False: the textbooks' PMI. counts: of the k-mers (parts: as their prefixes), or count_kmers'.
+    PMI is the minimum of ln p(k-mer) - sum of ln p(part) over all divisions into parts of at most max_part
+    letters; NPMI = PMI x ln f / (ln f + ln f_min). The defaults are those of GeneMask's published table;
+    max_part=k, halve_p=False is the textbook PMI. counts: from count_kmers, or of the k-mers alone.
     """
     if np.ndim(counts[0]) == 0:
         k = round(math.log(len(counts), 4))
@@ -72,21 +72,21 @@ def npmi(counts, f_min=F_MIN, max_part=2, halve_p=True):
 
 
 def npmi_rank(values):
-    """NPMI (4**k,) -> its rank by token id, (4**k + 5,) int64: 0 = highest, ties by id, specials last."""
+    """Ranks NPMI (4**k,) by token id: (4**k + 5,) int64, 0 = highest, ties by id, specials last."""
     ranks = torch.full((len(values) + 5,), len(values))
     ranks[torch.from_numpy(np.argsort(-values, kind="stable")) + 5] = torch.arange(len(values))
     return ranks
 
 
 def npmi_lines(values, counts, k):
-    """The table as lines of a CSV, highest NPMI first, rank 1; without the k-mers that do not occur."""
+    """Returns the table as lines of a CSV, highest NPMI (rank 1) first, without k-mers that do not occur."""
     names, order = models.vocabulary(k)[5:], np.argsort(-values, kind="stable").tolist()
     rows = [f"{names[i]},{counts[i]},{values[i]},{n}" for n, i in enumerate(order, 1) if values[i] > -np.inf]
     return ["kmer,count,npmi,rank", *rows]
 
 
 def read_npmi(path, k):
-    """NPMI (4**k,) from our CSV or GeneMask's (ngram, norm_dp_true_pmi); -inf for what is not in it."""
+    """Reads NPMI (4**k,) from our CSV or GeneMask's (ngram, norm_dp_true_pmi); -inf for missing k-mers."""
     wanted = {"kmer": ("kmer", "ngram"), "npmi": ("npmi", "norm_dp_true_pmi")}
     columns, places = data.read_columns(path, wanted)
     values = {}
@@ -98,7 +98,7 @@ def read_npmi(path, k):
 
 
 def npmi_table(args, genome):
-    """NPMI, counts ('' if not counted now), file: --npmi_table, or in the genome's cache, found or made."""
+    """Returns NPMI, counts ('' if not counted now), file: --npmi_table or that in the genome's cache."""
     if args.npmi_table:
         return read_npmi(args.npmi_table, args.k), [""] * 4 ** args.k, args.npmi_table
     contigs = args.npmi_contigs or (HG38_NPMI_CONTIGS if args.genome == ["hg38"] else list(genome.contigs))
@@ -132,7 +132,7 @@ def k_of(npmi_rank):
 
 
 def lowest(key, n):
-    """int64 (B, S): where the n (B,) lowest keys of each row (B, T) are, lowest first; T behind them."""
+    """Returns the positions (B, S) of the n (B,) lowest keys of each row (B, T) in order, padded with T."""
     T = key.shape[1]
     S = T if key.is_cuda else min(int(n.max()), T)           # asking a GPU would make it wait
     at = key.topk(S, largest=False).indices
@@ -140,19 +140,21 @@ def lowest(key, n):
 
 
 def mark(at, T):
-    """bool (B, T): True at the positions (B, S), but for T."""
+    """Marks the positions (B, S), except T: bool (B, T)."""
     return torch.zeros(len(at), T + 1, dtype=torch.bool, device=at.device).scatter_(1, at, True)[:, :T]
 
 
 def random_mask(tokens, npmi_rank, centers):
-    """DNABERT: the k tokens around every center."""
+    """Masks the k tokens around every center, as DNABERT: bool (B, T)."""
     k = k_of(npmi_rank)
     return data.span_mask(centers, tokens > data.MASK, (k - 1) // 2, k // 2)
 
 
 def best_tokens(tokens, npmi_rank, centers):
-    """bool (B, T): the token of highest NPMI in the k around each high center (of equals the center, then the
-    first). High are ceil(m / 2) of a row's m centers, by that NPMI, then by position; if under 5, all m.
+    """Marks the token of highest NPMI among the k around each of the best centers: bool (B, T).
+
+    Ties: the center, then the leftmost. The best centers are ceil(m / 2) of a row's m centers by that NPMI,
+    then by position; all m if that is fewer than 5.
     """
     T, left, right = tokens.shape[1], (k_of(npmi_rank) - 1) // 2, k_of(npmi_rank) // 2
     centers = centers & (tokens > data.MASK)
@@ -162,7 +164,7 @@ def best_tokens(tokens, npmi_rank, centers):
     near = near.clamp(0, T - 1)                              # (B, S, k); a position twice changes nothing
     near_tokens = tokens.gather(1, near.flatten(1)).view(near.shape)
     rank = npmi_rank[near_tokens].masked_fill(near_tokens <= data.MASK, len(npmi_rank))
-    best, which = rank.min(2)                                # of equals the first
+    best, which = rank.min(2)                                # ties: the leftmost
     best_at = torch.where(rank[..., left] == best, at, near.gather(2, which[..., None])[..., 0])
     half, key = (m + 1) // 2, (best * T + at).masked_fill(at == T, torch.iinfo(torch.int64).max)
     high = lowest(key, torch.where(half < 5, m, half))
@@ -170,16 +172,17 @@ def best_tokens(tokens, npmi_rank, centers):
 
 
 def gene_mask(tokens, npmi_rank, centers):
-    """GeneMask: the k tokens around every center; around best_tokens 2k - 1, which hide all letters of it.
+    """Masks the k tokens around every center and the 2k - 1 around best_tokens, as GeneMask: bool (B, T).
 
-    tokens int64 (B, T), npmi_rank by token id (0 = highest NPMI), centers -> masked, bool (B, T).
+    tokens int64 (B, T), npmi_rank by token id (0 = highest NPMI), centers bool (B, T). 2k - 1 masked tokens
+    hide all letters of the one in the middle.
     """
     best, reach = best_tokens(tokens, npmi_rank, centers), k_of(npmi_rank) - 1
     return random_mask(tokens, npmi_rank, centers) | data.span_mask(best, tokens > data.MASK, reach, reach)
 
 
 def top_tokens(tokens, npmi_rank, m):
-    """bool (B, T): the m (B,) tokens of highest NPMI of each row, of equals the first."""
+    """Marks the m (B,) tokens of highest NPMI of each row, ties: the leftmost: bool (B, T)."""
     T, maskable = tokens.shape[1], tokens > data.MASK
     rank = npmi_rank.index_select(0, tokens.flatten()).view(tokens.shape)      # 4 x faster than [tokens]
     key = rank * T + torch.arange(T, device=tokens.device)
@@ -187,7 +190,7 @@ def top_tokens(tokens, npmi_rank, m):
 
 
 def global_mask(tokens, npmi_rank, m):
-    """Global: the 2k - 1 tokens around each of the m (B,) top_tokens; masked bool (B, T)."""
+    """Masks the 2k - 1 tokens around each of the m (B,) top_tokens: Global, bool (B, T)."""
     top, reach = top_tokens(tokens, npmi_rank, m), k_of(npmi_rank) - 1
     return data.span_mask(top, tokens > data.MASK, reach, reach)
 
@@ -197,14 +200,14 @@ MASKERS = {"random": random_mask, "genemask": gene_mask,     # (tokens, npmi_ran
 
 
 def center_probability(masker, k):
-    """p that would mask 15 % without overlaps; k = 6: 0.025, 0.0176, 0.0136 as published (rounded there)."""
+    """Returns the p that masks 15 % if spans do not overlap; k = 6: 0.025, 0.0176, 0.0136, as published."""
     return round(MASK_RATE / {"random": k, "genemask": (3 * k - 1) / 2, "global": 2 * k - 1}[masker], 4)
 
 
 def cut_pieces(windows, k, low=0.0, high=1.0):
-    """The corpus: windows (B, L), half of them cut to k..L - 1 bases -> [CLS] k-mers [SEP] [PAD]... (B, T).
+    """Cuts half of the windows (B, L) to k..L - 1 bases: tokens [CLS] k-mers [SEP] [PAD]... (B, T).
 
-    In order of length, this is the share `low` to `high` of the corpus; so little of a batch is padding.
+    The lengths are drawn from the share `low` to `high` of all lengths in order, to save padding.
     """
     L = windows.shape[1]
     longest = min(L, max(k, k + math.ceil(2 * (L - k) * high) - 1))
@@ -216,21 +219,21 @@ def cut_pieces(windows, k, low=0.0, high=1.0):
 
 
 def settled(perplexities, drop):
-    """CM-GEMS switches once two evaluations in a row differ by less than `drop`, up or down."""
+    """True once two evaluations in a row differ by less than `drop`, up or down: CM-GEMS switches."""
     return len(perplexities) > 1 and abs(perplexities[-1] - perplexities[-2]) < drop
 
 
 def cm_step_share(step, steps, stages):
-    """CM-Step: share of Global at step 1..: 0, 1 / stages, ... 1 - 1 / stages."""
+    """Returns CM-Step's share of Global at step 1..steps: 0, 1 / stages, ... 1 - 1 / stages."""
     return stages * (step - 1) // steps / stages
 
 
 def print_masks(masker, npmi_rank, tokens, centers, masked):
-    """Prints sequences, and below the first base of each k-mer: # masked, o center, * chosen for its NPMI."""
+    """Prints sequences; below the first base of each k-mer: # masked, o center, * chosen for its NPMI."""
     names, chosen = models.vocabulary(k_of(npmi_rank)), torch.zeros_like(masked)
     if masker == "genemask":
         chosen = best_tokens(tokens, npmi_rank, centers)
-    if masker == "global":                                   # there centers only say how many
+    if masker == "global":                                   # only the number of centers counts
         chosen, centers = top_tokens(tokens, npmi_rank, centers.sum(1)), chosen
     marks = torch.where(chosen, 3, masked.long() + centers)
     for n, row in enumerate(tokens > data.MASK):
@@ -401,9 +404,9 @@ if __name__ == "__main__":
             tokens, _, masked = get_batch(val, n, n, masker, 1, 0, 0)
             often = torch.special.entr(tokens[masked].bincount() / masked.sum()).sum().exp()
             ppl = evaluate(masker, 1)[1]
-            verdict = "reads what is around" if ppl < often / 1.5 else "hardly looks at what is around"
-            run.say(f"  {masker:8} {ppl:5.1f}, {often:.1f} by how often it hides each {args.k}-mer: the model "
-                    f"{verdict}")
+            verdict = "reads the context" if ppl < often / 1.5 else "hardly looks at the context"
+            run.say(f"  {masker:8} {ppl:5.1f}; {often:.1f} by the frequencies of the masked {args.k}-mers: the "
+                    f"model {verdict}")
         switch = curriculum["switch_step"]
         run.say(f"""A model is best at what it did last; it switched after step {switch}
 Next, your own DNA: its words, in seconds, and a model for a laptop (--help lists every flag)

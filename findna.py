@@ -1,6 +1,6 @@
-"""FinDNA: a student sees DNA with edits and masked bases; its slow average, the teacher, the same DNA with
-noise or from the other strand. The student learns to name the masked bases, and to say of the whole sequence
-what the teacher says (Yu et al., "Self-Distillation Improves DNA Sequence Inference").
+"""FinDNA: a student sees DNA with edits and masked bases; a teacher, the student's moving average, sees the
+same DNA with noise or from the other strand. The student predicts the masked bases and the teacher's outputs
+for the whole sequence (Yu et al., "Self-Distillation Improves DNA Sequence Inference").
 
     python findna.py --demo                                  two minutes on a laptop, no data needed
     python findna.py --genome my.fa.gz --micro_batch_size 64 one GPU, your own genome
@@ -24,21 +24,21 @@ import training
 from training import number
 
 MASK_RATE = 0.3                                              # sections 3.1 to 3.4 and 4.1, as what follows
-N_CLS = 10                                                   # K, blank tokens behind the bases
+N_CLS = 10                                                   # K, blank tokens after the bases
 TEMP_STUDENT, TEMP_TEACHER = 0.1, 0.04                       # Eqs 4, 5
 CENTER_MOMENTUM, EMA = 0.996, 0.996                          # beta; lambda, which rises to 1
 EDIT, NOISE, FLIP = 20, 0.2, 0.5                             # EvoAug's; the paper's; the released code's
 VIEWS = ("MDIT+NR", "M+none", "M+DIT", "MDT+DIT")            # of student + teacher; Table 4
 BETAS, EPS = (0.9, 0.999), 1e-8                              # AdamW's own: the paper gives none
-COLLAPSED = 0.01                                             # nats that teacher outputs say of their sequence
+COLLAPSED = 0.01                                             # collapse threshold on q_information (nats)
 DEMO = dict(genome=["demo"], length=118, windows=9600, n_layer=1, track_size=8, hidden=64, alpha=0.97,
             lr=1e-2, micro_batch_size=32, epochs=4, out="out/demo_findna", log_every=50, eval_every=200)
 
 
 def delete(bases, length, start, filler):
-    """Takes out bases start .. start + length - 1 of each row of (B, L); length, start (B,).
+    """Deletes bases start .. start + length - 1 of each row of (B, L); length, start (B,).
 
-    filler (B, 2 * EDIT): bases that keep L, length // 2 of them in front and the rest behind.
+    filler (B, 2 * EDIT): bases that make up for them, length // 2 at the front and the rest at the end.
     """
     at = torch.arange(bases.shape[1], device=bases.device) + (EDIT - length // 2)[:, None]      # (B, L)
     at = at + length[:, None] * (at >= EDIT + start[:, None])
@@ -46,7 +46,7 @@ def delete(bases, length, start, filler):
 
 
 def insert(bases, length, start, filler):
-    """Puts filler[:length] before base `start` of each row; what goes beyond L at the end is cut off."""
+    """Inserts filler[:length] before base `start` of each row; what goes beyond L is cut off at the end."""
     at = torch.arange(bases.shape[1], device=bases.device)
     inside = at - start[:, None]                             # position in what is inserted
     source = torch.where(inside < length[:, None], bases.shape[1] + inside, at - length[:, None])
@@ -54,13 +54,13 @@ def insert(bases, length, start, filler):
 
 
 def translocate(bases, shift):
-    """Swaps the two parts of each row: it moves to the right by shift (B,), its end comes to the front."""
+    """Rolls each row to the right by shift (B,): its end comes to the front."""
     at = torch.arange(bases.shape[1], device=bases.device) - shift[:, None]
     return bases.gather(1, at % bases.shape[1])
 
 
 def augment(bases, letters, reach):
-    """Deletion, insertion, translocation (those in `letters`), drawn for each row; reach: largest shift."""
+    """Applies the edits in `letters` (D, I, T), drawn anew for each row; reach: the largest shift of T."""
     (B, L), device = bases.shape, bases.device
     filler = torch.randint(4, (B, 3 * EDIT), dtype=torch.uint8, device=device)
     if "D" in letters:
@@ -76,20 +76,20 @@ def augment(bases, letters, reach):
 
 
 def draw_masked(shape, device):
-    """bool (B, L): exactly round(0.3 L) positions of each row."""
+    """Draws exactly round(0.3 L) positions of each row: bool (B, L)."""
     chosen = torch.rand(shape, device=device).topk(round(MASK_RATE * shape[1]), sorted=False).indices
     return torch.zeros(shape, dtype=torch.bool, device=device).scatter_(1, chosen, True)
 
 
 def other_strand(one_hot):
-    """Reverse complement of one-hot floats (B, L, 5): positions back to front, A<->T, C<->G; N stays."""
+    """Returns the reverse complement of one-hot floats (B, L, 5); channel N stays in its place."""
     return torch.cat([one_hot[..., :4].flip(1, 2), one_hot[..., 4:].flip(1)], -1)
 
 
 def make_views(bases, views, reach):
-    """Base codes (B, L) -> view_u, target, view_v, one-hot floats (B, L, 5), with fresh draws.
+    """Makes the two views of base codes (B, L): view_u, target, view_v, one-hot floats (B, L, 5).
 
-    view_u (student) has zeros where a base is masked, target the bases of view_u there and zeros elsewhere.
+    view_u (student) has zeros where a base is masked; target has these bases and zeros elsewhere.
     """
     of_u, of_v = views.split("+")
     bases_u = augment(bases, of_u, reach)
@@ -105,42 +105,42 @@ def make_views(bases, views, reach):
 
 
 def dissimilarity(view_u, view_v):
-    """Eq. 10, per position: KL divergence of the two views' rows, made distributions by a softmax."""
+    """Returns Eq. 10 per position: the KL divergence between the softmax of the two views' rows."""
     log_u, log_v = view_u.log_softmax(-1), view_v.log_softmax(-1)
     return (log_u.exp() * (log_u - log_v)).sum(-1).mean()
 
 
 def mnm_loss(logits, target):
-    """Cross-entropy at the masked bases: mean over those of a sequence, sum over sequences."""
+    """Returns the cross-entropy at the masked bases: mean over those of a sequence, sum over sequences."""
     return -(logits.float().log_softmax(-1) * target).sum() / round(MASK_RATE * target.shape[1])
 
 
 def teacher_outputs(latent, center, dim):
-    """q: the teacher's [CLS] (B, K, C), centered and sharpened."""
+    """Returns q: the teacher's [CLS] (B, K, C), centered and sharpened (Eq. 5)."""
     return ((latent.float() - center) / TEMP_TEACHER).softmax(dim)
 
 
 def cl_loss(latent, q, dim):
-    """Cross-entropy of the student's [CLS] (B, K, C) with q: mean over the K tokens, sum over sequences."""
+    """Returns the cross-entropy of the student's [CLS] (B, K, C) with q: mean over K, sum over sequences."""
     return -(q * (latent.float() / TEMP_STUDENT).log_softmax(dim)).sum() / q.shape[1]
 
 
 def ema_at(step, steps):
-    """lambda of step 1..steps: half a cosine from 0.996 towards 1."""
+    """Returns lambda at step 1..steps: half a cosine from 0.996 towards 1."""
     return 1 - (1 - EMA) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
 
 
 def teacher_sums(latent, q, dim):
-    """Sums over sequences (1 + 2 K C,) from the teacher's [CLS] and their q: what `collapse` needs."""
+    """Returns the sums over sequences (1 + 2 K C,) of the teacher's [CLS] and their q for `collapse`."""
     return torch.cat([torch.special.entr(q).sum(dim).mean(1).sum()[None], q.sum(0).flatten(),
                       F.normalize(latent.float(), dim=-1).sum(0).flatten()])
 
 
 def collapse(sums, n, shape, dim):
-    """teacher_sums of n sequences -> whether the teacher still tells sequences apart.
+    """Turns the teacher_sums of n sequences into numbers that show whether it still tells sequences apart.
 
-    q_information, the entropy of the mean q minus the mean entropy of the q, is 0 if all q are the same, be
-    they even or peaked; cls_cos is the mean cosine of the [CLS] of two sequences.
+    q_information, the entropy of the mean q minus the mean entropy of q, is 0 if all q are equal, flat or
+    peaked. cls_cos is the mean cosine between the [CLS] of two sequences.
     """
     entropy, (mean_q, units) = sums[0].item() / n, sums[1:].view(2, *shape)
     of_mean = torch.special.entr(mean_q / n).sum(dim - 1).mean().item()
@@ -150,7 +150,7 @@ def collapse(sums, n, shape, dim):
 
 
 def guesses(bases):
-    """Accuracy and entropy (nats) of a base guessed from its frequency, and from a base on either side."""
+    """Returns (accuracy, nats) of guessing a base by its frequency, and from the base on either side."""
     tokens = data.kmer_tokens(torch.from_numpy(bases)[None], 3, 1)[0]
     joint = torch.bincount(tokens, minlength=69)[5:].double().view(4, 4, 4) / (tokens > data.MASK).sum()
     joint = joint.transpose(1, 2)                            # left, right, base
@@ -161,11 +161,11 @@ def guesses(bases):
 
 @functools.lru_cache(2)
 def shuffled(n, seed, epoch):
-    return np.random.default_rng((seed, epoch, 1, 1)).permutation(n)           # no (seed, step, micro-batch)
+    return np.random.default_rng((seed, epoch, 1, 1)).permutation(n)           # 4 numbers: never a step's key
 
 
 def pass_over(windows, seed, first, n):
-    """Windows number first .. first + n - 1 of passes over all windows (N,), each in an order of its own."""
+    """Returns windows first .. first + n - 1 of repeated passes over all windows (N,), each pass shuffled."""
     epochs, at = np.divmod(np.arange(first, first + n), len(windows))
     return np.concatenate([windows[shuffled(len(windows), seed, int(epoch))[at[epochs == epoch]]]
                            for epoch in np.unique(epochs)])

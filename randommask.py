@@ -1,5 +1,5 @@
-"""RandomMask: BERT on overlapping 6-mers, masked in spans that grow in five phases (Liang et al., "Rethinking
-the BERT-like Pretraining for DNA Sequences"). Longer spans hide more bases, so that the task stays a task.
+"""RandomMask: BERT on overlapping 6-mers whose masked spans grow in five phases (Liang et al., "Rethinking
+the BERT-like Pretraining for DNA Sequences"). Longer spans hide more bases: the task does not become trivial.
 
     python randommask.py --demo                              two minutes on a laptop, no data needed
     python randommask.py --genome my.fa.gz                   one GPU, your own genome
@@ -29,20 +29,20 @@ DEMO = dict(genome=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64,
 
 
 def phase_edges(steps):
-    """The last steps of phases 1 to 4 in a run of `steps`: Algorithm 1's, scaled by steps / 480,000."""
+    """Returns the last steps of phases 1 to 4: Algorithm 1's, scaled by steps / 480,000."""
     return [round(edge * steps / PAPER_STEPS) for edge in EDGES]
 
 
 def phase_at(step, edges):
-    """Phase of step 1..: 1 to 5; an edge belongs to the phase it ends (Algorithm 1: S <= 30k)."""
+    """Returns the phase, 1 to 5, of a step; an edge belongs to the phase it ends (Algorithm 1: S <= 30k)."""
     return 1 + sum(step > edge for edge in edges)
 
 
 def random_mask(tokens, phase, p, span=6):
-    """Algorithm 1: tokens (B, T) -> masked bool (B, T).
+    """Draws the mask of Algorithm 1: tokens (B, T) -> masked bool (B, T).
 
-    Each sequence draws its span m from span, span + 2, ... (`phase` of them); every k-mer is a center with
-    probability p and hides tokens c - m/2 + 1 .. c + m/2. Phase 1 is DNABERT's masking; span 1 masks tokens.
+    Each sequence draws its span m from span, span + 2, ... (`phase` values). Every k-mer is a center with
+    probability p and masks the tokens c - m/2 + 1 .. c + m/2. Phase 1 is DNABERT's masking.
     """
     centers = data.draw_centers(tokens.shape, p, tokens.device)
     half = torch.randint(phase, (len(tokens),), device=tokens.device)          # m = span + 2 half
