@@ -405,8 +405,8 @@ if __name__ == "__main__":
             often = torch.special.entr(tokens[masked].bincount() / masked.sum()).sum().exp()
             ppl = evaluate(masker, 1)[1]
             verdict = "reads the context" if ppl < often / 1.5 else "hardly looks at the context"
-            run.say(f"  {masker:8} {ppl:5.1f}; {often:.1f} by the frequencies of the masked {args.k}-mers: the "
-                    f"model {verdict}")
+            run.say(f"  {masker:8} {ppl:5.1f}; {often:.1f} by the frequencies of the masked {args.k}-mers: "
+                    f"the model {verdict}")
         switch = curriculum["switch_step"]
         run.say(f"""A model is best at what it did last; it switched after step {switch}
 Next, your own DNA: its words, in seconds, and a model for a laptop (--help lists every flag)
