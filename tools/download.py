@@ -166,7 +166,7 @@ def source_names(args):
     found = []
     for name in args:
         if name not in SOURCES and name not in GROUPS and name not in data.TASKS or name == "demo":
-            raise ValueError(f"{data.show(name)}: unknown; use {' '.join([*SOURCES, *GROUPS])}")
+            raise ValueError(f"{data.quoted(name)}: unknown; use {' '.join([*SOURCES, *GROUPS])}")
         tasks = [name] if name in SOURCES else GROUPS.get(name, [name])
         found += [task if task in SOURCES else source_name(data.TASKS[task]) for task in tasks]
     return list(dict.fromkeys(found))
@@ -181,7 +181,7 @@ def check_url(url):
     """ValueError unless https (http is for tests on this machine)."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "https" and (parts.scheme, parts.hostname) != ("http", "127.0.0.1"):
-        raise ValueError(f"{data.show(url)}: not https, refused")
+        raise ValueError(f"{data.quoted(url)}: not https, refused")
     return url
 
 
@@ -207,7 +207,7 @@ def receive(url, path, cap):
             os.unlink(path)
             raise ConnectionError("another file than before")
         if reply.status not in (200, 206) or get("Content-Encoding", "identity") != "identity":
-            raise ValueError(f"HTTP {reply.status}, {data.show(get('Content-Encoding'))}: not the plain file")
+            raise ValueError(f"HTTP {reply.status}, {data.quoted(get('Content-Encoding'))}: not the plain file")
         have *= resumed
         total = have + int(get("Content-Length")) if get("Content-Length") else None
         os.makedirs(os.path.dirname(path), exist_ok=True)
@@ -264,7 +264,7 @@ def count_rows(path):
             with open(path) as f:
                 return len(json.load(f))
         except (TypeError, RecursionError) as e:             # a number; lists without end
-            raise ValueError(f"not the JSON of a config ({data.show(str(e))})") from None
+            raise ValueError(f"not the JSON of a config ({data.quoted(str(e))})") from None
     if name.endswith(".bin"):
         return len(models.hf_tensors(os.path.dirname(path), [name])[0])
     if name.endswith((".fa", ".fa.gz")):
@@ -320,7 +320,7 @@ def unpack(archive, made, classes):
             every = sorted(z.infolist(), key=lambda member: member.filename)
             for parts in (member.filename.split("/") for member in every):
                 if ".." in parts or not parts[0] or "\\" in "".join(parts):
-                    raise ValueError(f"member {data.show('/'.join(parts))} leaves its folder")
+                    raise ValueError(f"member {data.quoted('/'.join(parts))} leaves its folder")
             for path, n in made.items():
                 split = os.path.basename(path).removesuffix(".csv")
                 wanted = [re.compile(f"(.*/)?{split}/{name}/[^/]+[.]txt") for name in classes]
@@ -338,7 +338,7 @@ def unpack(archive, made, classes):
                         with z.open(member) as text:
                             f.write(f"{text.read(1 << 14).decode().strip()},{label}\n")
     except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, UnicodeError) as e:
-        raise ValueError(f"damaged zip archive ({data.show(str(e))})") from None
+        raise ValueError(f"damaged zip archive ({data.quoted(str(e))})") from None
 
 
 def verify_download(file, partial):

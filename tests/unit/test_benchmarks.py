@@ -1,4 +1,4 @@
-"""The benchmark part of data.py: tables, every task's reader on made files, the real files, the report."""
+"""The benchmark sets of data.py: tables, each task's reader on made and on real files; tools/report.py."""
 import csv
 import gzip
 import json
@@ -263,9 +263,9 @@ def test_coordinates_give_derived_tables(name, tmp_path):
 
 
 def report(capsys, monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, args)])
     with pytest.raises(SystemExit) as e:
-        runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "tools/report.py"), run_name="__main__")
     return e.value.code, *capsys.readouterr()
 
 
