@@ -24,7 +24,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-LETTERS = "ATCGN"
 LETTERS_ONLY = "use A, C, G, T, N or IUPAC codes"           # the end of messages
 PAD, UNK, CLS, SEP, MASK = range(5)
 BLANK = 5                                                    # stands for "no base": zeros in one_hot
@@ -57,7 +56,7 @@ def encode(text, width=None):
 
 def decode(bases):
     """Turn uint8 codes (L,) into text over A, T, C, G, N."""
-    return np.frombuffer(LETTERS.encode(), np.uint8)[np.asarray(bases)].tobytes().decode()
+    return np.frombuffer(b"ATCGN", np.uint8)[np.asarray(bases)].tobytes().decode()
 
 
 def reverse_complement(bases):
@@ -79,8 +78,8 @@ def one_hot(bases):
 
 def kmer_tokens(bases, k, stride, specials=False):
     """Turn codes (B, L) uint8 into k-mer ids (B, (L - k) // stride + 1) int64; a k-mer with an N is [UNK].
-    stride 1 gives DNABERT's overlapping tokens, stride k non-overlapping ones (fewer than k bases at the end
-    are dropped). specials=True puts [CLS] before and [SEP] after each row."""
+    stride 1: DNABERT's overlapping tokens; stride k: non-overlapping ones, without what is left at the end.
+    specials=True puts [CLS] before and [SEP] after each row."""
     codes = bases.to(torch.int16 if k < 8 else torch.int32)
     ids, width = codes, 1                                    # base-4 numbers of `width` bases
     for digit in bin(k)[3:]:                                 # double and add: 3 passes for k = 6
@@ -204,8 +203,7 @@ def open_genome(names, data_dir, cache=None):
     """Open the Genome of --genome: FASTA paths, or hg38 (chr1-22, X, Y of data_dir/hg38.fa.gz), or demo."""
     demo, hg38 = (os.path.join(data_dir, name) for name in ("demo.fa", "hg38.fa.gz"))
     if len(names) > 1 and {"demo", "hg38"} & set(names):
-        raise ValueError(f"--genome {' '.join(names)}: hg38 and demo stand alone; name one of them, or only "
-                         f"FASTA files")
+        raise ValueError(f"--genome {' '.join(names)}: hg38 and demo stand alone; name one, or FASTA files")
     if names[0] == "demo":
         if not os.path.exists(demo):
             write_demo_genome(demo)
@@ -295,8 +293,7 @@ def lock_and_build(paths, keep, source, folder):
 
 def read_cache(folder, source, verbose=False):
     """Return (index, bases) of a cache that is whole and made from these sources, else None.
-    The bases are the same mapping that was checked, because the files may be replaced at any moment.
-    verbose: print why an existing cache cannot be used."""
+    The bases are the same mapping that was checked, because the files may be replaced at any moment."""
     if not os.path.exists(os.path.join(folder, "index.json")):
         return None
     try:
@@ -309,7 +306,7 @@ def read_cache(folder, source, verbose=False):
         sound = False
     if sound and index["source"] == source:
         return index, bases
-    if verbose:
+    if verbose:                                              # say why it is built again
         reason = "the FASTA has changed" if sound else "it is damaged"
         print(f"genome cache {folder}: {reason}; building it again", flush=True)
     return None
@@ -531,6 +528,7 @@ SUITES = {                                                   # suite: where it c
                           "CC BY 4.0 (Zenodo), Apache-2.0 (repository)"),
     "MTcDNA": ("ftp.ensembl.org/pub (fasta/SPECIES/cdna/*.cdna.all.fa.gz)", "not stated"),
     "few-shot": ("github.com/roysoumya/GeneMask, curriculum-GeneMask (silencer)", "GPL-3.0"),
+    "own": ("your own files", "yours"),
     "demo": ("the demo genome (written by this file)", "MIT")}
 
 
@@ -547,7 +545,7 @@ def genomic(name, length, train, test, classes=BINARY):
                 train=train, test=test)
 
 
-# A set of your own is one row: task("GUE", "mine/x", "mine/x", 300, "mcc") reads mine/x/{train,dev,test}.csv.
+# A set of your own is one row: task("own", "mine", "my/folder", 300) reads my/folder/{train,dev,test}.csv.
 # Row counts of GUE: DNABERT-2's appendix. The splice classes are what the middle of the sequences shows.
 TASKS = {row.name: row for row in (
     task("GUE", "emp/H3",       "GUE/EMP/H3",                 500, train=11_971, test=1_497, dev=1_497),
@@ -591,8 +589,7 @@ TASKS = {row.name: row for row in (
     genomic("dummy_mouse_enhancers_ensembl",    "331-4776", train=968, test=242),
     genomic("demo_coding_vs_intergenomic_seqs", 200,        train=75_000, test=25_000,
             classes=("coding_seqs", "intergenomic_seqs")),
-    genomic("demo_human_or_worm",               200,        train=75_000, test=25_000,
-            classes=("human", "worm")),
+    genomic("demo_human_or_worm", 200, train=75_000, test=25_000, classes=("human", "worm")),
     genomic("drosophila_enhancers_stark",       "236-3237", train=5_184, test=1_730),
     task("MTcDNA", "mtcdna/1024", "MTcDNA", 1024, "acc", ("mouse", "turtle")),
     task("MTcDNA", "mtcdna/4096", "MTcDNA", 4096, "acc", ("mouse", "turtle")),
@@ -600,8 +597,7 @@ TASKS = {row.name: row for row in (
     task("few-shot", "prom_core", "fewshot/Prom-core", 70, "acc", BINARY, test=5_920),
     task("few-shot", "prom_300", "fewshot/Prom-300", 300, "acc", BINARY),
     task("few-shot", "cohn_enh", "fewshot/Cohn-enh", 500, "acc", BINARY),
-    task("few-shot", "splice_40", "fewshot/Splice-40", 40, "acc", ("none", "donor", "acceptor"),
-         test=3_000),
+    task("few-shot", "splice_40", "fewshot/Splice-40", 40, "acc", ("none", "donor", "acceptor"), test=3_000),
     task("few-shot", "silencer", "fewshot/silencer", "101-299", "acc", BINARY, test=1_657),
     task("demo", "demo", "demo", 200, "mcc", ("background", "motif"), train=4_000, test=500, dev=500),
 )}
@@ -704,8 +700,8 @@ def split_rows(rows, fractions, seed):
                                           stratify=classes[rest], random_state=seed)
             parts.append(part)
     except ValueError as e:
-        raise ValueError(f"split {fractions}: {len(first_row)} different sequences are too few ({e}); give "
-                         f"more") from None
+        n = len(first_row)
+        raise ValueError(f"split {fractions}: {n} different sequences are too few ({e}); give more") from None
     return [take_rows(rows, np.flatnonzero(np.isin(first, part))) for part in (*parts, rest)]
 
 
@@ -828,6 +824,8 @@ def find(folder, *names):
 
 def how_to_get(task):
     """Return the end of a message on missing files."""
+    if task.suite == "own":
+        return f"({task.name}); check --data_dir and the task's row in data.py"
     return f"({task.name}); run python -m tools.download {task.name}, or get it from {task.source}"
 
 
@@ -972,8 +970,7 @@ def read_deepstarr(task, data_dir):
         columns, places = read_columns(table, {target: [target.lower()] for target in task.classes})
         codes = [record[1] for record in fasta_records(fasta)]
         if len(codes) != len(places):
-            raise ValueError(f"{fasta}: {len(codes)} sequences, but {len(places)} rows in {table}; get both "
-                             f"files again")
+            raise ValueError(f"{fasta}: {len(codes)} sequences, but {len(places)} rows in {table}; get both")
         labels = numbers(columns.values(), places)
         splits[split] = rows_of(np.concatenate(codes), list(map(len, codes)), labels, {})
     return splits
@@ -1049,7 +1046,7 @@ def read_task(name, data_dir, shots=None, draw=0, fasta=None):
     if name not in TASKS:
         raise ValueError(f"task {quoted(name)} is not the name of one set; use {' '.join(TASKS)}")
     task = TASKS[name]
-    if task.suite == "GUE":
+    if task.suite in ("GUE", "own"):
         splits = read_tables(task, data_dir, {split: [f"{split}.csv"] for split in ("train", "dev", "test")})
     elif task.suite == "GenomicBenchmarks":
         splits = read_genomic(task, data_dir, fasta)

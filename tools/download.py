@@ -229,11 +229,12 @@ def check_kind(path):
     """Raise ValueError for what servers send in place of data."""
     with open(path, "rb") as f:
         head = f.read(512).lstrip()
-    for wrong, what in ((not head, "empty"), (head[:1] == b"<", "an HTML or XML page"),
-                        (head.startswith(b"version https://git-lfs"), "a git-LFS pointer"),
-                        (path.endswith(".gz") and head[:2] != b"\x1f\x8b", "not gzip"),
-                        (path.endswith(".zip") and head[:2] != b"PK", "not a zip archive")):
-        if wrong:
+    kinds = ((not head, "empty"), (head[:1] == b"<", "an HTML or XML page"),
+             (head.startswith(b"version https://git-lfs"), "a git-LFS pointer"),
+             (path.endswith(".gz") and head[:2] != b"\x1f\x8b", "not gzip"),
+             (path.endswith(".zip") and head[:2] != b"PK", "not a zip archive"))
+    for is_so, what in kinds:
+        if is_so:
             raise ValueError(f"{what}, not the data")
 
 
@@ -353,15 +354,16 @@ def print_recipe(name, files, data_dir):
     shell_dir = shlex.quote(data_dir)
     print(f"\n{name} by hand: on a machine with internet, in this folder (or copy {shell_dir} here later)")
     for file in files:
-        unpacked = file.path in file.rows
-        place = shlex.quote(os.path.join(data_dir, "" if unpacked else "partial", file.path))
+        is_plain = file.path in file.rows
+        place = shlex.quote(os.path.join(data_dir, "" if is_plain else "partial", file.path))
         lines = [f"curl -fL --create-dirs -o {place} {shlex.quote(url)}" for url in mirrored(file.urls)]
         print("  " + "\n  # or: ".join(lines))
-        if not unpacked:
+        if not is_plain:
             folder = zip_task(file.path).name.removeprefix("gb/")
-            print(f"  python -m tools.download {name} --data_dir {shell_dir}   # unpacks it, without network\n"
+            print(f"  python -m tools.download {name} --data_dir {shell_dir}   # unpacks it, offline\n"
                   f"  # or: git clone https://github.com/ML-Bioinfo-CEITEC/genomic_benchmarks; copy its\n"
-                  f"  # datasets/{folder} to {shell_dir}/GenomicBenchmarks/coordinates/{folder}, use --fasta")
+                  f"  # datasets/{folder} into {shell_dir}/GenomicBenchmarks/coordinates;\n"
+                  f"  # use --fasta GENOME.fa")
     check = SOURCES[name].check.format(shell_dir)
     print(f"  python -m tools.download {name} --check --data_dir {shell_dir} && {check}", flush=True)
 

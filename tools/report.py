@@ -14,7 +14,7 @@ import training
 
 
 def published(n, task, split):
-    """Write a number of rows with the published number, where there is one."""
+    """Return a number of rows as text, with the published number where there is one."""
     known = task.rows.get(split)
     return f"{n:,} (published {known:,}: {'OK' if n == known else 'differs'})" if known else f"{n:,}"
 
@@ -26,17 +26,17 @@ def report_intervals(task, folder):
         intervals = []
         for path in data.class_paths(task, os.path.join(folder, split), ".csv"):
             intervals += [interval[:3] for interval in data.read_intervals(path)[0]]   # without strand
-        repeats = len(intervals) - len(set(intervals))
-        line = f"  {split} table: {published(len(intervals), task, split)} intervals, {repeats:,} repeats"
+        n, repeats = len(intervals), len(intervals) - len(set(intervals))
+        line = f"  {split} table: {published(n, task, split)} intervals, {repeats:,} repeats"
         if split == "test":
             leak = sum(interval in train for interval in intervals)
-            line += f", {leak:,} ({leak / len(intervals):.1%}) are training intervals"
+            line += f", {leak:,} ({leak / n:.1%}) are training intervals"
         print(line)
         train = set(intervals)
 
 
 def balance(task, rows):
-    """Write the number of rows by class, or the range of each target."""
+    """Return the number of rows by class, or the range of each target, as text."""
     if task.regression:
         targets = zip(task.classes, rows.labels.T)
         return ", ".join(f"{name} {x.min():.2f} to {x.max():.2f}" for name, x in targets)
@@ -47,8 +47,8 @@ def balance(task, rows):
 def report_rows(task, split, rows):
     """Print the size, lengths and balance of one split, and how many rows are unusual."""
     lengths, keys = np.diff(rows.offsets), data.row_keys(rows)
-    different = set(zip(keys, map(str, rows.labels.tolist())))                 # sequences with their labels
-    notes = rows.notes | {"conflicting_labels": len(different) - len(set(keys))}
+    conflicts = len(set(zip(keys, map(str, rows.labels.tolist())))) - len(set(keys))
+    notes = rows.notes | {"conflicting_labels": conflicts}
     unusual = ", ".join(f"{name} {n:,}" for name, n in notes.items() if n)
     print(f"  {split}: {published(len(keys), task, split)} rows; bases min {lengths.min()}, median "
           f"{np.median(lengths):g}, max {lengths.max()}; {balance(task, rows)}; {unusual or 'sound'}")
@@ -69,10 +69,9 @@ def report_task(task, data_dir, fasta):
     print(f"{task.name}: {task.suite}, {', '.join(task.classes)}; {task.metric}, {task.length} bases\n"
           f"  from {task.source}; licence: {task.licence}")
     folder = data.coordinate_folder(task, data_dir)
-    if data.find(os.path.join(folder, "train"), f"{task.classes[0]}.csv"):
+    if data.find(folder, f"train/{task.classes[0]}.csv"):
         report_intervals(task, folder)
-    splits = data.read_task(task.name, data_dir, fasta=fasta)
-    splits = {split: rows for split, rows in splits.items() if rows}
+    splits = {split: rows for split, rows in data.read_task(task.name, data_dir, fasta=fasta).items() if rows}
     if task.suite == "few-shot":                             # all its train files, and a dev file not for use
         files = {f"train/{n}": data.FEW_SHOT[task.name][0].format(n) for n in (10, 50, 100, 500, 1000)}
         files["dev"] = "full-dataset/dev.tsv"
@@ -90,9 +89,9 @@ if __name__ == "__main__":
     parser.add_argument("--data_dir", default="data", help="folder of the benchmark sets (%(default)s)")
     parser.add_argument("--fasta", nargs="+", help="genome of coordinate tables: one FASTA, or one a class")
     args = parser.parse_args()
+    status = 0
     with training.user_errors():
         names = data.task_names(args.tasks)
-    status = 0
     for name in names:
         try:
             report_task(data.TASKS[name], args.data_dir, args.fasta)

@@ -119,6 +119,16 @@ def test_task_table():
     assert emp == [14965, 33048, 34880, 31677, 30683, 36799, 28837, 27782, 14601, 34095]
 
 
+def test_a_set_of_your_own_is_one_row(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.TASKS, "mine", data.task("own", "mine", "my/folder", 300, classes=("a", "b")))
+    assert "my/folder: no train.csv" in refusal(data.read_task, "mine", tmp_path)
+    for split in ("train", "dev", "test"):
+        put_table(tmp_path / f"my/folder/{split}.csv", ["ACGT", "GGCC"], [0, 1])
+    assert pairs(data.read_task("mine", tmp_path)["dev"]) == [("ACGT", 0), ("GGCC", 1)]
+    assert data.task_names(["mine"]) == ["mine"]
+    assert not any("mine" in names for names in data.GROUPS.values())
+
+
 def make(task, folder, layout):
     """Small files of a task in its source's layout: {split: [(sequence, label)] in the order of reading}."""
     made, splits = {}, {"train": "Train", "test": "Test", "dev": "Val"}
