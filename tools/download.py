@@ -402,7 +402,7 @@ def get(names, data_dir, only_check):
         try:
             entries = present(file, data_dir, manifest)
             if not entries and only_check:
-                raise ValueError("not there")
+                raise ValueError("it is not there")
             entries = entries or download(file, data_dir, unreachable)
         except ValueError as e:
             print(f"{source}: {file.path}: {e}", flush=True)
