@@ -320,7 +320,7 @@ SHOWN = {                                                    # file: its text, a
     "strand": (f"{COORDINATES}/test/positive.csv", f"{HEAD}0,a,0,4,{LONG}\n", f"finetune {GENOMIC}"),
     "FASTA of regions": ("g.fa", f">{LONG}\nACGT\n>{ESC}2\nACGT\n", f"finetune {GENOMIC}"),
     "class folder": (f"{COORDINATES}/test/{ESC}.csv", HEAD, f"finetune {GENOMIC}"),
-    "class folder, report": (f"{COORDINATES}/test/{ESC}.csv", HEAD, f"data {GENOMIC.partition(' ')[2]}"),
+    "class folder, report": (f"{COORDINATES}/test/{ESC}.csv", HEAD, f"tools/report {GENOMIC.partition(' ')[2]}"),
     "config value": ("hf/config.json", json.dumps({"model_type": LONG}), "randommask --init hf:hf"),
     "path of a CSV": (f"{ESC}.csv", "", f"finetune --csv {ESC}.csv"),
     "path of a FASTA": (f"{ESC}.fa", "", f"randommask --genome {ESC}.fa"),
