@@ -253,7 +253,7 @@ class ChordMixer(nn.Module):
     """one_hot (B, L, 5) float -> (B, L, C), for any L (Khalitov et al., as FinDNA uses it).
 
     lengths (B,): lengths of padded rows; padding never reaches a real position.
-    n_blocks: use the first N blocks of each layer, as a network built for length 2**N has.
+    n_blocks: use only the first N blocks of each layer and N rotated tracks, as if built for length 2**N.
     """
 
     def __init__(self, config):

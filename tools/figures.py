@@ -199,7 +199,7 @@ def draw_attention(found, places):
                    ylabel="nats" if i == 3 else "share")
         for received, style in zip(a["profile"], ("--", "-")):
             axes[3].plot(received * a["maps"].shape[-1], style, color=color, lw=1)
-    axes[3].set(title="Last layer, attention from k-mers to a base; dashed: from [CLS]",
+    axes[3].set(title="Last layer, from k-mers to a base; dashed: from [CLS]",
                 xlabel=f"base of {' or '.join(places)}", ylabel="1 = uniform")
     for ax in axes:
         ax.set_ylim(bottom=0)                                # last, because it ends the autoscaling
