@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import finetune                                              # noqa: F401, its imports take long
@@ -137,7 +138,7 @@ def ran(script):
 def hostile(script):
     """The folder of the hostile files on the model of a script's checkpoint; bin: of a pytorch_model.bin."""
     if script == "bin":
-        weights = models.load_file(ROOM / "hf/model.safetensors")
+        weights = safetensors.torch.load_file(ROOM / "hf/model.safetensors")
         weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"]
         write_hostile(ROOM / script, weights, lambda weights, note=None: (
             weights if isinstance(weights, dict) else {"a": weights}) | ({"note": note} if note else {}))

@@ -13,6 +13,7 @@ import tracemalloc
 import zipfile
 
 import pytest
+import safetensors.torch
 import torch
 
 import data
@@ -107,7 +108,7 @@ def altered(members, at, value):
 def bert_folder(path):
     """A tiny DNABERT in the released layout: old-style pickle weights."""
     models.save_hf(models.Bert(models.BertConfig(4 ** 3 + 5, 20, 1, 2, 8, 32, 0.0)), str(path))
-    weights, file = models.load_file(path / "model.safetensors"), io.BytesIO()
+    weights, file = safetensors.torch.load_file(path / "model.safetensors"), io.BytesIO()
     torch.save(weights, file)
     return {"config.json": (path / "config.json").read_bytes(), "pytorch_model.bin": file.getvalue()}
 
