@@ -137,6 +137,15 @@ def micro_batches(size, step, held_out=False, length=22):
         yield first, [TEXT[at:at + length] for at in drawn], generator
 
 
+def test_every_part_of_a_key_counts():
+    """The programs here draw with training.seed, too: this holds it."""
+    drawn = set()
+    for key in ((7,), (8,), (7, 0), (7, 1), (7, 0, 0), (7, 0, 1), (7, 1, 0), (8, 0, 0), (7, 0)):
+        generator = training.seed(*key)
+        drawn.add((torch.rand(1).item(), torch.randint(2 ** 40, (1,)).item(), generator.random()))
+    assert len(drawn) == 8 and all(len({*column}) == 8 for column in zip(*drawn))
+
+
 # masked language models
 
 def mlm_loss(config, rows):

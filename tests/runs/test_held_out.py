@@ -49,7 +49,8 @@ def held_out(length, val_contigs):
 @pytest.mark.parametrize("script, flags, n_evaluations", [
     ("randommask", BERT, 8),                                 # the last steps of phases 1 to 4: 2, 3, 5, 8
     ("findna", MIXER, 4), ("findna", MIXER | dict(fresh_windows=True), 4),
-    ("cm_gems", BERT | dict(n_inner=16, switch_drop=99), 4)], ids=["randommask", "findna", "fresh", "cm_gems"])
+    ("cm_gems", BERT | dict(n_inner=16, switch_drop=99), 4)],
+    ids=["randommask", "findna", "findna fresh", "cm_gems"])
 def test_windows(out, script, flags, n_evaluations, val_contigs):
     write_fasta(out.with_name("genome.fa"), CONTIGS)
     flags = RUN | flags | ({"val_contigs": ",".join(val_contigs)} if val_contigs else {})
