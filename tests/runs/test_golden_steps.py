@@ -140,10 +140,10 @@ def micro_batches(size, step, held_out=False, length=22):
 def test_every_part_of_a_key_counts():
     """The programs here draw with training.seed, too: this holds it."""
     drawn = set()
-    for key in ((7,), (8,), (7, 0), (7, 1), (7, 0, 0), (7, 0, 1), (7, 1, 0), (8, 0, 0), (7, 0)):
+    for key in ((7, 0, 0), (8, 0, 0), (7, 1, 0), (7, 0, 1), (7, 1, 1), (7, 2, 1), (7, 1, 2), (7, 0, 0)):
         generator = training.seed(*key)
         drawn.add((torch.rand(1).item(), torch.randint(2 ** 40, (1,)).item(), generator.random()))
-    assert len(drawn) == 8 and all(len({*column}) == 8 for column in zip(*drawn))
+    assert len(drawn) == 7 and all(len({*column}) == 7 for column in zip(*drawn))
 
 
 # masked language models
