@@ -158,20 +158,20 @@ def in_save(n, patch):
     return {0: at_call("training", "save", n, lambda save, *args: (patch(), save(*args)))}
 
 
-def each(kind, todo, quick, methods=METHODS):
-    """Parametrizes a test with (method, todo) and marks it as so many faults of a kind.
+def each(kind, cases, quick, methods=METHODS):
+    """Parametrizes a test with (method, case), marked as a fault of a kind; a range as so many of them.
 
-    todo: the cases of every method, or {method: its cases}. quick: {method: how many of the first ones the
-    default suite runs}; the other cases are slow."""
-    todo = todo if isinstance(todo, dict) else dict.fromkeys(methods, todo)
+    cases: a list for every method, or {method: its list}. quick: {method: how many of the first ones the
+    default suite runs}; the others are slow."""
+    cases = cases if isinstance(cases, dict) else dict.fromkeys(methods, cases)
     params = []
-    for method, cases in todo.items():
-        n = quick.get(method, 0)
-        for name, part, marks in (("quick", cases[:n], []), ("slow", cases[n:], [pytest.mark.slow])):
-            if part:
-                marks = [fault(f"{kind}: {method}", n=len(part)), *marks]
-                params.append(pytest.param(method, part, id=f"{method}-{name}", marks=marks))
-    return pytest.mark.parametrize("method, todo", params)
+    for method in cases:
+        for i, case in enumerate(cases[method]):
+            n = len(case) if isinstance(case, range) else 1
+            slow = [] if i < quick.get(method, 0) else [pytest.mark.slow]
+            marks = [fault(f"{kind}: {method}", n=n), *slow]
+            params.append(pytest.param(method, case, id=f"{method}-{i}", marks=marks))
+    return pytest.mark.parametrize("method, case", params)
 
 
 @pytest.fixture

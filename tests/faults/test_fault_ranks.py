@@ -34,27 +34,24 @@ def check_sound(n_least=0):
 
 
 @each("ranks 1, 2, 1 and 2, 1, 2", [(1, 2, 1), (2, 1, 2)], {"findna": 1}, PRETRAINING)
-def test_resume_on_other_ranks(fresh, survived, method, todo):
+def test_resume_on_other_ranks(fresh, method, case):
     """Stopped after 7 and 14 steps; two micro-batches: every bit is the same."""
-    for first, second, third in todo:
-        alone = fresh(method)
-        assert set(go(method, {0: stop_at_7}, first).codes) == {143} and last_step() == 7
-        assert set(go(method, {second - 1: stop_at_7}, second).codes) == {143} and last_step() == 14
-        check_goes_on(method, alone, third)
-        survived()
+    first, second, third = case
+    alone = fresh(method)
+    assert set(go(method, {0: stop_at_7}, first).codes) == {143} and last_step() == 7
+    assert set(go(method, {second - 1: stop_at_7}, second).codes) == {143} and last_step() == 14
+    check_goes_on(method, alone, third)
 
 
 @each("stop signal to one rank", [1], {"randommask": 1}, PRETRAINING)
-def test_stop_signal_to_one_rank(fresh, survived, method, todo):
+def test_stop_signal_to_one_rank(fresh, method, case):
     """Both ranks stop after the same step."""
-    for victim in todo:
-        alone = fresh(method)
-        processes = begin_slowly(method, 8, ranks=2)
-        os.kill(processes[victim].pid, signal.SIGTERM)
-        assert wait(*processes).codes == [143, 143]
-        assert 8 <= log_rows(Path("out"))[-1]["step"] == last_step() < STEPS
-        check_goes_on(method, alone, 2)
-        survived()
+    alone = fresh(method)
+    processes = begin_slowly(method, 8, ranks=2)
+    os.kill(processes[case].pid, signal.SIGTERM)
+    assert wait(*processes).codes == [143, 143]
+    assert 8 <= log_rows(Path("out"))[-1]["step"] == last_step() < STEPS
+    check_goes_on(method, alone, 2)
 
 
 def check_ranks_agree(fresh, method, ranks, tolerance, **flags):
@@ -71,22 +68,19 @@ def check_ranks_agree(fresh, method, ranks, tolerance, **flags):
 
 
 @each("2 and 4 ranks, 4 micro-batches", [2, 4], {}, PRETRAINING)
-def test_four_micro_batches(fresh, survived, method, todo):
-    for ranks in todo:
-        check_ranks_agree(fresh, method, ranks, 1e-3, micro_batch_size=2, steps=40)
-        survived()
+def test_four_micro_batches(fresh, method, case):
+    check_ranks_agree(fresh, method, case, 1e-3, micro_batch_size=2, steps=40)
 
 
 # 4 + 3: one micro-batch a rank, so that the order of the sums is the same; 4 + 4 + 3: it is not
 @each("uneven shares on two ranks", [(11, 1e-3), (7, 0)], {"randommask": 2}, ["randommask", "cm_gems"])
-def test_uneven_shares(fresh, survived, method, todo):
-    for batch_size, tolerance in todo:
-        check_ranks_agree(fresh, method, 2, tolerance, batch_size=batch_size)
-        survived()
+def test_uneven_shares(fresh, method, case):
+    batch_size, tolerance = case
+    check_ranks_agree(fresh, method, 2, tolerance, batch_size=batch_size)
 
 
 @each("replicas at the end", [2], {"findna": 1}, PRETRAINING)
-def test_replicas_are_equal(fresh, survived, method, todo):
+def test_replicas_are_equal(fresh, method, case):
     def tell(rank):
         def finish(real, *args):
             main = sys.modules["__main__"]
@@ -95,25 +89,21 @@ def test_replicas_are_equal(fresh, survived, method, todo):
             torch.save(state | {"curriculum": getattr(main, "curriculum", None)}, f"{rank}.pt")
             real(*args)
         return at_call("training", "finish", 1, finish)
-    for ranks in todo:
-        alone = fresh(method)
-        assert go(method, {rank: tell(rank) for rank in range(ranks)}, ranks).codes == [0] * ranks
-        check_ending(method, alone)
-        states = [torch.load(f"{rank}.pt", weights_only=True) for rank in range(ranks)]
-        assert states[0].pop("curriculum") == states[1].pop("curriculum")
-        equal(*states)
-        equal(states[0]["model"], training.load("out/last.pt")["model"])
-        survived()
+    alone = fresh(method)
+    assert go(method, {rank: tell(rank) for rank in range(case)}, case).codes == [0] * case
+    check_ending(method, alone)
+    states = [torch.load(f"{rank}.pt", weights_only=True) for rank in range(case)]
+    assert states[0].pop("curriculum") == states[1].pop("curriculum")
+    equal(*states)
+    equal(states[0]["model"], training.load("out/last.pt")["model"])
 
 
 @each("fewer micro-batches than ranks", [2], dict.fromkeys(PRETRAINING, 1), PRETRAINING)
-def test_too_many_ranks(fresh, survived, method, todo):
-    for ranks in todo:
-        fresh(method)
-        before = contents(Path())
-        result = go(method, ranks=ranks, batch_size=4)
-        assert "--micro_batch_size" in refused(result) and contents(Path()).keys() <= before.keys()
-        survived()
+def test_too_many_ranks(fresh, method, case):
+    fresh(method)
+    before = contents(Path())
+    result = go(method, ranks=case, batch_size=4)
+    assert "--micro_batch_size" in refused(result) and contents(Path()).keys() <= before.keys()
 
 
 @fault("rank that leaves while another joins")
@@ -137,15 +127,14 @@ def fail(*_):
 
 @each("dead rank", [(1, 16, die), (0, 16, die), (0, 9, die), (1, 25, fail), (0, 25, fail)], {"findna": 1},
       PRETRAINING)
-def test_a_rank_dies(fresh, survived, method, todo):
-    for victim, call, how in todo:
-        alone, start = fresh(method), time.monotonic()
-        codes = go(method, {victim: at_call("training", "all_reduce", call, how)}, 2).codes
-        assert codes[victim] == (-9 if how is die else 1) and codes[1 - victim] not in (0, 143)
-        assert time.monotonic() - start < 15
-        check_sound()
-        check_goes_on(method, alone, 1 + victim)
-        survived()
+def test_a_rank_dies(fresh, method, case):
+    victim, call, how = case
+    alone, start = fresh(method), time.monotonic()
+    codes = go(method, {victim: at_call("training", "all_reduce", call, how)}, 2).codes
+    assert codes[victim] == (-9 if how is die else 1) and codes[1 - victim] not in (0, 143)
+    assert time.monotonic() - start < 15
+    check_sound()
+    check_goes_on(method, alone, 1 + victim)
 
 
 def short_timeout():
@@ -156,20 +145,18 @@ def short_timeout():
 
 
 @each("hanging rank", {"randommask": [1, 0], "findna": [1], "cm_gems": [1]}, {"randommask": 1})
-def test_a_rank_hangs(fresh, survived, method, todo):
-    for victim in todo:
-        alone = fresh(method)
-        processes = begin(method, dict.fromkeys((0, 1), lambda: (short_timeout(), slow())), 2)
-        wait_rows(processes[0], Path("out"), 6)
-        os.kill(processes[victim].pid, signal.SIGSTOP)
-        start = time.monotonic()
-        processes[1 - victim].join(60)
-        assert processes[1 - victim].exitcode == 1 and time.monotonic() - start < 10
-        processes[victim].kill()
-        wait(*processes)
-        check_sound(4)
-        check_goes_on(method, alone)
-        survived()
+def test_a_rank_hangs(fresh, method, case):
+    alone = fresh(method)
+    processes = begin(method, dict.fromkeys((0, 1), lambda: (short_timeout(), slow())), 2)
+    wait_rows(processes[0], Path("out"), 6)
+    os.kill(processes[case].pid, signal.SIGSTOP)
+    start = time.monotonic()
+    processes[1 - case].join(60)
+    assert processes[1 - case].exitcode == 1 and time.monotonic() - start < 10
+    processes[case].kill()
+    wait(*processes)
+    check_sound(4)
+    check_goes_on(method, alone)
 
 
 # called once for each micro-batch by a loss, six times by a student or a teacher
@@ -192,11 +179,9 @@ def check_nan(fresh, method, ranks, victim, in_teacher=False, log_every=1):
 
 
 @each("NaN on one rank", {"cm_gems": [1, 0], "randommask": [0], "findna": [0]}, {"cm_gems": 1})
-def test_nan_on_one_rank(fresh, survived, method, todo):
-    for victim in todo:
-        alone = check_nan(fresh, method, 2, victim)
-        check_goes_on(method, alone, 2)
-        survived()
+def test_nan_on_one_rank(fresh, method, case):
+    alone = check_nan(fresh, method, 2, case)
+    check_goes_on(method, alone, 2)
 
 
 EVERYWHERE = [dict(ranks=ranks, **where) for where in ({}, {"log_every": 99}) for ranks in (1, 2)]
@@ -205,33 +190,27 @@ IN_TEACHER = [dict(ranks=ranks, **where) for where in ({}, {"in_teacher": True})
 
 @each("loss that is not finite", {"findna": IN_TEACHER, "randommask": EVERYWHERE, "cm_gems": EVERYWHERE},
       {"findna": 3})
-def test_loss_is_not_finite(fresh, survived, method, todo):
-    for case in todo:
-        check_nan(fresh, method, victim=case["ranks"] - 1, **case)
-        survived()
+def test_loss_is_not_finite(fresh, method, case):
+    check_nan(fresh, method, victim=case["ranks"] - 1, **case)
 
 
 @each("full disk on two ranks", [2], {"randommask": 1}, PRETRAINING)
-def test_full_disk(fresh, survived, method, todo):
+def test_full_disk(fresh, method, case):
     """Rank 0, which writes, names the cause; rank 1 does not wait for it for ever."""
-    for n in todo:
-        alone, start = fresh(method), time.monotonic()
-        full = in_save(n, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)))
-        result = go(method, full, 2)
-        assert result.code == 2 and result.err.startswith("error: cannot write") and result.codes[1], result
-        assert time.monotonic() - start < 15 and last_step() == 4
-        check_goes_on(method, alone, 2)
-        survived()
+    alone, start = fresh(method), time.monotonic()
+    full = in_save(case, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)))
+    result = go(method, full, 2)
+    assert result.code == 2 and result.err.startswith("error: cannot write") and result.codes[1], result
+    assert time.monotonic() - start < 15 and last_step() == 4
+    check_goes_on(method, alone, 2)
 
 
 @each("broken last.pt, two ranks", {"findna": [5], "randommask": [13], "cm_gems": [13]}, {"findna": 1})
-def test_the_checkpoint_before(fresh, survived, method, todo):
-    for step in todo:
-        alone = fresh(method, step)
-        os.rename("out/last.pt", "out/prev.pt")
-        Path("out/last.pt").write_bytes(Path("out/prev.pt").read_bytes()[:9999])
-        check_goes_on(method, alone, 2)
-        survived()
+def test_the_checkpoint_before(fresh, method, case):
+    alone = fresh(method, case)
+    os.rename("out/last.pt", "out/prev.pt")
+    Path("out/last.pt").write_bytes(Path("out/prev.pt").read_bytes()[:9999])
+    check_goes_on(method, alone, 2)
 
 
 LAUNCH = """import os, runpy, sys
