@@ -289,7 +289,7 @@ def unsafe(source):
 
 
 @pytest.mark.fault("sources: unsafe calls")
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("tools/*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]), ids=lambda x: x.name)
 def test_sources_call_nothing_unsafe(path):
     assert not [*unsafe(path.read_text())]
 
