@@ -156,30 +156,6 @@ class Bert(nn.Module):
         return 6 * (dense + masked * c.n_embd * (c.n_embd + c.vocab_size)) + 12 * c.n_layer * T * c.n_embd
 
 
-class Classifier(nn.Module):
-    """A Bert with a head on [CLS]: dense, tanh, dropout, linear (that of transformers' sequence classifier).
-
-    tokens (B, T), mask bool (B, T) or None -> (B, n_out). owner (B,): the sequence each row is a window of;
-    the pooled windows of a sequence are averaged, and the outputs are (number of sequences, n_out).
-    """
-
-    def __init__(self, bert, n_out):
-        super().__init__()
-        C = bert.config.n_embd
-        self.bert, self.pooler, self.out = bert, nn.Linear(C, C), nn.Linear(C, n_out)
-        for layer in (self.pooler, self.out):                # as BERT's own layers
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, tokens, mask=None, owner=None):
-        x = torch.tanh(self.pooler(self.bert.encode(tokens, mask, first=1)[:, 0]))                 # (B, C)
-        if owner is not None:
-            n = owner.bincount()
-            x = x.new_zeros(len(n), x.shape[1]).index_add(0, owner, x) / n[:, None]
-        with torch.autocast(x.device.type, enabled=False):   # bf16 does not hold a large target
-            return self.out(F.dropout(x.float(), self.bert.config.dropout, self.training))
-
-
 @dataclasses.dataclass
 class ChordMixerConfig:
     """Sizes of a ChordMixer. Defaults: FinDNA's, 4 layers of 10 blocks, 11 tracks of 28 channels."""
@@ -325,39 +301,6 @@ class BaseModel(nn.Module):
     def forward(self, one_hot):
         x = self.backbone(one_hot)
         return x, self.head(x)
-
-
-class BaseClassifier(nn.Module):
-    """A backbone with a head, linear or of two layers, on the mean over a sequence's bases or its [CLS].
-
-    one_hot (B, L, 5), lengths (B,) or None -> (B, n_out). n_cls: the mean over so many last rows instead.
-    """
-
-    def __init__(self, backbone, n_out, n_cls=0, mlp=False, n_blocks=None):
-        super().__init__()
-        C = backbone.config.n_embd
-        self.backbone, self.n_cls = backbone, n_cls
-        self.more = {"n_blocks": n_blocks} if n_blocks else {}
-        self.hidden = nn.Linear(C, C) if mlp else None
-        self.out = nn.Linear(C, n_out)
-
-    def outputs(self, one_hot, lengths=None):
-        return self.backbone(one_hot, lengths, **self.more)  # (B, L, C)
-
-    def embed(self, one_hot, lengths=None):
-        """(B, C): the mean over the bases, or over the [CLS]."""
-        x = self.outputs(one_hot, lengths)
-        if lengths is None:
-            return x[:, -self.n_cls:].mean(1)                # -0: all
-        at, lengths = torch.arange(x.shape[1], device=x.device), lengths[:, None]
-        real = (at < lengths) & (at >= lengths - (self.n_cls or lengths))                       # (B, L)
-        return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-
-    def forward(self, one_hot, lengths=None):
-        x = self.embed(one_hot, lengths)
-        x = x if self.hidden is None else F.gelu(self.hidden(x))
-        with torch.autocast(x.device.type, enabled=False):
-            return self.out(x.float())
 
 
 class Cnn(nn.Module):
