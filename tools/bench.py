@@ -33,7 +33,6 @@ import cm_gems
 import data
 import findna
 import finetune
-import infer
 import models
 import randommask
 import training
@@ -246,12 +245,10 @@ def our_classifier(L, config):
     """32 sequences of L bases: our network, its tokens and labels, a function that adds their gradients."""
     rng = np.random.default_rng(0)
     rows = data.rows_of(rng.integers(4, size=32 * L, dtype=np.uint8), [L] * 32, np.arange(32) % 2, {})
-    rows = infer.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
-    spec = {"kind": "bert", "bert": dataclasses.asdict(config), "k": K, "stride": 1, "long": "chunk",
-            "dtype": "float32", "n_out": 2}
-    net, index = infer.build_net(spec), np.arange(32)
-    tokens = infer.get_inputs(rows, index, spec)[0]
-    return net, tokens, rows.labels, lambda: finetune.train_batch(net, rows, rows.labels, index, spec, 128)
+    rows = finetune.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
+    net, index = finetune.build_net(finetune.BertHead.body_spec(config) | {"n_out": 2}), np.arange(32)
+    tokens, *_ = net.inputs(rows, index)
+    return net, tokens, rows.labels, lambda: finetune.train_batch(net, rows, rows.labels, index, 128)
 
 
 def fine_tuning(rounds):

@@ -22,7 +22,7 @@ from sklearn.metrics import silhouette_score
 import cm_gems
 import data
 import findna
-import infer
+import finetune
 import models
 import randommask
 import training
@@ -102,12 +102,10 @@ def curves(log):
 
 def read_bert(path):
     """A checkpoint, pretrained or fine-tuned, or hf:FOLDER -> (Bert in eval mode, stride)."""
-    if path.startswith("hf:"):
-        return models.load_hf(path[3:]).eval(), 1
-    spec, weights = infer.read_checkpoint(path, argparse.Namespace(eval_network=None))
+    spec, weights = finetune.read_network(path)
     if spec["kind"] != "bert":
         raise ValueError(f"{path}: a {spec['kind']} network; give a Bert of randommask, cm_gems or finetune")
-    return infer.build_net({"n_out": 1} | spec, weights).bert.eval(), spec["stride"]
+    return finetune.build_net(spec, weights).bert.eval(), spec["stride"]
 
 
 def colorings(k):
