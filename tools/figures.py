@@ -71,7 +71,7 @@ def read_log(run):
             row = {name: x for name, x in json.loads(line).items() if isinstance(x, (int, float))}
             step, _ = int(row.pop("step")), row["loss"]
         except (ValueError, LookupError, AttributeError, ArithmeticError, RecursionError):
-            raise ValueError(f"{path}: line {n}: {data.quoted(line.strip())}, not a row of a pretraining log; "
+            raise ValueError(f"{path}: line {n}: {data.quoted(line.strip())} is no row of a pretraining log; "
                              f"give a run folder of randommask, findna or cm_gems") from None
         for name, value in row.items():
             name = "val_loss_span" if name.startswith("val_loss_span") else name           # of any k
