@@ -92,7 +92,7 @@ def read_npmi(path, k):
     values = {}
     for kmer, (value,), place in zip(columns["kmer"], data.numbers([columns["npmi"]], places), places):
         if not re.fullmatch(f"[ACGT]{{{k}}}", kmer.upper()) or kmer.upper() in values:
-            raise ValueError(f"{place}: {data.quoted(kmer)}; each line is another {k}-mer of A, C, G, T (--k)")
+            raise ValueError(f"{place}: {data.quoted(kmer)}; each line needs another {k}-mer of ACGT (--k)")
         values[kmer.upper()] = value
     return np.array([values.get(kmer, -np.inf) for kmer in models.vocabulary(k)[5:]])
 

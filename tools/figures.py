@@ -23,7 +23,6 @@ import cm_gems
 import data
 import findna
 import finetune
-import models
 import randommask
 import training
 from tools import table
@@ -71,8 +70,8 @@ def read_log(run):
             row = {name: x for name, x in json.loads(line).items() if isinstance(x, (int, float))}
             step, _ = int(row.pop("step")), row["loss"]
         except (ValueError, LookupError, AttributeError, ArithmeticError, RecursionError):
-            raise ValueError(f"{path}: line {n}: {data.quoted(line.strip())} is not a row of a pretraining log; "
-                             f"give a run folder of randommask, findna or cm_gems") from None
+            raise ValueError(f"{path}: line {n}: {data.quoted(line.strip())} is not a row of a pretraining "
+                             f"log; give a run folder of randommask, findna or cm_gems") from None
         for name, value in row.items():
             name = "val_loss_span" if name.startswith("val_loss_span") else name           # span6 if k is 6
             steps, values = log.setdefault(name, ([], []))

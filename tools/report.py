@@ -83,8 +83,7 @@ def report_task(task, data_dir, fasta):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("tasks", nargs="+", help=f"tasks (emp/H3) or groups: {' '.join(data.GROUPS)}")
     parser.add_argument("--data_dir", default="data", help="folder of the benchmark sets (%(default)s)")
     parser.add_argument("--fasta", nargs="+", help="genome of coordinate tables: one FASTA, or one a class")
