@@ -346,13 +346,14 @@ def one_file(server, monkeypatch, replies):
 
 
 @pytest.mark.fault("downloads", n=2)
-def test_full_disk(server, tmp_path, monkeypatch):
+def test_full_disk(server, tmp_path, monkeypatch, survived):
     one_file(server, monkeypatch, [GOOD])
     free = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: free._replace(free=len(BODY) - 1))
         with pytest.raises(ValueError, match="0.0 GB free, 0.0 GB needed; make room"):
             run(["a"], tmp_path)
+    survived()
     real = open
 
     def full(path, mode="r", *args):
@@ -367,6 +368,7 @@ def test_full_disk(server, tmp_path, monkeypatch):
     assert not (tmp_path / "a.csv").exists()
     run(["a"], tmp_path)
     assert (tmp_path / "a.csv").read_bytes() == BODY
+    survived()
 
 
 @pytest.mark.fault("downloads", n=1)
@@ -391,7 +393,7 @@ def test_proxy(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.fault("downloads", n=2)
-def test_killed_and_resumed(server, tmp_path, monkeypatch):
+def test_killed_and_resumed(server, tmp_path, monkeypatch, survived):
     one_file(server, monkeypatch, [GOOD | {"pause": 0.05}, GOOD])
     process, part = harness.fork(lambda: run(["a"], tmp_path)), tmp_path / "partial/a.csv"
     while not part.exists() or part.stat().st_size < 2000:
@@ -399,6 +401,7 @@ def test_killed_and_resumed(server, tmp_path, monkeypatch):
         time.sleep(0.003)
     with pytest.raises(ValueError, match="another download is at work"):
         run(["a"], tmp_path)
+    survived()
     process.kill()
     process.join()
     assert "a.csv" not in harness.contents(tmp_path) and 2000 <= part.stat().st_size < len(BODY)
@@ -407,6 +410,7 @@ def test_killed_and_resumed(server, tmp_path, monkeypatch):
     assert server.requests[-1][1]["Range"] == f"bytes={n}-" and len(server.requests) == 2
     assert (tmp_path / "a.csv").read_bytes() == BODY and set(harness.contents(tmp_path)) == {
         "a.csv", "manifest.json", "partial/lock"}
+    survived()
 
 
 def test_files_that_are_there(server, tmp_path, monkeypatch, capsys):

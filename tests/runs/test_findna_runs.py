@@ -41,7 +41,7 @@ def test_ablations_and_uneven_shares_on_two_ranks(fresh, flags):
     states, logs = [], []
     for ranks in (1, 2):
         fresh("findna")
-        assert go("findna", ranks=ranks, steps=8, **flags).codes == [0] * ranks
+        assert go("findna", ranks=ranks, steps=8, eval_every=8, **flags).codes == [0] * ranks
         states.append(torch.load("out/last.pt", weights_only=True))
         logs.append(log_rows(Path("out")))
     objective, alpha = flags.get("objective"), flags.get("alpha", 0.5)
