@@ -7,7 +7,7 @@ random draws come from the code under test; the unit tests hold those. Everythin
 import importlib
 import json
 import math
-from types import SimpleNamespace
+from collections import namedtuple
 
 import numpy as np
 import pytest
@@ -30,14 +30,18 @@ RUN = dict(genome="genome.fa", device="cpu", out="out", seed=SEED, batch_size=11
            log_every=1, eval_every=1000, save_every=1000)
 BERT = dict(k=K, block_size=22, n_layer=1, n_head=2, n_embd=16, dropout=0)
 MIXER = dict(length=30, windows=23, n_layer=2, track_size=2, hidden=8, dropout=0)
+DNABERT_ADAM, TORCH_ADAM = dict(betas=(0.9, 0.98), eps=1e-6), dict(betas=(0.9, 0.999), eps=1e-8)
+Kept = namedtuple("Kept", "before after row")                # checkpoints around a step, its row of the log
 close = torch.testing.assert_close
 
 
 # what a run leaves behind
 
 def pretrain(script, steps_kept, **flags):
-    """Runs a script in the working folder of the test, until it has kept the last of these steps and those
-    before them. Returns a function: step -> checkpoints before and after it, its row of the log."""
+    """Runs a script in the working folder of the test until it has kept the last of these steps.
+
+    Returns a function: step -> Kept. flags: with out, the run folder.
+    """
     def stop_early():
         training = importlib.import_module("training")
         log = training.log
@@ -52,9 +56,10 @@ def pretrain(script, steps_kept, **flags):
     result = run(command_line(RUN | flags) + kept, {0: stop_early}, script=f"{script}.py")
     assert result.code == 0, result
     rows = {row["step"]: row for row in log_rows(flags["out"])}
-    return lambda step: SimpleNamespace(
-        before=torch.load(flags["out"] / f"step_{step - 1}.pt", weights_only=True),
-        after=torch.load(flags["out"] / f"step_{step}.pt", weights_only=True), row=rows[step])
+
+    def load(step):
+        return torch.load(flags["out"] / f"step_{step}.pt", weights_only=True)
+    return lambda step: Kept(load(step - 1), load(step), rows[step])
 
 
 def double(weights):
@@ -69,12 +74,14 @@ def moments(state):
 
 # the step, written out
 
-def check_step(step, kept, loss_of, lr, clip, betas, eps, decay):
+def check_step(step, kept, loss_of, adam):
     """Checks the weights and moments after a step; returns the loss and the norm of its gradient.
 
-    loss_of(weights): the loss of the whole batch, float64. The weights are computed from the moments in the
-    checkpoint, which are checked first: where a gradient is 0 but for rounding, Adam blows up the rounding.
+    loss_of(weights): the loss of the whole batch, float64. adam: lr, betas, eps, decay, and where to clip.
+    The moments are checked first. The weights are then computed from those in the checkpoint: where a
+    gradient is zero but for rounding, Adam turns the rounding into a step.
     """
+    lr, clip, betas, eps = (adam[name] for name in ("lr", "clip", "betas", "eps"))
     weights = {name: w.requires_grad_() for name, w in double(kept.before["model"]).items()}
     loss = loss_of(weights)
     grads = dict(zip(weights, torch.autograd.grad(loss, [*weights.values()], allow_unused=True)))
@@ -93,7 +100,7 @@ def check_step(step, kept, loss_of, lr, clip, betas, eps, decay):
               msg=lambda text: f"{name}: second moment {text}")
         m_hat = new[name]["exp_avg"] / (1 - betas[0] ** step)
         v_hat = new[name]["exp_avg_sq"] / (1 - betas[1] ** step)
-        shrink = lr * decay if w.dim() == 2 else 0           # no decay of biases and LayerNorm
+        shrink = lr * adam["decay"] if w.dim() == 2 else 0   # no decay of biases and LayerNorm
         want = w - shrink * w - lr * m_hat / (v_hat.sqrt() + eps)
         close(after[name], want.detach(), rtol=2e-7, atol=2e-6 * lr, msg=lambda text: f"{name}: {text}")
     return loss.item(), norm
@@ -116,8 +123,10 @@ def log_softmax(x, dim=-1):
 # the batch, written out
 
 def window_starts(length, held_out=False):
-    """Every position in TEXT where a window without N begins, of training or of what is held out: the last
-    1 % of each contig, where a window fits in it."""
+    """Every position in TEXT where a training window, or a held-out one, can begin: there is no N in it.
+
+    Held out is the last 1 % of each contig, if a window fits in it.
+    """
     starts, offset = [], 0
     for text in CONTIGS.values():
         held = len(text) // 100
@@ -129,12 +138,16 @@ def window_starts(length, held_out=False):
 
 
 def micro_batches(size, step, held_out=False, length=22):
-    """(number, first sequence, its texts, numpy generator) of each micro-batch of 4, torch seeded for it."""
+    """(number of its first sequence, texts, numpy generator) of each micro-batch of 4; seeds torch for it."""
     starts = window_starts(length, held_out)
     for i, first in enumerate(range(0, size, 4)):
         generator = training.seed(SEED, step, i)
         drawn = starts[generator.integers(len(starts), size=min(4, size - first))]
         yield first, [TEXT[at:at + length] for at in drawn], generator
+
+
+def encode(texts):
+    return torch.stack([torch.from_numpy(data.encode(text)) for text in texts])
 
 
 def test_every_part_of_a_key_counts():
@@ -182,7 +195,7 @@ def test_randommask(out):
     for step, phase in ((3, 1), (50, 3), (51, 4), (90, 5)):
         lr = 4e-3 * linear_rate(step, 240, 5)
         loss_of = mlm_loss(kept(step).before["config"], randommask_rows(step, 11, phase))
-        loss, norm = check_step(step, kept(step), loss_of, lr, 0.8, (0.9, 0.98), 1e-6, 0.1)
+        loss, norm = check_step(step, kept(step), loss_of, DNABERT_ADAM | dict(lr=lr, clip=0.8, decay=0.1))
         row = kept(step).row
         assert [row["loss"], row["grad_norm"], row["lr"]] == pytest.approx([loss, norm, lr], rel=1e-5)
         clipped.append(norm > 0.8)
@@ -196,8 +209,7 @@ def piece_rows(step, size, strategy, ranks, held_out=False, share=0.0):
         masker = strategy
         if strategy == "cm_step":
             masker = "global" if generator.random() < share else "genemask"
-        windows = torch.stack([torch.from_numpy(data.encode(text)) for text in texts])
-        tokens = cm_gems.cut_pieces(windows, K, first / size, (first + len(texts)) / size)
+        tokens = cm_gems.cut_pieces(encode(texts), K, first / size, (first + len(texts)) / size)
         centers = data.draw_centers(tokens.shape, p[masker], "cpu") & (tokens > 4)
         masked = cm_gems.MASKERS[masker](tokens, ranks, centers)
         rows += zip(*data.corrupt(tokens, masked, VOCAB))
@@ -228,7 +240,7 @@ def test_cm_gems(out, strategy, expected):
         lr, row = 6e-3 * linear_rate(step, 100, 5), kept(step).row
         rows = piece_rows(step, 11, in_force, ranks, share=(step - 1) // 10 / 10)
         loss_of = mlm_loss(kept(step).before["config"], rows)
-        loss, norm = check_step(step, kept(step), loss_of, lr, 0.8, (0.9, 0.98), 1e-6, 0.1)
+        loss, norm = check_step(step, kept(step), loss_of, DNABERT_ADAM | dict(lr=lr, clip=0.8, decay=0.1))
         assert [row["loss"], row["grad_norm"], row["lr"]] == pytest.approx([loss, norm, lr], rel=1e-5)
         assert row["strategy"] == kept(step).before["strategy"] == in_force
         clipped.append(norm > 0.8)
@@ -256,27 +268,25 @@ def findna_loss(mnm, cl, alpha):
     return alpha * mnm.sum(1) / 9 + (1 - alpha) * cl.sum(1) / 10
 
 
-def findna_views(step, size, held_out=False, views="MDIT+NR", reach=20):
-    """The views of a batch, with 10 blank [CLS] behind the bases. Training windows: a fixed set of 23, which
-    each epoch passes over in an order of its own. [(first, (view_u, target, view_v)) of a micro-batch]."""
+def findna_views(step):
+    """(view_u, target, view_v) of each micro-batch. There are 23 windows; each epoch shuffles them anew."""
     starts, found = window_starts(30), []
     drawn = starts[np.random.default_rng((SEED, 0, 1, 2)).integers(len(starts), size=23)]
     order = np.concatenate([drawn[np.random.default_rng((SEED, epoch, 1, 1)).permutation(23)]
-                            for epoch in range(30)])[(step - 1) * size:]
-    for first, texts, _ in micro_batches(size, step, held_out, 30):
-        if not held_out:
-            texts = [TEXT[at:at + 30] for at in order[first:first + len(texts)]]
-        windows = torch.stack([torch.from_numpy(data.encode(text)) for text in texts])
-        found.append(findna.make_views(windows, views, reach))
+                            for epoch in range(30)])[(step - 1) * 11:]
+    for first, texts, _ in micro_batches(11, step, length=30):
+        texts = [TEXT[at:at + 30] for at in order[first:first + len(texts)]]
+        found.append(findna.make_views(encode(texts), "MDIT+NR", 20))
     return found
 
 
 def with_cls(view):
+    """Ten blank [CLS] behind the bases."""
     return torch.cat([view, torch.zeros(len(view), 10, 5)], 1)
 
 
 def teach(teacher, view_v, center, space, dim):
-    """Eqs 5 and 6 of a micro-batch: the teacher's [CLS] and q."""
+    """Eqs 5 and 6: the teacher's outputs Q at the [CLS] of a micro-batch, and q."""
     with torch.no_grad():
         Q = mixer(teacher, with_cls(view_v))[space == "projected"][:, -10:]
         return Q, ((Q - center) / 0.04).softmax(dim)
@@ -286,10 +296,11 @@ def terms(weights, views, q, space, dim):
     """Cross-entropies (B, 9) of the masked bases and (B, 10) of the [CLS]; the logits of the bases."""
     view_u, target, _ = views
     outputs = mixer(weights, with_cls(view_u))
-    logits = outputs[1][:, :30]
+    logits, P = outputs[1][:, :30], outputs[space == "projected"][:, -10:]
     mnm = -(target * log_softmax(logits)).sum(2)[target.sum(2) > 0].view(len(target), 9)
-    cl = torch.zeros(len(target), 10) if q is None else \
-        -(q * log_softmax(outputs[space == "projected"][:, -10:] / 0.1, dim)).sum(2)
+    cl = torch.zeros(len(target), 10)
+    if q is not None:
+        cl = -(q * log_softmax(P / 0.1, dim)).sum(2)
     return mnm, cl, logits
 
 
@@ -302,12 +313,11 @@ def test_findna(out, flags):
     """Warm-up is 30 % of 40 steps. The batch of step 5 is of two epochs."""
     kept = pretrain("findna", (5, 24), **MIXER, **flags, out=out, steps=40, lr=5e-3, weight_decay=0.2,
                     grad_clip=1, eval_windows=10)
-    taught, space = "objective" not in flags, flags["cl_space"]
-    clipped = []
-    dim, alpha = 1 if "cl_softmax" in flags else 2, 0.3 if taught else 1
+    taught, space, dim = "objective" not in flags, flags["cl_space"], 1 if "cl_softmax" in flags else 2
+    alpha, parts, clipped = 0.3 if taught else 1, {}, []
     for step in (5, 24):
-        before, after, row = vars(kept(step)).values()
-        batch, lr = findna_views(step, 11), 5e-3 * cosine_rate(step, 40, 12)
+        before, after, row = kept(step)
+        batch, lr = findna_views(step), 5e-3 * cosine_rate(step, 40, 12)
         asked = [teach(double(before["teacher"]), views[2], before["center"].double(), space, dim)
                  if taught else (None, None) for views in batch]
 
@@ -316,8 +326,7 @@ def test_findna(out, flags):
             mnm, cl = map(torch.cat, zip(*each))
             parts.update(mnm_loss=mnm.mean().item(), cl_loss=cl.sum(1).mean().item() / 10)
             return findna_loss(mnm, cl, alpha).mean()
-        parts = {}
-        loss, norm = check_step(step, kept(step), loss_of, lr, 1, (0.9, 0.999), 1e-8, 0.2)
+        loss, norm = check_step(step, kept(step), loss_of, TORCH_ADAM | dict(lr=lr, clip=1, decay=0.2))
         assert [row["loss"], row["grad_norm"], row["lr"]] == pytest.approx([loss, norm, lr], rel=1e-5)
         clipped.append(norm > 1)
         assert row["mnm_loss"] == pytest.approx(parts["mnm_loss"], rel=1e-5)
@@ -380,15 +389,14 @@ def test_findna_with_dropout(out):
         each = [terms(double(state["model"]), views, q, "latent", 2) for views, (_, q) in zip(batch, asked)]
         return (*map(torch.cat, zip(*each)), torch.cat([Q for Q, _ in asked]).mean(0))
     for step in (5, 7):
-        before, after, row = vars(kept(step)).values()
-        mnm, cl, _, mean = losses(before, findna_views(step, 11))
+        before, after, row = kept(step)
+        mnm, cl, _, mean = losses(before, findna_views(step))
         close(after["center"].double(), 0.996 * before["center"] + 0.004 * mean, rtol=1e-6, atol=1e-8)
         assert row["loss"] != pytest.approx(findna_loss(mnm, cl, 0.3).mean().item(), rel=1e-4)
     state, row, batch, plain = kept(6).after, kept(6).row, [], []
     for _, texts, _ in micro_batches(10, 0, True, 30):
-        windows = torch.stack([torch.from_numpy(data.encode(text)) for text in texts])
-        batch.append(findna.make_views(windows, "MDIT+NR", 20))
-        plain.append(findna.make_views(windows, "M+none", 0))                  # the next draws
+        batch.append(findna.make_views(encode(texts), "MDIT+NR", 20))
+        plain.append(findna.make_views(encode(texts), "M+none", 0))            # the next draws
     mnm, cl, *_ = losses(state, batch)
     plain_mnm, _, logits, _ = losses(state, plain)
     target = torch.cat([target for _, target, _ in plain])
@@ -482,12 +490,11 @@ def test_finetune(out, protocol, rate, warmup):
     for step in (3, 7, 16, 24):
         epoch, i = divmod(step - 1, 5)
         index = batches_of(lengths, 12, SEED, epoch)[i]
-        kept = SimpleNamespace(before=state(step - 1), after=state(step))
+        kept = Kept(state(step - 1), state(step), None)
         each = classifier_loss(kept.after["config"]["bert"], [texts[i] for i in index],
                                [labels[i] for i in index])
-        lr = 2e-2 * rate(step, 40, warmup)
-        loss, norm = check_step(step, kept, lambda weights: each(weights).mean(), lr, 1.0, (0.9, 0.999), 1e-8,
-                                0.3)
+        adam = TORCH_ADAM | dict(lr=2e-2 * rate(step, 40, warmup), clip=1, decay=0.3)
+        loss, norm = check_step(step, kept, lambda weights: each(weights).mean(), adam)
         seen = kept.after["total"] - kept.before["total"]     # both 0 after an evaluation
         assert seen.tolist() == pytest.approx([loss * len(index), len(index)], rel=1e-5)
         clipped.append(norm > 1)
