@@ -151,6 +151,10 @@ def prev(_, to):
     return to.endswith("prev.pt")
 
 
+def milestone(_, to):
+    return to.endswith(f"step_{STEPS}.pt")
+
+
 POINTS = {
     "opened": at_call("torch", "save", 1, die), "amid": at_call("torch", "save", 1, amid),
     "before fsync": at_call("os", "fsync", 1, die), "after fsync": at_call("os", "fsync", 1, after),
@@ -159,12 +163,14 @@ POINTS = {
     "after the folder's fsync": at_call("os", "fsync", 2, after),
     "before prev.pt is linked": at_call("os", "link", 1, die), "after it": at_call("os", "link", 1, after),
     "before prev.pt is renamed": at_call("os", "replace", 1, die, only=prev),
-    "after prev.pt is renamed": at_call("os", "replace", 1, after, only=prev)}
+    "after prev.pt is renamed": at_call("os", "replace", 1, after, only=prev),
+    "before a milestone is renamed": at_call("os", "replace", 1, die, only=milestone)}
 SAVES = [("before rename", 5), ("before prev.pt is renamed", 3), ("amid", 3),  # the first save has no prev.pt
-         *itertools.product([*POINTS][:7], (1, 2)), *itertools.product(POINTS, (4,))]
+         *itertools.product([*POINTS][:7], (1, 2)), *itertools.product([*POINTS][:11], (4,))]
 
 
-@each("kill inside a save", SAVES, {"randommask": 3, "finetune": 1})
+@each("kill inside a save", {method: SAVES for method in METHODS} | {
+      "randommask": [*SAVES, ("before a milestone is renamed", 5)]}, {"randommask": 3, "finetune": 1})
 def test_kill_inside_a_save(fresh, method, case):
     point, n = case
     whole = fresh(method)
@@ -656,7 +662,9 @@ def test_another_run(fresh, whole, method, case):
     alone = fresh(method, 9)
     here = run_folder(method)
     sound = (here / "last.pt").read_bytes()
-    Path("other.fa").write_text(Path("genome.fa").read_text()[:-9] + "\n")
+    text = Path("genome.fa").read_text()
+    Path("other.fa").write_text(text[:-9] + "\n")
+    Path("same.fa").write_text(text.replace("ACG", "acg").replace("\n>", "\n\n>"))
     Path("t.csv").write_text("kmer,npmi\nAAA,2\nAAC,1\n")
     if other is newer:
         torch.save(newer(training.load(here / "last.pt")), here / "last.pt")
@@ -666,7 +674,7 @@ def test_another_run(fresh, whole, method, case):
     assert word in refused(result) or word == "format" in result.out, result
     assert contents(here) == before
     (here / "last.pt").write_bytes(sound)
-    check_goes_on(method, alone)
+    check_goes_on(method, alone, **({} if method == "finetune" else {"genome": "same.fa"}))
 
 
 @each("stale temporary files", [b"PK"], {"findna": 1})

@@ -210,7 +210,7 @@ WAYS = {                                                     # folder of the fil
     **{f"finetune --{what}": ("finetune", "finetune", lambda path, what=what: [
         f"--{what}", "new" if what == "export" else "a.csv", "--init", path])
        for what in ("predict", "embed", "export")}}
-QUICK = ("load", "hf .bin", "randommask --init", "randommask resumed", "finetune --init")
+QUICK = ("load", "hf .bin", "randommask resumed", "finetune --init")
 SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way not in QUICK]
 
 
