@@ -29,7 +29,6 @@ import torch
 import cm_gems
 import data
 import finetune
-import infer
 import models
 import randommask
 import training
@@ -229,21 +228,19 @@ def fine_tuning(rounds):
     for L in (70, 300):
         rng, config = np.random.default_rng(0), dataclasses.replace(MINI, dropout=0.1)
         rows = data.rows_of(rng.integers(4, size=32 * L, dtype=np.uint8), [L] * 32, np.arange(32) % 2, {})
-        rows = infer.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
-        spec = {"kind": "bert", "bert": dataclasses.asdict(config), "k": K, "stride": 1, "long": "chunk",
-                "dtype": "float32", "n_out": 2}
-        net = infer.build_net(spec)
+        rows = finetune.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
+        net = finetune.build_net(finetune.BertHead.body_spec(config) | {"n_out": 2})
         with tempfile.TemporaryDirectory() as tmp:
             models.save_hf(net, tmp + "/hf", ("a", "b"))
             peer = BertForSequenceClassification.from_pretrained(tmp + "/hf")
-        tokens = infer.get_inputs(rows, np.arange(32), spec)[0]
+        tokens = net.inputs(rows, np.arange(32))[0]
         with torch.no_grad():
             assert (net.eval()(tokens) - peer.eval()(tokens).logits).abs().max() < 1e-5
         optimizers = (training.make_optimizer(net.train(), 3e-5, 0, (0.9, 0.999), 1e-8),
                       torch.optim.AdamW(peer.train().parameters(), 3e-5))
 
         def ours():
-            finetune.train_batch(net, rows, rows.labels, np.arange(32), spec, 128)
+            finetune.train_batch(net, rows, rows.labels, np.arange(32), 128)
             training.scale_gradients(net, torch.ones(()), 1.0)
             optimizers[0].step()
             optimizers[0].zero_grad()

@@ -22,7 +22,7 @@ from sklearn.metrics import silhouette_score
 import cm_gems
 import data
 import findna
-import infer
+import finetune
 import models
 import randommask
 from tools import table
@@ -126,11 +126,11 @@ def read_bert(path):
     """A checkpoint of ours, pretrained or fine-tuned, or hf:FOLDER -> (Bert in eval mode, stride)."""
     if path.startswith("hf:"):
         return models.load_hf(path[3:]).eval(), 1
-    spec, weights = infer.read_checkpoint(path, argparse.Namespace(eval_network=None))
+    spec, weights = finetune.read_checkpoint(path)
     if spec["kind"] != "bert":
         raise ValueError(f"{path}: a {spec['kind']}, no BERT over k-mers; give one of randommask.py, "
                          f"cm_gems.py or finetune.py")
-    return infer.build_net({"n_out": 1} | spec, weights).bert.eval(), spec["stride"]
+    return finetune.build_net(spec, weights).bert.eval(), spec["stride"]
 
 
 def colorings(k):

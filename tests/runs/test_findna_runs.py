@@ -255,9 +255,10 @@ def test_predict_and_embed(out, table):
     write_fasta(out.parent / "all.fa", {f"s{i}": text for i, text in enumerate(table)})
     write_fasta(out.parent / "one.fa", {"s7": table[7]})
     for name, flags in itertools.product(("all", "one"), (
-            f"--init {model} --out {{0}}.tsv --predict", f"--init {init} --out {{0}}.npz --per_base --embed",
-            f"--init {init} --out {{0}}.cls.npz --pool cls --embed")):
-        assert run([*flags.format(name).split(), f"{name}.fa"], script="finetune.py").code == 0
+            f"predict --init {model} --out {{0}}.tsv", f"embed --init {init} --out {{0}}.npz --per_base",
+            f"embed --init {init} --out {{0}}.cls.npz --pool cls")):
+        tool, *args = flags.format(name).split()
+        assert run([f"{name}.fa", *args], script=f"tools.{tool}").code == 0
     rows, [row] = ([line.split("\t")[2:] for line in open(f"{name}.tsv")][1:] for name in ("all", "one"))
     assert [row[0] for row in rows] == ["0", "1"] * 30
     assert [float(p) for p in rows[7][1:]] == pytest.approx([float(p) for p in row[1:]], abs=1e-5)
@@ -280,11 +281,11 @@ def test_finetune_refusals(out, table):
     torch.save(state, "mnm.pt")
     write_csv(table)
     assert pretrain(tiny("t", backbone="transformer", n_embd=8, n_head=2, steps=1, length=21)).code == 0
-    for args, word in (("--csv a.csv --init mnm.pt --eval_network teacher", "use student"),
-                       ("--csv a.csv --init t/last.pt --blocks log2", "transformer"),
-                       ("--embed all.fa --init t/last.pt", "40 bases for 31 positions"),
-                       ("--csv a.csv --init random:nowhere.pt", "nowhere.pt"),
-                       ("--embed a.csv --init random:both.pt", "give one checkpoint")):
-        write_fasta(out.parent / "all.fa", {"a": "A" * 40})
-        assert word in refused(run([*args.split(), "--device", "cpu"], script="finetune.py"))
+    write_fasta(out.parent / "all.fa", {"a": "A" * 40})
+    for script, args, word in (("finetune.py", "--csv a.csv --init mnm.pt --eval_network teacher", "use student"),
+                               ("finetune.py", "--csv a.csv --init t/last.pt --blocks log2", "transformer"),
+                               ("tools.embed", "all.fa --init t/last.pt", "40 bases for 31 positions"),
+                               ("finetune.py", "--csv a.csv --init random:nowhere.pt", "nowhere.pt"),
+                               ("tools.embed", "a.csv --init random:both.pt", "no such checkpoint")):
+        assert word in refused(run([*args.split(), "--device", "cpu"], script=script))
     assert tune("--init", "mnm.pt", "--epochs", 1)[0]["mixer"] == state["config"]
