@@ -523,7 +523,7 @@ def fit_linear(train, labels, test, task):
 
 
 def linear_outputs(net, parts, task, micro_batch_size, device):
-    """Outputs on test of a linear model on frozen embeddings (probe), or, without a network, on k-mer counts."""
+    """Outputs on test of a linear model on embeddings (probe) or, without a network, on k-mer counts."""
     if net is None:
         features = [kmer_counts(parts[split]) for split in ("train", "test")]
     else:
@@ -578,6 +578,23 @@ def get_schedule(p, n_train):
     return steps, per_epoch, min(warmup, steps)
 
 
+def resume(folder, run, **parts):
+    """(steps done, the best evaluation so far), with the checkpoint in folder, if any, put into parts."""
+    if not any(os.path.exists(os.path.join(folder, name)) for name in ("last.pt", "prev.pt")):
+        return 0, {"value": -math.inf, "step": 0, "worse": 0, "weights": {}, "scores": {}}
+    state = training.load_run(folder, run, **parts)
+    return state["step"], state["best"]
+
+
+def mean_loss(total, task, step):
+    """Mean of (loss sum, sequences), which start again at 0; ArithmeticError when it is not finite."""
+    loss, n = total.tolist()
+    total.zero_()
+    if not math.isfinite(loss):
+        raise ArithmeticError(f"{task}: the loss is not finite before step {step}; lower --lr")
+    return loss / n
+
+
 def fine_tune(net, parts, task, run, folder, args):
     """The loop: trains net, leaves in it the weights that the protocol selects, returns what happened.
 
@@ -589,12 +606,9 @@ def fine_tune(net, parts, task, run, folder, args):
     lengths, labels = np.diff(train.offsets), torch.from_numpy(train.labels).to(train.bases.device)
     steps, per_epoch, warmup = get_schedule(p, len(labels))
     optimizer = training.make_optimizer(net, p["lr"], p["weight_decay"], BETAS, EPS)
-    done, best = 0, {"value": -math.inf, "step": 0, "worse": 0, "weights": {}, "scores": {}}
     total, batches = torch.zeros(2, device=labels.device), None    # loss sum, sequences since an evaluation
-    if any(os.path.exists(os.path.join(folder, name)) for name in ("last.pt", "prev.pt")):
-        state = training.load_run(folder, run, model=net, optimizer=optimizer, total=total)
-        done, best = state["step"], state["best"]
-    lock, saved = training.open_run(folder, args, done), time.monotonic()
+    done, best = resume(folder, run, model=net, optimizer=optimizer, total=total)
+    lock, saved = training.open_run(folder, args, done), time.monotonic()      # noqa: F841, held until the end
     bar = tqdm(initial=done, total=steps, unit="step", disable=not sys.stderr.isatty())
     while done < steps and not (p["patience"] and best["worse"] >= p["patience"]):
         (epoch, i), step = divmod(done, per_epoch), done + 1
@@ -609,11 +623,7 @@ def fine_tune(net, parts, task, run, folder, args):
         optimizer.step()
         optimizer.zero_grad()
         if step % (p["eval_every"] or per_epoch) == 0 or step == steps:
-            loss, n = total.tolist()
-            total.zero_()
-            if not math.isfinite(loss):
-                raise ArithmeticError(f"{key['task']}: the loss is not finite before step {step}; lower --lr")
-            row = {"step": step, "epoch": step / per_epoch, "loss": loss / n}
+            row = {"step": step, "epoch": step / per_epoch, "loss": mean_loss(total, key["task"], step)}
             if dev:
                 found = evaluate(net, dev, task, args.micro_batch_size)
                 keep_best(best, net, step, found, -found["loss"] if p["select"] == "loss" else found[metric])
@@ -926,7 +936,7 @@ def fractions(text):
 def add_protocol_flags(parser):
     positive = number(int, 1)
     add = parser.add_argument_group("protocol").add_argument
-    add("--mode", choices=("finetune", "probe"), default="finetune", help="probe: linear model, frozen network")
+    add("--mode", choices=("finetune", "probe"), default="finetune", help="probe: a linear model only")
     add("--protocol", choices=PROTOCOLS, help="default: that of the papers that use the set; --csv: strict")
     add("--seeds", type=positive, help="number of repeats (default: the protocol's)")
     add("--seed", type=number(int, 0, 2 ** 31), default=42, help="seed of the first repeat (%(default)s)")

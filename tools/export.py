@@ -89,7 +89,7 @@ def recorded(init, state):
 
 
 def model_card(state, spec, folder, numbers, use):
-    """README.md of an export. state: the checkpoint; numbers: scores or losses; use: of use_bert, use_mixer."""
+    """README.md of an export. state: the checkpoint; numbers: scores or losses; use: from use_bert, ..."""
     library, tokens, snippet = use
     return CARD.format(
         library=library, title=os.path.basename(folder.rstrip("/")), tokens=tokens,

@@ -61,7 +61,7 @@ def read_blocks(sequences, size=1 << 24):
 
 @contextlib.contextmanager
 def new_file(out, source, suffix):
-    """A binary file that becomes `out` once it is whole; default: the source's name + suffix, in this folder."""
+    """A binary file that becomes `out` once it is whole; default: source's stem + suffix, in this folder."""
     out = out or os.path.splitext(os.path.basename(source).removesuffix(".gz"))[0] + suffix
     if os.path.exists(out):
         raise ValueError(f"--out {out}: exists already; name another file")
@@ -82,7 +82,7 @@ def add_flags(parser):
     add("--init", required=True, help="checkpoint (predict: a fine-tuned one), or hf:FOLDER")
     add("--window", type=positive, help="cut each sequence into windows of N bases")
     add("--step", type=positive, help="bases between the starts of windows (--window)")
-    add("--long", choices=("chunk", "truncate"), help="longer than block_size: windows, or cut (as fine-tuned)")
+    add("--long", choices=("chunk", "truncate"), help="beyond block_size: windows, or cut (as fine-tuned)")
     add("--stride", type=positive, help="1: overlapping k-mers, k: non-overlapping (as trained)")
     add("--eval_network", choices=("teacher", "student"), help="FinDNA: network to use (teacher if there)")
     add("--micro_batch_size", type=positive, default=128, help="windows per forward pass (%(default)s)")

@@ -56,7 +56,7 @@ def read_runs(out, ids=None):
             what = f"no {e}" if isinstance(e, KeyError) else "not a run"
             raise ValueError(f"{path}: line {n}: {what}; delete the line and run its task again") from None
     if not runs:
-        raise ValueError(f"{path}: no results yet; run finetune.py --task first")
+        raise ValueError(f"{path}: no results yet; run finetune.py first")
     return name_versions(list(runs.values()))
 
 

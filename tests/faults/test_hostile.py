@@ -207,9 +207,8 @@ WAYS = {                                                     # folder of the fil
         *flags(script), "--init", path]) for script in FLAGS},
     **{f"{script} resumed": (script, script, lambda path, script=script: resumed(path, script))
        for script in FLAGS},
-    **{f"finetune --{what}": ("finetune", "finetune", lambda path, what=what: [
-        f"--{what}", "new" if what == "export" else "a.csv", "--init", path])
-       for what in ("predict", "embed", "export")}}
+    **{f"tools.{tool}": ("finetune", f"tools.{tool}", lambda path, tool=tool: [
+        "new" if tool == "export" else "a.csv", "--init", path]) for tool in ("predict", "embed", "export")}}
 QUICK = ("load", "hf .bin", "randommask resumed", "finetune --init")
 SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way not in QUICK]
 
@@ -231,7 +230,8 @@ def attempt(way, name, patch=lambda: None, files=hostile):
     if callable(target):
         result = wait(fork(call))
     else:
-        result = run(args, {0: lambda: (measure(), patch())}, script=f"{target}.py")
+        script = target if target.startswith("tools.") else f"{target}.py"
+        result = run(args, {0: lambda: (measure(), patch())}, script=script)
     return result, {name for name, raw in contents(Path()).items() if before.get(name) != raw} - {"used"}
 
 

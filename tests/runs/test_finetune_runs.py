@@ -9,6 +9,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,11 +18,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import data
 import finetune
-import infer
 import models
 import training
 from harness import (SHARED, at_call, cases, contents, die, expand, log_rows, random_dna, refused, run,
                      slow, start, wait, wait_rows, write_fasta)
+from tools import embed, predict
 
 MOTIF, BLOCK, K = "CGCGCGCGCGCG", 34, 3                      # a window: 32 3-mers, 34 bases
 SPLITS = ["train.csv", "dev.csv", "test.csv"]
@@ -45,6 +46,15 @@ def done(**flags):
     result = tune(**flags)
     assert result.code == 0 and result.err == "", result
     return result.out, results()
+
+
+def use(tool, file, **flags):
+    """What python -m tools.TOOL, which must succeed, printed."""
+    flags = ({} if tool == "export" else {"device": "cpu"}) | flags
+    result = run([file, *(str(x) for name, value in flags.items() for x in (
+        [f"--{name}"] if value is True else [f"--{name}", value]))], script=f"tools.{tool}")
+    assert result.code == 0 and result.err == "", result
+    return result.out
 
 
 def results():
@@ -93,7 +103,7 @@ def learnt(tmp_path_factory):
         [ALONE] = [row for row in done(**SMALL)[1] if row != ROW]
         cnn = {"kind": "cnn", "length": 60, "n_out": 2}
         bert = models.BertConfig(4 ** K + 5, BLOCK, 1, 2, 16, 64)
-        state = training.load(ROW["model"]) | {"model": infer.build_net(cnn).state_dict()}
+        state = training.load(ROW["model"]) | {"model": finetune.build_net(cnn).state_dict()}
         torch.save(state | {"config": cnn | {"classes": ("no", "yes"), "regression": False}}, "cnn.pt")
         state |= {"method": "randommask", "model": models.Bert(bert).state_dict(), "args": {"stride": K}}
         torch.save(state | {"config": vars(bert)}, "bert.pt")
@@ -140,18 +150,18 @@ def test_which_evaluation_is_tested(here, protocol, name, best):
     assert row["tested_step"] == rows[values.index(best(values))]["step"]
     stop = row["tested_step"] + 150 if protocol == "martinek" else 250           # its patience: 3 epochs
     assert row["steps"] == min(250, stop)
-    done(predict="dev.csv", init=row["model"], out="dev.tsv")
+    use("predict", "dev.csv", init=row["model"], out="dev.tsv")
     right = np.mean([a == b for a, b in zip(column("dev.tsv", 2), labels)])
     assert right == row["dev"]["acc"] if row["dev"] else protocol == "fewshot" and "dev" not in row["rows"]
 
 
-@pytest.mark.parametrize("files, sizes, said", [
+@pytest.mark.parametrize("files, sizes, tested_on", [
     (["small.csv"], {"train": 128, "dev": 16, "test": 16}, "test"),
     (["small.csv", "test.csv"], {"train": 144, "dev": 16, "test": 100}, "test; dev is 10% of train"),
     (["small.csv", "dev.csv", "test.csv"], {"train": 160, "dev": 100, "test": 100}, "test")])
-def test_one_two_and_three_tables(here, files, sizes, said):
+def test_one_two_and_three_tables(here, files, sizes, tested_on):
     [row] = done(csv=files, epochs=1)[1]
-    assert (row["rows"], row["tested_on"], row["task"]) == (sizes, said, "csv/small")
+    assert (row["rows"], row["tested_on"], row["task"]) == (sizes, tested_on, "csv/small")
 
 
 def test_regression_answers_in_the_units_of_its_targets(here):
@@ -164,7 +174,7 @@ def test_regression_answers_in_the_units_of_its_targets(here):
     [row] = done(csv="gc.csv", targets=["up", "down"], protocol="dnabert2", lr=0.01, epochs=9, dropout=0)[1]
     assert min(row["test"][name] for name in ("pcc_up", "pcc_down", "spearman")) > 0.95
     assert not row["collapsed"] and row["metric"] == "pcc"   # however small the units
-    done(predict="gc.csv", init=row["model"], out="p.tsv")
+    use("predict", "gc.csv", init=row["model"], out="p.tsv")
     for n in (1, 2):
         want, got = np.float64(column("gc.csv", n)), np.float64(column("p.tsv", n + 1))
         assert np.mean((want - got) ** 2) < 0.1 * np.var(want) and np.corrcoef(want, got)[0, 1] > 0.95
@@ -237,7 +247,7 @@ def test_two_ranks_share_the_runs(here):
 
 def test_every_kind_of_start(here):
     shutil.copy(HERE / "bert.pt", here)
-    done(export="hf", init="bert.pt", out=None)
+    use("export", "hf", init="bert.pt")
     starts = ["bert.pt", "hf:hf", MODEL, "cnn", "kmer"]
     rows = {row["init"]: row for row in done(init=starts, **SMALL)[1]}
     bert, folder, tuned, cnn, kmer = (rows[str(init)] for init in starts)
@@ -264,10 +274,10 @@ def test_a_loss_that_is_not_finite(here, flags, classes):
     assert results() == []
 
 
-def test_collapse_is_said(here):
+def test_collapse_is_reported(here):
     rng = np.random.default_rng(0)
-    write_table("odd.csv", "sequence label", [(random_dna(20, rng), i % 10 // 9) for i in range(200)])
-    out, [row] = done(csv="odd.csv", epochs=3, lr=1e-3)
+    write_table("t.csv", "sequence label", [(random_dna(20, rng), i % 10 // 9) for i in range(200)])
+    out, [row] = done(csv="t.csv", epochs=3, lr=1e-3)
     assert row["collapsed"] and "COLLAPSED" in out
     assert (row["test"]["acc"], row["test"]["f1_binary"], row["score"]) == (0.9, 0, 0)
 
@@ -306,14 +316,14 @@ def windows_of(text, stride=1):
 
 def test_predict_and_export(here):
     texts, labels = column("test.csv"), column("test.csv", 1)
-    done(export="hf", init=MODEL, out=None)
+    use("export", "hf", init=MODEL)
     theirs = AutoModelForSequenceClassification.from_pretrained("hf")
-    tokenizer, odd = AutoTokenizer.from_pretrained("hf"), {"short": "AC", "n": "N" * 50}
-    write_fasta(here / "t.fa", {f"{i} x": text for i, text in enumerate(texts, 1)} | odd)
+    tokenizer, others = AutoTokenizer.from_pretrained("hf"), {"short": "AC", "n": "N" * 50}
+    write_fasta(here / "t.fa", {f"{i} x": text for i, text in enumerate(texts, 1)} | others)
     Path("t.gz").write_bytes(gzip.compress(Path("t.fa").read_bytes()))
     files = {}
     for name, more in (("test.csv", []), ("t.fa", ["short", "n"]), ("t.gz", ["short", "n"])):
-        assert f"sequences {100 + len(more)}" in done(predict=name, init=MODEL, out=f"{name}.tsv")[0]
+        assert f"sequences {100 + len(more)}" in use("predict", name, init=MODEL, out=f"{name}.tsv")
         head, *rows = [line.split("\t") for line in Path(f"{name}.tsv").read_text().splitlines()]
         assert head == "id length class p_no p_yes".split() and len(rows) == 100 + len(more)
         assert [row[0] for row in rows] == [*map(str, range(1, 101)), *more]
@@ -321,7 +331,7 @@ def test_predict_and_export(here):
         assert np.allclose(p.sum(1), 1) and [row[2] == "yes" for row in rows] == p.argmax(1).tolist()
     assert files["test.csv"] == files["t.fa"] == files["t.gz"]
     assert ROW["test"]["acc"] == np.mean([row[2] == label for row, label in zip(rows, labels)])
-    no, yes = ([float(row[4]) for row, label in zip(rows, labels) if label == of] for of in ("no", "yes"))
+    no, yes = ([float(row[4]) for row, label in zip(rows, labels) if label == name] for name in ("no", "yes"))
     over = np.subtract.outer(yes, no)                        # as at the test: pairs in order
     assert ROW["test"]["auroc"] == pytest.approx(np.mean(over > 0) + np.mean(over == 0) / 2, abs=1e-3)
     for text, row in zip(texts[:20], rows):
@@ -329,19 +339,21 @@ def test_predict_and_export(here):
         pooled = torch.stack([theirs.bert(**x).pooler_output for x in inputs]).mean(0)
         want = theirs.classifier(pooled).softmax(-1)[0].detach().numpy()
         assert np.float64(row[3:]) == pytest.approx(want, abs=1e-5)
-    for what in ("predict", "embed"):
-        assert "exists" in refused(tune(**{what: "t.fa"}, init=MODEL, out="t.fa.tsv"))
+    for tool in ("predict", "embed"):
+        flags = ["t.fa", "--init", MODEL, "--out", "t.fa.tsv"]
+        assert "exists" in refused(run(flags, script=f"tools.{tool}"))
+    assert np.allclose(finetune.load_model(str(MODEL)).predict(texts), p[:100], atol=1e-5)
 
 
 def test_windows_of_long_sequences(here):
     texts = {name: random_dna(n, np.random.default_rng(n)) for name, n in zip("abcd", (107, 20, 7, 35))}
     write_fasta(here / "t.fa", texts)
-    done(predict="t.fa", init=MODEL, window=20, step=15, out="t.tsv")
+    use("predict", "t.fa", init=MODEL, window=20, step=15, out="t.tsv")
     want = [("a", start) for start in (0, 15, 30, 45, 60, 75, 87)] + [("b", 0), ("c", 0), ("d", 0), ("d", 15)]
     cut = {f"{name}:{at}-{min(at + 20, len(texts[name]))}": texts[name][at:at + 20] for name, at in want}
     assert column("t.tsv") == list(cut)                      # the last is flush with the end
     write_fasta(here / "cut.fa", cut)
-    done(predict="cut.fa", init=MODEL, out="cut.tsv")
+    use("predict", "cut.fa", init=MODEL, out="cut.tsv")
     assert Path("t.tsv").read_text() == Path("cut.tsv").read_text()
 
 
@@ -350,7 +362,7 @@ def test_embed(here, stride):
     texts = column("test.csv")[:9] + ["ACGNACGTACGTACNNNACG", random_dna(300, np.random.default_rng(0)), "AC"]
     write_fasta(here / "t.fa", {f"s{i}": text for i, text in enumerate(texts)})
     for pool in ("mean", "cls"):
-        done(embed="t.fa", init=MODEL, pool=pool, stride=stride, out=f"{pool}.npz", per_base=())
+        use("embed", "t.fa", init=MODEL, pool=pool, stride=stride, out=f"{pool}.npz", per_base=True)
     mean, cls, state = np.load("mean.npz"), np.load("cls.npz"), training.load(MODEL)
     bert, words = models.Bert(models.BertConfig(**state["config"]["bert"])).eval(), models.vocabulary(K)
     bert.load_state_dict({name[5:]: p for name, p in state["model"].items() if name.startswith("bert.")})
@@ -365,24 +377,32 @@ def test_embed(here, stride):
         assert cls["embeddings"][i] == close(np.mean([part[0] for part in x], 0))
         assert mean["embeddings"][i] == close(hidden.mean(0) if len(hidden) else np.zeros(16))
         for at, base in enumerate(cls["per_base"][ends[i]:ends[i + 1]]):         # mean of its k-mers
-            of = [hidden[j] for j in range(len(hidden)) if j * stride <= at < j * stride + K]
-            assert base == close(np.mean(of, 0) if of else np.zeros(16))
+            kmers = [hidden[j] for j in range(len(hidden)) if j * stride <= at < j * stride + K]
+            assert base == close(np.mean(kmers, 0) if kmers else np.zeros(16))
 
 
 def test_nothing_is_half_written(here, monkeypatch):
     write_fasta(here / "t.fa", {"a": "ACGT" * 9, "b": "ACGT" * 9, "c": "ACGU"})
-    flags, seen = tiny(predict="t.fa", init=MODEL, out="t.tsv"), []
-    monkeypatch.setattr("sys.argv", ["finetune.py", *flags])
-    args, before = finetune.parse_args(), sorted(os.listdir())
-    args.embed, args.dtype = args.predict, "float32"
-    monkeypatch.setattr(infer, "read_blocks", functools.partial(infer.read_blocks, size=40))
-    apply = infer.apply
-    monkeypatch.setattr(infer, "apply", lambda *args: seen.extend(os.listdir()) or apply(*args))
-    for function in (infer.predict, infer.embed):
+    model, seen, before = finetune.load_model(str(MODEL)), [], sorted(os.listdir())
+    args = SimpleNamespace(file="t.fa", out="t.tsv", window=None, step=None, per_base=False)
+    blocks = functools.partial(predict.read_blocks, size=40)
+    apply = finetune.apply
+    monkeypatch.setattr(finetune, "apply", lambda *args: seen.extend(os.listdir()) or apply(*args))
+    for module, function in ((predict, predict.predict), (embed, embed.embed)):
+        monkeypatch.setattr(module, "read_blocks", blocks)
         with pytest.raises(ValueError, match="t.fa: line 6"):
-            function(args, torch.device("cpu"))
+            function(model, args)
         assert sorted(os.listdir()) == before and "t.tsv.tmp" in seen            # the first block was done
         seen.clear()
+
+
+def test_the_table_of_a_command(here):
+    shutil.copytree(HERE / "out", "out")
+    out = done(init=["random", "kmer"], **SMALL)[0]
+    head, *rows = [line for line in out.splitlines() if line.startswith("| ")]
+    assert "kmer" in head and "random 1x16 h2 k3" in head and "csv/train" not in out and len(rows) == 2
+    result = run(["out"], script="tools.table")
+    assert result.code == 0 and "csv/train" in result.out == Path("out/table.md").read_text(), result
 
 
 @pytest.mark.fault("flags: finetune")
@@ -392,8 +412,11 @@ def test_bad_flags(here, case):
         pytest.skip("there is a GPU")
     names, before = {"here": str(HERE), "tmp": str(here), "model": str(MODEL)}, contents(here)
     flags = case["args"].split() if isinstance(case["args"], str) else case["args"]
-    args = ["--device", "cpu", "--out", "out", *(flag.format(**names) for flag in flags)]
-    assert case["word"].format(**names) in refused(run(args, script="finetune.py"))
+    flags = [flag.format(**names) for flag in flags]
+    script = f"tools.{case['tool']}" if "tool" in case else "finetune.py"
+    if case.get("tool") not in ("export", "table"):
+        flags = ["--device", "cpu", "--out", "out", *flags]
+    assert case["word"].format(**names) in refused(run(flags, script=script))
     assert contents(here) == before and not Path("out").exists()
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 import data
 import findna
+import finetune
 import models
 from harness import equal, random_dna
 
@@ -70,13 +71,14 @@ def test_reach(L, sizes):
 @pytest.mark.parametrize("n_cls, n_blocks", [(0, None), (10, None), (0, 4)])
 def test_padding_does_not_leak(config, n_cls, n_blocks):
     n_blocks = n_blocks if isinstance(config, models.ChordMixerConfig) else None
-    net = models.BaseClassifier(models.make_backbone(vars(config)), 3, n_cls, True, n_blocks).eval()
+    spec = {"kind": "mixer", "mixer": vars(config), "n_cls": n_cls, "pool": "cls", "head": "mlp", "n_out": 3}
+    net = finetune.build_net(spec | {"n_blocks": n_blocks}).eval()
     lengths = torch.tensor([11, 20, 40, 64, 150])            # some longer than in pretraining
     one_hot = torch.randn(5, 160, 5)                         # what is behind the ends could be anything
-    together = net.outputs(one_hot, lengths), net.embed(one_hot, lengths), net(one_hot, lengths)
+    together = net.states(one_hot, lengths), net.embed(one_hot, lengths), net(one_hot, lengths)
     for i, n in enumerate(lengths):
         alone = one_hot[i:i + 1, :n]
-        x = net.outputs(alone)
+        x = net.states(alone)
         torch.testing.assert_close(together[0][i:i + 1, :n], x)
         torch.testing.assert_close(together[1][i:i + 1], x[:, -n_cls:].mean(1))
         torch.testing.assert_close(together[2][i:i + 1], net(alone))

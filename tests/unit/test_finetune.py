@@ -12,7 +12,6 @@ import torch
 
 import data
 import finetune
-import infer
 import models
 from harness import SHARED, cases, random_dna
 
@@ -20,16 +19,17 @@ BLOCK, K = 34, 3                                             # a window: 32 3-me
 COORDINATES = SHARED / "data/GenomicBenchmarks/coordinates/human_enhancers_ensembl/train/negative.csv.gz"
 
 
-def spec_of(k=K, stride=1, block_size=BLOCK, long="chunk"):
-    return {"kind": "bert", "k": k, "stride": stride, "long": long, "dtype": "float32", "n_out": 2,
-            "bert": vars(models.BertConfig(4 ** k + 5, block_size, 1, 2, 16, 32))}
+def bert_head(k=K, stride=1, block_size=BLOCK, long="chunk"):
+    config = models.BertConfig(4 ** k + 5, block_size, 1, 2, 16, 32)
+    spec = finetune.BertHead.body_spec(config, stride) | {"long": long, "n_out": 2}
+    return finetune.build_net(spec, seed=1).eval()
 
 
 def made_rows(lengths):
     """Sequences with a few N, as texts and as Rows."""
     rng = np.random.default_rng(len(lengths))
     texts = [random_dna(n, rng, "ACGT" * 9 + "N") for n in lengths]
-    return texts, infer.on_device(data.rows_from(texts), "cpu")
+    return texts, finetune.on_device(data.rows_from(texts), "cpu")
 
 
 @pytest.mark.parametrize("long", ["chunk", "truncate"])
@@ -38,45 +38,59 @@ def made_rows(lengths):
 def test_windows_hold_every_kmer_once(k, stride, block_size, long):
     texts, rows = made_rows([200, 1, 2, 3, 33, 34, 35, 36, 98, 99, 640, 100, 101, 102, 5, 6, 7, 203])
     index = np.random.default_rng(0).permutation(len(texts))
-    tokens, mask, owner = infer.get_inputs(rows, index, spec_of(k, stride, block_size, long))
+    tokens, mask, owner = bert_head(k, stride, block_size, long).inputs(rows, index)
     owner, found = range(len(texts)) if owner is None else owner.tolist(), [[] for _ in texts]
     assert tokens.shape[1] % 64 == 0 or tokens.shape[1] == block_size
     for i, row, n in zip(owner, tokens.tolist(), mask.sum(1).tolist()):
         assert row[0] == data.CLS and row[n - 1] == data.SEP and row[n:] == [data.PAD] * (len(row) - n)
         assert data.PAD not in row[:n] and (n > 2 or len(texts[index[i]]) < k)   # no window is empty
         found[i] += row[1:n - 1]
-    most = None if long == "chunk" else block_size - 2
-    assert found == [data.tokenize([texts[i]], k, stride)[0, 1:-1].tolist()[:most] for i in index]
+    n_kept = None if long == "chunk" else block_size - 2
+    assert found == [data.tokenize([texts[i]], k, stride)[0, 1:-1].tolist()[:n_kept] for i in index]
 
 
 def test_windows_of_equal_lengths_need_no_mask():
     texts, rows = made_rows([40] * 5 + [39, 2, 1])
-    tokens, *others = infer.get_inputs(rows, np.arange(5), spec_of(6, 1, 512))
+    head = bert_head(6, 1, 512)
+    tokens, *others = head.inputs(rows, np.arange(5))
     assert others == [None, None] and torch.equal(tokens, data.tokenize(texts[:5], 6))
     for index, T in (([0, 5], 64), ([6, 7], 32)):            # one is shorter; none has a k-mer
-        tokens, mask, _ = infer.get_inputs(rows, np.array(index), spec_of(6, 1, 512))
+        tokens, mask, _ = head.inputs(rows, np.array(index))
         assert tokens.shape == (2, T) and torch.equal(mask, tokens != data.PAD)
 
 
-@pytest.mark.parametrize("most", [1, 10, 1000])
-def test_apply_gives_each_sequence_its_own_outputs(most):
+@pytest.mark.parametrize("n_windows", [1, 10, 1000])
+def test_apply_gives_each_sequence_its_own_outputs(n_windows):
     lengths = np.random.default_rng(1).integers(1, 200, 40)
     texts, rows = made_rows(lengths)
-    net, cnn = infer.build_net(spec_of(), seed=1).eval(), {"kind": "cnn", "length": 90, "n_out": 3}
-    outputs = infer.apply(net, rows, spec_of(), most)
+    net, cnn = bert_head(), finetune.build_net({"kind": "cnn", "length": 90, "n_out": 3}).eval()
+    outputs = finetune.apply(net, rows, n_windows)
     for text, got in zip(texts, outputs, strict=True):
         windows = [text[at:at + BLOCK] for at in range(0, max(len(text) - K + 1, 1), BLOCK - 2)]
         with torch.no_grad():
             pooled = [net.pooler(net.bert.encode(data.tokenize([x], K))[:, 0]).tanh() for x in windows]
             torch.testing.assert_close(torch.from_numpy(got), net.out(sum(pooled) / len(pooled))[0])
-    net = infer.build_net(cnn).eval()
-    for text, got in zip(texts, infer.apply(net, rows, cnn | {"dtype": "float32"}, most), strict=True):
+    for text, got in zip(texts, finetune.apply(cnn, rows, n_windows), strict=True):
         bases = torch.from_numpy(data.encode(text.ljust(90, "N")[:90]))
-        torch.testing.assert_close(torch.from_numpy(got), net(bases[None])[0].detach())
-    parts = infer.pieces(np.arange(40), lengths, spec_of(), most)
+        torch.testing.assert_close(torch.from_numpy(got), cnn(bases[None])[0].detach())
+    parts = finetune.pieces(net, np.arange(40), lengths, n_windows)
     windows = [sum(max(-(-(n - K + 1) // (BLOCK - 2)), 1) for n in lengths[part]) for part in parts]
-    assert all(n <= most or len(part) == 1 for n, part in zip(windows, parts))   # a sequence stays whole,
-    assert all(a + b > most for a, b in zip(windows, windows[1:]))               # and no pass is wasted
+    assert all(n <= n_windows or len(part) == 1 for n, part in zip(windows, parts))      # a sequence is whole
+    assert all(a + b > n_windows for a, b in zip(windows, windows[1:]))          # and no pass is wasted
+
+
+def test_a_model_takes_strings():
+    head, texts = bert_head(), ["ACGTACGT", "acgtn", "T" * 80]
+    model = finetune.Model("x.pt", head, "cpu")
+    rows = finetune.on_device(data.rows_from(texts), "cpu")
+    assert np.array_equal(model.embed(texts), finetune.apply(head, rows, 1, head.embed))
+    with pytest.raises(ValueError, match="x.pt: not fine-tuned"):
+        model.predict(texts)
+    outputs = finetune.apply(head, rows, 9)
+    shares = np.exp(outputs) / np.exp(outputs).sum(1, keepdims=True)
+    for regression, want in ((True, outputs), (False, shares)):
+        head.spec |= {"classes": ("a", "b"), "regression": regression}
+        assert model.predict(texts) == pytest.approx(want)
 
 
 def test_batches_of_an_epoch():
@@ -90,8 +104,9 @@ def test_batches_of_an_epoch():
     assert all(map(np.array_equal, batches, again)) and not np.array_equal(batches[0], other[0])
     longer = np.diff([lengths[batch].mean() for batch in batches]) > 0           # than the one before
     assert 0.4 < longer.mean() < 0.6
-    rows = infer.on_device(data.rows_of(np.zeros(lengths.sum(), np.uint8), lengths, None, {}), "cpu")
-    tokens = [infer.get_inputs(rows, batch, spec_of(6, 1, 512))[0] for batch in batches]
+    rows = data.rows_of(np.zeros(lengths.sum(), np.uint8), lengths, None, {})
+    head, rows = bert_head(6, 1, 512), finetune.on_device(rows, "cpu")
+    tokens = [head.inputs(rows, batch)[0] for batch in batches]
     computed, real = (sum(f(x) for x in tokens) for f in (torch.numel, lambda x: (x > 0).sum().item()))
     assert computed / real <= 1.12 and len({x.shape[1] for x in tokens}) <= 16
 
@@ -128,8 +143,8 @@ def test_protocol_equals_its_spec(case):
     if not path.exists():
         pytest.skip("no shared specification")
     text = path.read_text()
-    said = re.search(case["pattern"], text[text.index(case["start"]):], re.S).groupdict()
-    want = {name: float((value or "0").replace(" %", "e-2")) for name, value in said.items()} | case["also"]
+    stated = re.search(case["pattern"], text[text.index(case["start"]):], re.S).groupdict()
+    want = {name: float((value or "0").replace(" %", "e-2")) for name, value in stated.items()} | case["also"]
     for task in data.task_names(case["tasks"].split()):
         args = case["protocol"], task, case.get("shots"), case.get("init", "random")
         got = finetune.get_protocol(*args, {})

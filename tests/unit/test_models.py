@@ -12,6 +12,7 @@ from transformers import (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceC
                           BertConfig, BertForMaskedLM)
 
 import data
+import finetune
 import models
 from harness import cases, equal, expand, random_dna, refused, run, write_fasta
 
@@ -87,10 +88,15 @@ def test_padding_changes_nothing(hf, batch):
     assert count == (labels >= 0).sum() and loss_sum.item() == pytest.approx(alone.item(), rel=1e-5)
 
 
+def classifier(bert, n_out):
+    spec = finetune.BertHead.body_spec(bert.config) | {"n_out": n_out}
+    return finetune.build_net(spec, bert.state_dict())
+
+
 @pytest.fixture
 def classifiers(hf, tmp_path):
     """Our classifier with random weights, in training mode, and transformers' one read from its export."""
-    ours = models.Classifier(models.load_hf(hf[2]), 3)
+    ours = classifier(models.load_hf(hf[2]), 3)
     for p in [*ours.pooler.parameters(), *ours.out.parameters()]:
         p.data.normal_(std=0.3)
     models.save_hf(ours, folder := tmp_path / "hf", ["none", "donor", "acceptor"])
@@ -116,7 +122,7 @@ def test_classifier_equals_transformers(classifiers, batch, padded):
 
 
 def test_export_of_a_regression(hf, tmp_path):
-    net = models.Classifier(models.load_hf(hf[2]), 2)
+    net = classifier(models.load_hf(hf[2]), 2)
     models.save_hf(net, tmp_path / "hf", ("Dev", "Hk"), regression=True)
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["problem_type"], config["label2id"]) == ("regression", {"Dev": 0, "Hk": 1})

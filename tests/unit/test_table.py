@@ -56,7 +56,7 @@ def test_seeds_are_pooled(table, tmp_path):
     assert [float(rows[0][name]) for name in ("mean", "sd", "n")] == pytest.approx([77.62, 10, 3])
 
 
-def test_ways_are_named_by_what_differs_in_a_task(table):
+def test_setups_are_named_by_what_differs_in_a_task(table):
     text = table([run("emp/H3", "a", 0.1), run("emp/H3", "a", 0.2, stride=6),
                   run("emp/H3", "a", 0.3, mode="probe"),
                   run("gb/demo_human_or_worm", "a", 0.9, protocol="findna", overrides={"epochs": 5}),
@@ -95,7 +95,7 @@ def test_wins_and_wilcoxon(table):
     assert "- a: best of ours on 3 of 8 tasks" in text and "- b: best of ours on 6 of 8 tasks" in text
 
 
-def test_footnotes_are_those_of_what_is_shown(table):
+def test_footnotes_belong_to_shown_cells(table):
     text = table([run("pd/tata", "a", 0.8), run("tf_h/0", "a", 0.6)])
     marks = re.findall(r"\[(\d+)\]", text.rsplit("\n\n", 1)[0])
     notes = dict(re.findall(r"^- \[(\d+)\] (.*)$", text, re.M))
@@ -125,7 +125,7 @@ def test_only_the_same_metric_and_mode_is_shown(table):
 def test_a_broken_line_is_named(tmp_path, line, what):
     path = tmp_path / "results.jsonl"
     for text in (None, ""):
-        with pytest.raises(ValueError, match=r"results.jsonl: no results yet; run a --task first"):
+        with pytest.raises(ValueError, match=r"results.jsonl: no results yet; run finetune.py first"):
             write_table(tmp_path, PAPER)
         path.write_text("")
     path.write_text(json.dumps(run("emp/H3", "a", 0.5)) + f"\n{line}\n")
