@@ -356,7 +356,7 @@ def test_builders_are_killed_and_the_cache_removed(tmp_path, survived):
     for process in processes:
         process.kill()
     assert "wrong" not in log.read_text()
-    [survived() for _ in log.read_text().split()]
+    [survived() for _ in log.read_text().split()[:60]]       # at least so many were read
 
 
 @pytest.mark.parametrize("p", (0.0136, 0.025, 0.15, 0.9))
