@@ -219,11 +219,11 @@ def main():
             raise SystemExit(f"{mutant.file}: {mutant.what}: {n} times in the code: {mutant.old!r}")
     torch.set_num_threads(1)
     torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])  # imports torch._dynamo, before the first fork
-    with tempfile.TemporaryDirectory() as folder:
-        files = sorted({mutant.tests[0] for mutant in chosen})
-        code, output = run_tests(copy_repository(Path(folder)), files)
+    for tests in {tuple(mutant.tests): None for mutant in chosen}:
+        with tempfile.TemporaryDirectory() as folder:
+            code, output = run_tests(copy_repository(Path(folder)), tests)
         if code:
-            raise SystemExit(f"the tests fail without a mutant\n{output[-3000:]}")
+            raise SystemExit(f"{' '.join(tests)}: fails without a mutant\n{output[-3000:]}")
     survivors = []
     with ThreadPool(args.jobs) as pool:
         for mutant, test in zip(chosen, pool.imap(kill, chosen)):
