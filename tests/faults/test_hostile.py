@@ -344,9 +344,9 @@ def test_escapes_do_not_reach_the_terminal(here, case):
     script, *args = command.split()
     tiny = flags(script) if script in FLAGS and "--task" not in args else []
     result = run([*tiny, *args], script=f"{script}.py")
-    said = result.out + result.err
-    assert result.code == 2 and said.replace("\n", "").isprintable()
-    assert "\\x1b" in said and max(map(len, said.splitlines())) < 900, said
+    printed = result.out + result.err
+    assert result.code == 2 and printed.replace("\n", "").isprintable()
+    assert "\\x1b" in printed and max(map(len, printed.splitlines())) < 900, printed
 
 
 def lies(state):
