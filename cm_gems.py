@@ -92,7 +92,7 @@ def read_npmi(path, k):
     values = {}
     for kmer, (value,), place in zip(columns["kmer"], data.numbers([columns["npmi"]], places), places):
         if not re.fullmatch(f"[ACGT]{{{k}}}", kmer.upper()) or kmer.upper() in values:
-            raise ValueError(f"{place}: {data.show(kmer)}; each line is another {k}-mer of A, C, G, T (--k)")
+            raise ValueError(f"{place}: {data.quoted(kmer)}; each line needs another {k}-mer of ACGT (--k)")
         values[kmer.upper()] = value
     return np.array([values.get(kmer, -np.inf) for kmer in models.vocabulary(k)[5:]])
 
@@ -104,7 +104,7 @@ def npmi_table(args, genome):
     contigs = args.npmi_contigs or (HG38_NPMI_CONTIGS if args.genome == ["hg38"] else list(genome.contigs))
     unknown = set(contigs) - set(genome.contigs)
     if unknown:
-        raise ValueError(f"--npmi_contigs: {data.show(min(unknown))} is not in the genome; use some of "
+        raise ValueError(f"--npmi_contigs: {data.quoted(min(unknown))} is not in the genome; use some of "
                          f"{', '.join([*genome.contigs][:5])} ...")
     key = f"{genome.fingerprint}_{zlib.crc32(repr(sorted(set(contigs))).encode()):08x}"
     path = os.path.join(os.path.dirname(genome.bases.filename), f"npmi_{args.k}_{args.npmi}_{key}.csv")

@@ -1,11 +1,9 @@
 """DNA in, integer tensors out: base codes, genomes, k-mer tokens, span masks, benchmark sets.
 
-Bases are uint8 codes A,T,C,G,N = 0,1,2,3,4 (DNABERT's vocabulary order, so the complement is code XOR 1);
-k-mer ids are 5 + the k-mer read as a base-4 number, behind [PAD] [UNK] [CLS] [SEP] [MASK] = 0..4.
-Coordinates are 0-based and half-open, as in BED. Mistakes in the input raise ValueError with one line that
-says where, what and what to do. `python data.py TASK...` reports on benchmark sets (TASKS, GROUPS).
+Bases are uint8 codes A,T,C,G,N = 0,1,2,3,4: DNABERT's vocabulary order, so the complement is code XOR 1.
+The id of a k-mer is 5 + the k-mer read as a base-4 number; [PAD] [UNK] [CLS] [SEP] [MASK] are 0..4.
+Coordinates are 0-based and half-open, as in BED. Invalid input raises ValueError: where, what, what to do.
 """
-import argparse
 import contextlib
 import csv
 import fcntl
@@ -14,7 +12,6 @@ import glob
 import gzip
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -27,66 +24,72 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-LETTERS = "ATCGN"
+LETTERS_ONLY = "use A, C, G, T, N or IUPAC codes"           # the end of messages
 PAD, UNK, CLS, SEP, MASK = range(5)
-BLANK = 5                                                    # base code of no base: zeros in one_hot
-AMBIGUOUS = b"NRYSWKMBDHVnryswkmbdhv"                        # IUPAC codes of more than one base: all become N
-CODE = np.full(256, 255, np.uint8)                           # byte -> base code; 255 = not DNA
+BLANK = 5                                                    # stands for "no base": zeros in one_hot
+AMBIGUOUS = b"NRYSWKMBDHVnryswkmbdhv"                        # IUPAC codes of several bases: all become N
+CODE = np.full(256, 255, np.uint8)                           # byte -> base code; 255: not DNA
 CODE[np.frombuffer(AMBIGUOUS, np.uint8)] = 4
 CODE[np.frombuffer(b"ATCGatcg", np.uint8)] = [0, 1, 2, 3] * 2
-HG38_URL = "https://hgdownload.soe.ucsc.edu/goldenPath/hg38/bigZips/hg38.fa.gz"
 HG38_CONTIGS = [f"chr{c}" for c in (*range(1, 23), "X", "Y")]
 CHUNK = 1 << 23                                              # bytes read from a FASTA at a time
 DEMO_MOTIF = "TGACTCAGCATG"                                  # planted in the demo genome and in the demo task
 
 
+def quoted(text):
+    """Quote text from outside for a message: without terminal escapes, at most 80 characters."""
+    if isinstance(text, (bytes, bytearray)):
+        text = text.decode("utf-8", "replace")
+    return repr(text)[:80]
+
+
 def encode(text, width=None):
-    """DNA text, any case -> uint8 codes (L,): A,T,C,G,N = 0..4, IUPAC codes are N. ValueError on the rest,
-    which names the sequence, too, where the text is sequences of `width` letters."""
+    """Turn DNA text of any case into uint8 codes (L,): A,T,C,G,N = 0..4; other IUPAC codes become N.
+    ValueError names the position of any other letter; width: length of the sequences in the text."""
     bases = CODE[np.frombuffer(text.encode("ascii", "replace"), np.uint8)]
     if bases.size and bases.max() > 4:
         at = int(np.argmax(bases > 4))
         place = f"sequence {at // width}, position {at % width}" if width else f"position {at}"
-        raise ValueError(f"{place}: not a DNA letter ({text[at]!r}); use A, C, G, T, N or IUPAC codes")
+        raise ValueError(f"{place}: {text[at]!r} is not a DNA letter; {LETTERS_ONLY}")
     return bases
 
 
 def decode(bases):
-    """uint8 codes (L,) -> text over ATCGN."""
-    return np.frombuffer(LETTERS.encode(), np.uint8)[np.asarray(bases)].tobytes().decode()
+    """Turn uint8 codes (L,) into text over A, T, C, G, N."""
+    return np.frombuffer(b"ATCGN", np.uint8)[np.asarray(bases)].tobytes().decode()
 
 
 def reverse_complement(bases):
-    """Codes (..., L), numpy or torch -> the other strand read 5' to 3'. N stays N; an involution."""
+    """Return the other strand of codes (..., L), numpy or torch, read 5' to 3'. N stays N."""
     flipped = bases.flip(-1) if torch.is_tensor(bases) else np.asarray(bases)[..., ::-1]
     return flipped ^ (flipped < 4)
 
 
 @functools.cache
 def channels(device):
-    """(6, 5): the row of base code A,T,C,G,N in the channels A,C,G,T,N (FinDNA's order), and one of zeros."""
+    """Return the table of one_hot (6, 5): rows A,T,C,G,N,BLANK; FinDNA's columns A,C,G,T,N."""
     return torch.eye(6, 5, device=device)[torch.tensor([0, 3, 1, 2, 4, 5], device=device)]
 
 
 def one_hot(bases):
-    """Codes (B, L) -> float (B, L, 5), channels A,C,G,T,N; a BLANK (masked, padding, [CLS]) is all zeros."""
+    """Turn codes (B, L) into float (B, L, 5), A,C,G,T,N; a BLANK (masked, padding, [CLS]) is zeros."""
     return F.embedding(bases.int(), channels(bases.device))
 
 
 def kmer_tokens(bases, k, stride, specials=False):
-    """Codes (B, L) uint8 -> k-mer ids (B, (L - k) // stride + 1) int64; a k-mer with an N is [UNK].
-    stride 1: DNABERT's overlapping tokens; stride k: non-overlapping ones (a rest of < k bases is dropped).
-    specials: with [CLS] before and [SEP] behind."""
+    """Turn codes (B, L) uint8 into k-mer ids (B, (L - k) // stride + 1) int64; a k-mer with an N is [UNK].
+    stride 1: DNABERT's overlapping tokens; stride k: non-overlapping ones, without what is left at the end.
+    specials=True puts [CLS] before and [SEP] after each row."""
     codes = bases.to(torch.int16 if k < 8 else torch.int32)
-    ids, width = codes, 1
-    for bit in bin(k)[3:] if bases.shape[1] >= k else "":    # double and add: 3 passes for k = 6
+    ids, width = codes, 1                                    # base-4 numbers of `width` bases
+    for digit in bin(k)[3:]:                                 # double and add: 3 passes for k = 6
         ids, width = torch.add(ids[:, width:], ids[:, :-width], alpha=4 ** width), 2 * width
-        if bit == "1":
+        if digit == "1":
             ids, width = torch.add(codes[:, width:], ids[:, :-1], alpha=4), width + 1
-    ids = ids[:, ::stride] + 5 if width == k else ids[:, :0]
-    if ids.numel() and (bases.is_cuda or bases.max() > 3):   # asking a GPU would make it wait
-        seen = F.pad((bases > 3).cumsum(1), (1, 0))
-        ids = ids.masked_fill((seen[:, k:] != seen[:, :-k])[:, ::stride], UNK)
+    ids = ids[:, ::stride] + 5
+    if ids.numel() and (bases.is_cuda or bases.max() > 3):   # max() of a GPU tensor would make the host wait
+        n_before = F.pad((bases > 3).cumsum(1), (1, 0))      # N before each position
+        ids = ids.masked_fill((n_before[:, k:] != n_before[:, :-k])[:, ::stride], UNK)
     if not specials:
         return ids.to(torch.int64)
     tokens = ids.new_empty((len(ids), ids.shape[1] + 2), dtype=torch.int64)
@@ -95,121 +98,126 @@ def kmer_tokens(bases, k, stride, specials=False):
 
 
 def tokenize(sequences, k=6, stride=1):
-    """List of DNA strings -> ids (B, T + 2): [CLS] k-mers [SEP], right-padded with [PAD] to the longest.
+    """Turn DNA strings into ids (B, T + 2): [CLS] k-mers [SEP], right-padded with [PAD].
     A sequence shorter than k gives [CLS] [SEP]."""
     longest = max(map(len, sequences), default=0)
-    bases = encode("".join(s.ljust(longest, "N") for s in sequences), longest)
-    bases = torch.from_numpy(bases.reshape(len(sequences), longest))
+    text = "".join(sequence.ljust(longest, "N") for sequence in sequences)
+    bases = torch.from_numpy(encode(text, longest).reshape(len(sequences), longest))
     tokens = kmer_tokens(bases, k, stride, specials=True)
-    n = torch.tensor([max(0, (len(s) - k) // stride + 1) for s in sequences])[:, None]    # k-mers of each row
+    n_kmers = torch.tensor([max(0, (len(sequence) - k) // stride + 1) for sequence in sequences])[:, None]
     at = torch.arange(tokens.shape[1])
-    return tokens.masked_fill(at == n + 1, SEP).masked_fill(at > n + 1, PAD)
+    return tokens.masked_fill(at == n_kmers + 1, SEP).masked_fill(at > n_kmers + 1, PAD)
 
 
 def span_mask(centers, maskable, left, right):
-    """Union of the spans c - left .. c + right around the centers, clipped to the maskable positions.
+    """Return the union of the spans c - left .. c + right around centers, within the maskable positions.
     centers, maskable: bool (B, T); left, right: int or (B,) tensor. Returns bool (B, T)."""
-    left, right = (x[:, None] if torch.is_tensor(x) else x for x in (left, right))
+    left, right = (side[:, None] if torch.is_tensor(side) else side for side in (left, right))
     at = torch.arange(centers.shape[1], device=centers.device)
-    # before[:, i] = centers in [0, i), in 16 bits: only differences count
+    # before[:, i]: number of centers in [0, i). 16 bits are enough, as only differences count.
     before = F.pad((centers & maskable).cumsum(1, dtype=torch.int16), (1, 0))
-    first = (at - right).clamp_(min=0).expand_as(centers)    # position i is hidden by any center in
-    end = (at + (left + 1)).clamp_(max=len(at)).expand_as(centers)             # i - right .. i + left
+    # position i lies in the span of every center from i - right to i + left
+    first = (at - right).clamp_(min=0).expand_as(centers)
+    end = (at + (left + 1)).clamp_(max=len(at)).expand_as(centers)
     return (before.gather(1, end) - before.gather(1, first)).bool() & maskable
 
 
 def draw_centers(shape, p, device):
-    """bool (B, T): every position a center with probability p, independently of the others. Drawn as the
-    gaps between centers, which are geometric: far fewer random numbers than positions. There are gaps for
-    the mean + 10 standard deviations + 10 centers: never too few."""
+    """Draw bool (B, T) where each position is a center with probability p, independently of the others.
+    It draws the geometric gaps between centers, which takes far fewer random numbers than positions. The mean
+    + 10 standard deviations + 10 gaps always reach the end of a row."""
     B, T = shape
     n = math.ceil(T * p + 10 * math.sqrt(T * p) + 10)
     gaps = torch.log1p(-torch.rand(B, n, device=device)).div_(math.log1p(-p)).floor_().add_(1)
-    at = gaps.cumsum(1).sub_(1).clamp_(max=T).long()         # position in the row; T = behind its end
+    at = gaps.cumsum(1).sub_(1).clamp_(max=T).long()         # position in the row; T: after its end
     at = torch.where(at < T, at + T * torch.arange(B, device=device)[:, None], B * T)
     centers = torch.zeros(B * T + 1, dtype=torch.bool, device=device)
     return centers.scatter_(0, at.flatten(), True)[:-1].view(B, T)
 
 
 def corrupt(tokens, masked, n_vocab):
-    """80/10/10: of the masked tokens 80 % become [MASK], 10 % a random k-mer (5..n_vocab-1), 10 % stay.
+    """Replace masked tokens 80/10/10: by [MASK], by a random k-mer (ids 5..n_vocab-1), or not at all.
     tokens (B, T), masked bool (B, T) -> inputs (B, T), labels (B, T) with -100 where nothing is predicted."""
-    n = n_vocab - 5                                          # one draw: 8 n [MASK], n k-mers, n unchanged
-    draw = torch.randint(5 - 8 * n, 5 + 2 * n, tokens.shape, device=tokens.device)
+    n = n_vocab - 5                                          # one draw out of 10 n: 8 n give [MASK], then
+    draw = torch.randint(5 - 8 * n, 5 + 2 * n, tokens.shape, device=tokens.device)         # n k-mers, n keep
     inputs = torch.where(masked & (draw < 5 + n), draw.clamp_(min=MASK), tokens)
     return inputs, torch.where(masked, tokens, -100)
 
 
 class Genome:
-    """One or more FASTA files, packed once into a validated, memory-mapped cache of base codes (1 byte each).
-    cache: folder for the cache (default beside the FASTA); keep: names of contigs to take (default all)."""
+    """One or more FASTA files, packed once into a checked, memory-mapped cache of base codes (1 byte each).
+    cache: folder for the cache (default: beside the FASTA); keep: names of contigs to take (default: all)."""
 
     def __init__(self, paths, cache=None, keep=None):
-        paths = [os.fspath(p) for p in ([paths] if isinstance(paths, (str, os.PathLike)) else paths)]
-        if len({os.path.realpath(p) for p in paths}) < len(paths):
-            raise ValueError(f"{', '.join(paths)}: the same FASTA twice; name each file once")
-        index, self.bases = open_cache(paths, cache, keep and sorted(keep))     # bases: of all, end to end
+        paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+        paths = [os.fspath(path) for path in paths]
+        if len({os.path.realpath(path) for path in paths}) < len(paths):
+            raise ValueError(f"{', '.join(paths)}: the same FASTA file is given twice; name each file once")
+        index, self.bases = open_cache(paths, cache, keep and sorted(keep))     # all contigs, end to end
         self.contigs = dict(index["contigs"])                # {name: length}
         self.offsets = dict(zip(self.contigs, np.cumsum([0, *self.contigs.values()]).tolist()))
         self.intervals = np.array(index["intervals"])        # (n, 2): stretches without N, positions in bases
         self.n_ambiguous = index["n_ambiguous"]
-        self.fingerprint = index["fingerprint"]              # the same wherever the genome's file lies
+        self.fingerprint = index["fingerprint"]              # depends on the bases, not on where the file is
 
     def __str__(self):
-        n = len(self.bases) - int(np.diff(self.intervals).sum())
-        return (f"{len(self.contigs)} contigs, {len(self.bases):,} bases, {n:,} N ({self.n_ambiguous:,} were "
-                f"other IUPAC codes), fingerprint {self.fingerprint}")
+        n_unknown = len(self.bases) - int(np.diff(self.intervals).sum())
+        return (f"{len(self.contigs)} contigs, {len(self.bases):,} bases, {n_unknown:,} N "
+                f"({self.n_ambiguous:,} were other IUPAC codes), fingerprint {self.fingerprint}")
 
     def fetch(self, contig, start, end, strand="+"):
-        """Text of contig[start:end], 0-based half-open; strand '-' gives the reverse complement."""
+        """Return the text of contig[start:end], 0-based half-open; strand '-': its reverse complement."""
         if contig not in self.contigs:
-            raise ValueError(f"contig {show(contig)}: not in the genome; use one of "
+            raise ValueError(f"contig {quoted(contig)} is not in the genome; use one of "
                              f"{', '.join([*self.contigs][:5])} ...")
         if not 0 <= start < end <= self.contigs[contig] or strand not in ("+", "-"):
-            raise ValueError(f"{contig}:{start}-{end} {strand!r}: not an interval of the contig; need 0 <= "
+            raise ValueError(f"{contig}:{start}-{end} {strand!r} is not an interval of the contig; use 0 <= "
                              f"start < end <= {self.contigs[contig]} and strand '+' or '-'")
         bases = self.bases[self.offsets[contig] + start:self.offsets[contig] + end]
         return decode(reverse_complement(bases) if strand == "-" else bases)
 
     def split(self, length, val_contigs=()):
-        """Intervals (n, 2) for training and for validation, each with room for a window of `length` bases.
-        Validation is val_contigs where given, else the last 1 % of every contig whose 1 % holds a window."""
+        """Return the intervals (n, 2) for training and for validation that hold a window of `length` bases.
+        Validation is val_contigs where given, else the last 1 % of each contig whose 1 % holds a window."""
         unknown = set(val_contigs) - set(self.contigs)
         if unknown:
-            raise ValueError(f"--val_contigs: {show(min(unknown))} is not in the genome; use some of "
+            raise ValueError(f"--val_contigs: {quoted(min(unknown))} is not in the genome; use some of "
                              f"{', '.join([*self.contigs][:5])} ...")
         sizes = np.array(list(self.contigs.values()))
-        held = sizes * np.isin(list(self.contigs), val_contigs) if val_contigs else sizes // 100
-        held[held < length] = 0
+        held_out = sizes * np.isin(list(self.contigs), val_contigs) if val_contigs else sizes // 100
+        held_out[held_out < length] = 0                      # bases at the end of each contig
         start, end = self.intervals.T
         ends = np.cumsum(sizes)
-        cut = (ends - held)[np.searchsorted(ends, start, side="right")]
-        cut = np.clip(cut, start, end)                       # training up to here, validation behind it
+        cut = (ends - held_out)[np.searchsorted(ends, start, side="right")]
+        cut = np.clip(cut, start, end)                       # training before it, validation from it on
         train, val = np.stack([start, cut], 1), np.stack([cut, end], 1)
         train, val = train[cut - start >= length], val[end - cut >= length]
         if not len(train) or not len(val):
-            part = "validation, 1 % of a contig" if len(train) else "training"
-            raise ValueError(f"genome too small: no window of {length} bases without N for {part} (longest "
-                             f"{(end - start).max()}); lower --block_size or use --val_contigs")
+            part = "validation (1 % of a contig)" if len(train) else "training"
+            raise ValueError(f"the genome is too small: no window of {length} bases without N for {part} "
+                             f"(longest: {(end - start).max()}); use shorter windows or --val_contigs")
         return train, val
 
 
 def open_genome(names, data_dir, cache=None):
-    """The Genome of --genome: FASTA paths; or hg38 (chr1-22, X, Y of data_dir/hg38.fa.gz); or demo."""
+    """Open the Genome of --genome: FASTA paths, or hg38 (chr1-22, X, Y of data_dir/hg38.fa.gz), or demo."""
     demo, hg38 = (os.path.join(data_dir, name) for name in ("demo.fa", "hg38.fa.gz"))
     if len(names) > 1 and {"demo", "hg38"} & set(names):
-        raise ValueError(f"--genome {' '.join(names)}: hg38 and demo stand alone; name FASTA files")
-    if names[0] == "demo" and not os.path.exists(demo):
-        write_demo_genome(demo)
-    if names[0] == "hg38" and not os.path.exists(hg38):
-        raise ValueError(f"{hg38}: no such file; get it (1 GB): python -m tools.download hg38 --data_dir "
-                         f"{data_dir} (or use --genome YOUR.fa, or --demo)")
-    paths, keep = {"demo": (demo, None), "hg38": (hg38, HG38_CONTIGS)}.get(names[0], (names, None))
-    return Genome(paths, cache, keep)
+        raise ValueError(f"--genome {' '.join(names)}: hg38 and demo stand alone; name one, or FASTA files")
+    if names[0] == "demo":
+        if not os.path.exists(demo):
+            write_demo_genome(demo)
+        return Genome(demo, cache)
+    if names[0] != "hg38":
+        return Genome(names, cache)
+    if not os.path.exists(hg38):
+        raise ValueError(f"{hg38}: no such file; get it (1 GB) with python -m tools.download hg38 --data_dir "
+                         f"{data_dir}, or use --genome YOUR.fa, or --demo")
+    return Genome(hg38, cache, HG38_CONTIGS)
 
 
 def check_file(path):
-    """ValueError unless path is a regular file that can be read."""
+    """Raise ValueError unless path is a regular file that can be read."""
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file; check the path")
     if not os.path.isfile(path):
@@ -220,7 +228,7 @@ def check_file(path):
 
 @contextlib.contextmanager
 def opened(path):
-    """A file open for reading bytes, plain or gzip; ValueError where that fails."""
+    """Open a plain or gzip file for reading bytes; ValueError where that fails."""
     check_file(path)
     with open(path, "rb") as f:
         reader = gzip.open if f.read(2) == b"\x1f\x8b" else open
@@ -232,7 +240,7 @@ def opened(path):
 
 
 def file_fingerprint(path):
-    """[name, size, mtime, hash of 64 blocks of 4 KiB]: all of a small file, a sample of a larger one."""
+    """Return [name, size, mtime, sha256 of 64 blocks of 4 KiB]: of a large file, a sample."""
     check_file(path)
     stat, digest = os.stat(path), hashlib.sha256()
     with open(path, "rb") as f:
@@ -243,42 +251,49 @@ def file_fingerprint(path):
 
 
 def cache_home():
-    """The user's cache folder."""
+    """Return the user's cache folder."""
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanodna")
 
 
 def open_cache(paths, cache, keep):
-    """Finds the cache of these FASTA files or builds it where that can be written: (index, bases)."""
+    """Find the cache of these FASTA files, or build it in the first folder that can be written."""
     roots = [cache] if cache else [os.path.dirname(os.path.abspath(paths[0])), cache_home()]
-    source = [file_fingerprint(p) for p in paths] + [keep]
+    source = [file_fingerprint(path) for path in paths] + [keep]
     for root in roots:
-        key = json.dumps([[os.path.relpath(p, root) for p in paths], keep])
+        key = json.dumps([[os.path.relpath(path, root) for path in paths], keep])
         name = f"{os.path.basename(paths[0])}.{hashlib.sha256(key.encode()).hexdigest()[:8]}.nanodna"
         folder, error = os.path.join(root, name), "it does not read back as written"
         for _ in range(100):                                 # another process may remove the folder
-            if found := read_cache(folder, source, lambda *_, **__: None):
-                return found
             try:
-                os.makedirs(folder, exist_ok=True)
-                with open(os.path.join(folder, "lock"), "w") as lock:
-                    with contextlib.suppress(OSError):       # some network file systems have no locks
-                        fcntl.flock(lock, fcntl.LOCK_EX)     # ranks that start together build it once
-                    if not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
-                        continue                             # the lock of a folder that was removed
-                    if found := read_cache(folder, source):
-                        return found
-                    build_cache(paths, keep, source, folder)
-            except FileNotFoundError as e:
-                error = e.strerror
-            except OSError as e:                             # read-only or full: the next place
+                found = read_cache(folder, source) or lock_and_build(paths, keep, source, folder)
+            except FileNotFoundError as e:                   # removed meanwhile: once more
+                found, error = None, e.strerror
+            except OSError as e:                             # read-only or full: the next root
                 error = e.strerror
                 break
+            if found:
+                return found
     raise ValueError(f"{folder}: cannot write the genome cache ({error}); use --cache FOLDER")
 
 
-def read_cache(folder, source, say=print):
-    """(index, bases) of a cache that is whole and of these sources; else None, and says why it is built anew.
-    The bases are the very mapping that was checked: files of these names may change at any moment."""
+def lock_and_build(paths, keep, source, folder):
+    """Build the cache under a lock, so that ranks that start together build it once.
+    Returns index, bases where another process was faster, else None: the caller reads what was built."""
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "lock"), "w") as lock:
+        with contextlib.suppress(OSError):                   # some network file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+            return None                                      # this locks a folder that was removed
+        found = read_cache(folder, source, verbose=True)
+        if not found:
+            build_cache(paths, keep, source, folder)
+        return found
+
+
+def read_cache(folder, source, verbose=False):
+    """Return (index, bases) of a cache that is whole and made from these sources, else None.
+    The bases are the same mapping that was checked, because the files may be replaced at any moment."""
     if not os.path.exists(os.path.join(folder, "index.json")):
         return None
     try:
@@ -291,72 +306,83 @@ def read_cache(folder, source, say=print):
         sound = False
     if sound and index["source"] == source:
         return index, bases
-    say(f"genome cache {folder}: {'FASTA changed' if sound else 'damaged'}, building it again", flush=True)
+    if verbose:                                              # say why it is built again
+        reason = "the FASTA has changed" if sound else "it is damaged"
+        print(f"genome cache {folder}: {reason}; building it again", flush=True)
+    return None
+
+
+def pack_contigs(paths, keep, out):
+    """Write the base codes of the FASTA files to the open file `out`; return what the index says of them."""
+    contigs, intervals, size, crc, n_ambiguous = [], [], 0, 0, 0
+    for path in paths:
+        for name, codes, ambiguous in fasta_records(path):
+            if keep and name not in keep:
+                continue
+            contigs.append((path, name, len(codes)))
+            edges = np.r_[0, np.flatnonzero(np.diff(codes == 4)) + 1, len(codes)]  # N begins or ends here
+            edges = edges[codes[0] // 4:] + size             # from the first base that is not N
+            intervals += edges[:len(edges) // 2 * 2].reshape(-1, 2).tolist()
+            size, crc = size + len(codes), zlib.crc32(codes, crc)
+            n_ambiguous += ambiguous
+            out.write(codes)
+    missing = set(keep or ()) - {name for _, name, _ in contigs}
+    if missing:
+        raise ValueError(f"{', '.join(paths)}: no contig {min(missing)}; check that it is the right genome")
+    if not intervals:
+        raise ValueError(f"{', '.join(paths)}: no A, C, G or T in it; check that it is the right file")
+    return {"contigs": contig_names(contigs), "intervals": intervals, "n_ambiguous": n_ambiguous,
+            "crc_bases": crc}
 
 
 def build_cache(paths, keep, source, folder):
-    """Validates and packs the FASTA files: bases.u8, index.json (temp names, renamed)."""
-    contigs, intervals, size, crc, n_ambiguous = [], [], 0, 0, 0
+    """Check and pack the FASTA files: write bases.u8 and index.json under other names, then rename them."""
     files = [os.path.join(folder, name) for name in ("bases.u8", "index.json")]
     try:
         with open(files[0] + ".tmp", "wb") as out:
-            for path in paths:
-                for name, codes, ambiguous in fasta_records(path):
-                    if keep and name not in keep:
-                        continue
-                    contigs.append((path, name, len(codes)))
-                    edges = np.r_[0, np.flatnonzero(np.diff(codes == 4)) + 1, len(codes)]  # N begins or ends
-                    edges = edges[codes[0] // 4:] + size     # from the first base that is none
-                    intervals += edges[:len(edges) // 2 * 2].reshape(-1, 2).tolist()
-                    size, crc = size + len(codes), zlib.crc32(codes, crc)
-                    n_ambiguous += ambiguous
-                    out.write(codes)
-        if missing := set(keep or ()) - {name for _, name, _ in contigs}:
-            raise ValueError(f"{', '.join(paths)}: without contig {min(missing)}; is it the right genome?")
-        if not intervals:
-            raise ValueError(f"{', '.join(paths)}: no A, C, G or T; is it the right file?")
-        contigs = contig_names(contigs)
-        fingerprint = hashlib.sha256(json.dumps([contigs, crc]).encode()).hexdigest()[:12]
-        index = {"source": source, "contigs": contigs, "intervals": intervals, "n_ambiguous": n_ambiguous,
-                 "crc_bases": crc, "fingerprint": fingerprint}
+            index = {"source": source} | pack_contigs(paths, keep, out)
+        content = json.dumps([index["contigs"], index["crc_bases"]])
+        index["fingerprint"] = hashlib.sha256(content.encode()).hexdigest()[:12]
         with open(files[1] + ".tmp", "w") as f:
             json.dump(index | {"crc_index": zlib.crc32(json.dumps(index).encode())}, f)
         for file in files:
             os.replace(file + ".tmp", file)
     except FileNotFoundError:                                # another process removed the folder, and may
-        raise                                                # be at work in a new one
+        raise                                                # already work in a new one
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
 def contig_names(contigs):
-    """[(path, name, length)] -> [[name, length]]; where two files share a name, all become file:name."""
+    """Turn [(path, name, length)] into [[name, length]]; a name that two files share makes all file:name."""
     if len({name for _, name, _ in contigs}) < len(contigs):
         contigs = [(path, f"{os.path.basename(path)}:{name}", n) for path, name, n in contigs]
     if len({name for _, name, _ in contigs}) < len(contigs):
-        raise ValueError(f"{contigs[-1][0]}: file and contig names both occur twice; rename a file")
+        raise ValueError(f"{contigs[-1][0]}: two files share their name and a contig's name; rename a file")
     return [[name, n] for _, name, n in contigs]
 
 
-NOT_FASTA = ((b"BZh", "bzip2; unpack it"), (b"PK", "a zip archive; unpack it"), (b"@", "FASTQ; convert it"),
-             (b"<", "an HTML page; download the file again"), (b";", "a ';' comment; remove it"),
-             (b"version https://git-lfs", "a git-LFS pointer"), (b"LOCUS", "GenBank; convert it"),
-             (b"\xff\xfe", "UTF-16; save it as plain text"), (b"\xfe\xff", "UTF-16; save it as plain text"))
-BAD_LETTER = {b"U": "RNA? replace U by T", b"-": "a gap; remove alignment gaps", b"*": "a stop: protein?",
-              b".": "a gap; remove alignment gaps", b"\r": "old Mac line ends", b"\0": "NUL: a damaged file",
+OTHER_FORMATS = (                                            # first bytes, what that is and what to do
+    (b"BZh", "bzip2; unpack it"), (b"PK", "a zip archive; unpack it"), (b"@", "FASTQ; convert it"),
+    (b"<", "an HTML page; download the file again"), (b";", "a ';' comment; remove it"),
+    (b"version https://git-lfs", "a git-LFS pointer; run git lfs pull"), (b"LOCUS", "GenBank; convert it"),
+    (b"\xff\xfe", "UTF-16; save it as plain text"), (b"\xfe\xff", "UTF-16; save it as plain text"))
+BAD_LETTER = {b"U": "RNA? replace U by T", b"-": "a gap; remove alignment gaps",
+              b".": "a gap; remove alignment gaps", b"*": "a stop codon; this may be protein",
+              b"\r": "an old Mac line end", b"\0": "NUL; the file is damaged",
               b" ": "a blank inside a line; remove it", b"\t": "a tab inside a line; remove it",
               b">": "a header must start on its own line"}
 
 
-def show(text):
-    """Foreign text for a message: repr (no terminal escapes), at most 80 characters."""
-    return repr(text.decode("utf-8", "replace") if isinstance(text, (bytes, bytearray)) else text)[:80]
+def other_format(text):
+    """Return what the first bytes of a file show it to be, or None."""
+    return next((what for start, what in OTHER_FORMATS if text.startswith(start)), None)
 
 
 def fasta_records(path):
-    """Yields (name, base codes uint8 (L,), number of IUPAC codes other than N) of each record, validated.
-    Plain, gzip, bgzip; CRLF, blank lines, lower case, uneven lines are fine. ValueError: file, line, what."""
+    """Yield (name, base codes uint8 (L,), number of IUPAC codes other than N) of each record, checked.
+    Plain, gzip or bgzip; CRLF, blank lines, lower case and uneven lines are accepted."""
     seen = set()
     for line, record in raw_records(path):
         end = record.index(b"\n")
@@ -367,40 +393,42 @@ def fasta_records(path):
         word = re.match(rb">(\S+)", header)
         name = word[1].decode("utf-8", "replace") if word else ""
         if not name.isprintable() or not name:
-            raise ValueError(f"{path}: line {line}: header without name ({show(header[:40])}); write '>name'")
+            raise ValueError(f"{path}: line {line}: no name in the header ({quoted(header[:40])}); add one")
         if name in seen:
-            raise ValueError(f"{path}: line {line}: contig name {show(name)} occurs twice; rename one")
+            raise ValueError(f"{path}: line {line}: contig name {quoted(name)} occurs twice; rename one")
         seen.add(name)
         yield name, *contig_codes(record, path, line)
 
 
 def raw_records(path):
-    """Yields (line number, bytearray) of each '>' record. ValueError, before reading on, if there is none."""
+    """Yield (line number, bytearray) of each '>' record of a FASTA file."""
     with opened(path) as f:
-        line, buffer, searched = 1, bytearray(f.readline(CHUNK).removeprefix(b"\xef\xbb\xbf")), 0
+        line, buffer = 1, bytearray(f.readline(CHUNK).removeprefix(b"\xef\xbb\xbf"))
         while buffer and not buffer.strip():                 # blank lines before the first record
             line, buffer = line + 1, bytearray(f.readline(CHUNK))
         if not buffer:
-            raise ValueError(f"{path}: empty, there is no FASTA record in it; check the file")
+            raise ValueError(f"{path}: the file is empty; check it")
         if not buffer.startswith(b">"):
-            text = buffer.strip()
-            kind = [what for magic, what in NOT_FASTA if text.startswith(magic)] or [show(text[:40])]
-            raise ValueError(f"{path}: line {line}: not a FASTA header ({kind[0]}); write '>name'")
+            start = buffer.strip()[:40]
+            other = other_format(start)
+            reason = f"this is {other}" if other else f"not a FASTA header ({quoted(start)}); write '>name'"
+            raise ValueError(f"{path}: line {line}: {reason}")
+        searched = 0
         while chunk := f.read(CHUNK):
             buffer += chunk
             while (end := buffer.find(b"\n>", searched)) >= 0:
                 record, searched = buffer[:end + 1], 0
                 del buffer[:end + 1]
-                lines = record.count(b"\n")
+                n_lines = record.count(b"\n")
                 yield line, record
-                line += lines
+                line += n_lines
             searched = len(buffer) - 1
     buffer += b"\n"
     yield line, buffer
 
 
 def contig_codes(body, path, line):
-    """Sequence lines under the header at `line` -> (codes (L,), number of IUPAC codes other than N)."""
+    """Turn the sequence lines under the header at `line` into (codes (L,), number of IUPAC codes but N)."""
     if b"\r" in body:
         body = body.replace(b"\r\n", b"\n").rstrip(b"\r")
     codes = np.frombuffer(body.translate(CODE.tobytes(), b"\n"), np.uint8)
@@ -412,28 +440,29 @@ def contig_codes(body, path, line):
     if codes.max() > 4:
         bad = re.search(rb"[^\nATCGatcg" + AMBIGUOUS + rb"]", body)
         line += 1 + body.count(b"\n", 0, bad.start())
-        what = f"{show(bad.group())}: {BAD_LETTER.get(bad.group().upper(), 'no IUPAC code')}"
-        raise ValueError(f"{path}: line {line}: not a DNA letter ({what}); use ACGTN and IUPAC codes")
-    n = int(np.count_nonzero(codes == 4))
-    return codes, n and n - body.count(b"N") - body.count(b"n")
+        hint = BAD_LETTER.get(bad.group().upper(), "no IUPAC code")
+        letter = quoted(bad.group())
+        raise ValueError(f"{path}: line {line}: {letter} is not a DNA letter ({hint}); {LETTERS_ONLY}")
+    n_unknown = int(np.count_nonzero(codes == 4))
+    return codes, n_unknown and n_unknown - body.count(b"N") - body.count(b"n")
 
 
 def window_table(intervals, length):
-    """What draw_starts needs, per interval: the shift from window number to start; windows up to its end."""
+    """Return for draw_starts, by interval: shift from window number to start; windows up to its end."""
     counts = intervals[:, 1] - intervals[:, 0] - length + 1
-    upto = np.cumsum(counts)
-    return intervals[:, 0] - (upto - counts), upto
+    n_up_to = np.cumsum(counts)
+    return intervals[:, 0] - (n_up_to - counts), n_up_to
 
 
 def draw_starts(table, n, rng):
-    """n window starts (int64), every window of the table's intervals equally likely."""
-    shift, upto = table
-    number = rng.integers(upto[-1], size=n)
-    return number + shift[np.searchsorted(upto, number, side="right")]
+    """Draw n window starts (int64); each window of the table's intervals is equally likely."""
+    shift, n_up_to = table
+    number = rng.integers(n_up_to[-1], size=n)
+    return number + shift[np.searchsorted(n_up_to, number, side="right")]
 
 
 def take_windows(bases, starts, length):
-    """bases[start:start + length] for each start -> uint8 tensor (n, length), where the bases are."""
+    """Return bases[start:start + length] for each start: uint8 tensor (n, length) on the device of bases."""
     if torch.is_tensor(bases):
         starts = torch.from_numpy(starts).pin_memory().to(bases.device, non_blocking=True)
         return bases[starts[:, None] + torch.arange(length, device=bases.device)]
@@ -441,32 +470,32 @@ def take_windows(bases, starts, length):
 
 
 def resident(bases, device):
-    """The bases as a tensor on a GPU where they take a third of its memory at most, else as they are."""
+    """Move the bases to a GPU where they take less than a third of its memory; else leave them."""
     if device.type == "cuda" and bases.nbytes < torch.cuda.get_device_properties(device).total_memory / 3:
         return torch.from_numpy(bases).to(device)
     return bases
 
 
 def base_entropies(bases):
-    """Entropies of a base in nats: order 0 (its frequency), order 3 (given three bases on either side)."""
-    seven = kmer_tokens(torch.from_numpy(bases)[None], 7, 1)[0]
-    joint = torch.bincount(seven, minlength=4 ** 7 + 5)[5:].double().view(64, 4, 64)      # left, base, right
+    """Return two entropies of a base in nats: from its frequency, and given three bases on either side."""
+    sevens = kmer_tokens(torch.from_numpy(bases)[None], 7, 1)[0]
+    joint = torch.bincount(sevens, minlength=4 ** 7 + 5)[5:].double().view(64, 4, 64)     # left, base, right
     joint /= joint.sum()
     parts = joint.sum((0, 2)), joint.sum(1), joint
-    order0, flanks, all7 = (torch.special.entr(p).sum().item() for p in parts)
-    return order0, all7 - flanks
+    order0, flanks, whole = (torch.special.entr(p).sum().item() for p in parts)
+    return order0, whole - flanks
 
 
 def write_demo_genome(path, seed=42):
-    """Writes the synthetic genome of the demos: 4 contigs of 250 kb, the same on every machine. Order-3
-    Markov background; 15 % of it overwritten by copies of 3 interspersed repeats of 300 bases (10 % of them
-    mutated); a copy of DEMO_MOTIF about every 500 bases."""
+    """Write the synthetic genome of the demos: 4 contigs of 250 kb, the same on every machine.
+    An order-3 Markov background; copies of 3 interspersed repeats of 300 bases over 15 % of it, with 10 % of
+    their bases mutated; a copy of DEMO_MOTIF about every 500 bases."""
     rng = np.random.default_rng(seed)
-    rows, length = 64, 4 * 250_000 // 64
-    steps = np.cumsum(rng.dirichlet(np.full(4, 0.6), size=64), axis=1)          # P(next base | three bases)
+    rows, length = 64, 4 * 250_000 // 64                     # 64 stretches side by side
+    steps = np.cumsum(rng.dirichlet(np.full(4, 0.6), size=64), axis=1)         # P(next base | three bases)
     bases = np.empty((length, rows), np.uint8)
     context = rng.integers(64, size=rows)
-    for t, u in enumerate(rng.random((length, rows))):                          # 64 stretches side by side
+    for t, u in enumerate(rng.random((length, rows))):
         bases[t] = (u[:, None] > steps[context][:, :3]).sum(1)
         context = (context * 4 + bases[t]) % 64
     genome = bases.T.reshape(-1).copy()
@@ -484,55 +513,117 @@ def write_demo_genome(path, seed=42):
     os.replace(f.name, path)
 
 
-# A benchmark set. classes: names in id order (targets of a regression); length: bases, one number or from-to;
-# rows: published, by split; folder: under data_dir, in the source's own layout
+# A benchmark set. classes: names in the order of their ids (or targets of a regression); length: bases, one
+# number or from-to; rows: published row counts by split; folder: under data_dir, in the source's own layout.
 Task = namedtuple("Task", "name suite classes regression metric length rows folder source licence")
-# The sequences of a split. bases: uint8 codes of all, end to end; offsets: int64 (n + 1,), where each begins
-# and ends; labels: int64 (n,) ids, float32 (n, targets) or None; notes: rows of each oddity that was accepted
+# The sequences of a split. bases: uint8 codes, end to end; offsets: int64 (n + 1,), their limits in bases;
+# labels: int64 (n,) ids, float32 (n, targets) or None; notes: {what is unusual but accepted: its rows}.
 Rows = namedtuple("Rows", "bases offsets labels notes")
-SOURCES = {                                                  # folder: suite, where from, licence as stated
-    "GUE": ("GUE", "github.com/MAGICS-LAB/DNABERT_2 (GUE.zip)", "not stated"),
-    "DeepSTARR": ("DeepSTARR", "zenodo.org/records/5502060", "not stated"),
-    "GenomicBenchmarks": ("GenomicBenchmarks", "zenodo.org/records/16605299 ({0}_v0.zip; or use --fasta and "
-                          "datasets/{0} of github.com/ML-Bioinfo-CEITEC/genomic_benchmarks)",
+BINARY = "negative", "positive"
+SUITES = {                                                   # suite: where it comes from, licence as stated
+    "GUE": ("github.com/MAGICS-LAB/DNABERT_2 (GUE.zip)", "not stated"),
+    "DeepSTARR": ("zenodo.org/records/5502060", "not stated"),
+    "GenomicBenchmarks": ("zenodo.org/records/16605299 ({0}_v0.zip; or use --fasta and datasets/{0} of "
+                          "github.com/ML-Bioinfo-CEITEC/genomic_benchmarks)",
                           "CC BY 4.0 (Zenodo), Apache-2.0 (repository)"),
-    "MTcDNA": ("MTcDNA", "ftp.ensembl.org/pub (fasta/SPECIES/cdna/*.cdna.all.fa.gz)", "not stated"),
-    "fewshot": ("few-shot", "github.com/roysoumya/GeneMask, curriculum-GeneMask (silencer)", "GPL-3.0"),
-    "demo": ("demo", "the demo genome (written by this file)", "MIT")}
-# task, folder, bases, metric, classes (-: negative,positive), sets:published rows of train:test:dev (GUE:
-# DNABERT-2's appendix, dev as test). GUE's splice classes are what the middle of the sequences shows.
-TABLE = """
-emp/{} GUE/EMP/{} 500 mcc - H3:11971:1497 H3K14ac:26438:3305 H3K36me3:27904:3488 H3K4me1:25341:3168
-emp/{} GUE/EMP/{} 500 mcc - H3K4me2:24545:3069 H3K4me3:29439:3680 H3K79me3:23069:2884 H3K9ac:22224:2779
-emp/{} GUE/EMP/{} 500 mcc - H4:11679:1461 H4ac:27275:3410
-tf_m/{} GUE/mouse/{} 101 mcc - 0:6478:810 1:53952:6745 2:2620:328 3:1904:239 4:15064:1883
-tf_h/{} GUE/tf/{} 101 mcc - 0:32378:1000 1:30672:1000 2:19000:1000 3:27294:1000 4:19000:1000
-pd/{} GUE/prom/prom_300_{} 300 mcc - all:47356:5920 notata:42452:5307 tata:4904:613
-cpd/{} GUE/prom/prom_core_{} 70 mcc - all:47356:5920 notata:42452:5307 tata:4904:613
-ssp/{} GUE/splice/{} 400 mcc acceptor,donor,neither reconstructed:36496:4562
-{} GUE/virus/{} 999 f1_macro 0,1,2,3,4,5,6,7,8 covid:77669:7000
-{} DeepSTARR 249 pcc Dev_log2_enrichment,Hk_log2_enrichment eap:402296:41186:40570
-gb/{} GenomicBenchmarks/{} 251 acc - human_nontata_promoters:27097:9034
-gb/{} GenomicBenchmarks/{} 500 acc - human_enhancers_cohn:20843:6948
-gb/{} GenomicBenchmarks/{} 2-573 acc - human_enhancers_ensembl:123872:30970
-gb/{} GenomicBenchmarks/{} 71-802 acc enhancer,ocr,promoter human_ensembl_regulatory:231348:57713
-gb/{} GenomicBenchmarks/{} 71-593 acc - human_ocr_ensembl:139804:34952
-gb/{} GenomicBenchmarks/{} 331-4776 acc - dummy_mouse_enhancers_ensembl:968:242
-gb/{} GenomicBenchmarks/{} 200 acc coding_seqs,intergenomic_seqs demo_coding_vs_intergenomic_seqs:75000:25000
-gb/{} GenomicBenchmarks/{} 200 acc human,worm demo_human_or_worm:75000:25000
-gb/{} GenomicBenchmarks/{} 236-3237 acc - drosophila_enhancers_stark:5184:1730
-mtcdna/{} MTcDNA {} acc mouse,turtle 1024 4096 8192
-{} fewshot/Prom-core 70 acc - prom_core::5920
-{} fewshot/Prom-300 300 acc - prom_300
-{} fewshot/Cohn-enh 500 acc - cohn_enh
-{} fewshot/Splice-40 40 acc none,donor,acceptor splice_40::3000
-{} fewshot/silencer 101-299 acc - silencer::1657
-{} demo 200 mcc background,motif demo:4000:500:500"""
-# few-shot task: train file of N shots; sets of N per class in it; test files (the second stands in)
-FEW_SHOT = {"prom_core": ("{}/train.tsv", 1, "test.tsv"), "silencer": ("{}/train.tsv", 10, "{}/dev.tsv"),
-            "splice_40": ("{0}/train_splice40_{0}.tsv", 10, "test.tsv"),
-            "prom_300": ("{}/train.tsv", 1, "test.tsv", "test_standin.csv"), "cohn_enh": (
-                "{}/train.tsv", 1, "test.tsv", "../../GenomicBenchmarks/human_enhancers_cohn/test.csv")}
+    "MTcDNA": ("ftp.ensembl.org/pub (fasta/SPECIES/cdna/*.cdna.all.fa.gz)", "not stated"),
+    "few-shot": ("github.com/roysoumya/GeneMask, curriculum-GeneMask (silencer)", "GPL-3.0"),
+    "own": ("your own files", "yours"),
+    "demo": ("the demo genome (written by this file)", "MIT")}
+
+
+def task(suite, name, folder, length, metric="mcc", classes=BINARY, **rows):
+    """Return a Task; the suite decides how its files are read, and tells its source and licence."""
+    source, licence = SUITES[suite]
+    source = source.format(os.path.basename(folder))
+    return Task(name, suite, classes, metric == "pcc", metric, str(length), rows, folder, source, licence)
+
+
+def genomic(name, length, train, test, classes=BINARY):
+    """Return a Task of GenomicBenchmarks."""
+    return task("GenomicBenchmarks", f"gb/{name}", f"GenomicBenchmarks/{name}", length, "acc", classes,
+                train=train, test=test)
+
+
+# A set of your own is one row: task("own", "mine", "my/folder", 300) reads my/folder/{train,dev,test}.csv.
+# Row counts of GUE: DNABERT-2's appendix. The splice classes are what the middle of the sequences shows.
+TASKS = {row.name: row for row in (
+    task("GUE", "emp/H3",       "GUE/EMP/H3",                 500, train=11_971, test=1_497, dev=1_497),
+    task("GUE", "emp/H3K14ac",  "GUE/EMP/H3K14ac",            500, train=26_438, test=3_305, dev=3_305),
+    task("GUE", "emp/H3K36me3", "GUE/EMP/H3K36me3",           500, train=27_904, test=3_488, dev=3_488),
+    task("GUE", "emp/H3K4me1",  "GUE/EMP/H3K4me1",            500, train=25_341, test=3_168, dev=3_168),
+    task("GUE", "emp/H3K4me2",  "GUE/EMP/H3K4me2",            500, train=24_545, test=3_069, dev=3_069),
+    task("GUE", "emp/H3K4me3",  "GUE/EMP/H3K4me3",            500, train=29_439, test=3_680, dev=3_680),
+    task("GUE", "emp/H3K79me3", "GUE/EMP/H3K79me3",           500, train=23_069, test=2_884, dev=2_884),
+    task("GUE", "emp/H3K9ac",   "GUE/EMP/H3K9ac",             500, train=22_224, test=2_779, dev=2_779),
+    task("GUE", "emp/H4",       "GUE/EMP/H4",                 500, train=11_679, test=1_461, dev=1_461),
+    task("GUE", "emp/H4ac",     "GUE/EMP/H4ac",               500, train=27_275, test=3_410, dev=3_410),
+    task("GUE", "tf_m/0",       "GUE/mouse/0",                101, train=6_478, test=810, dev=810),
+    task("GUE", "tf_m/1",       "GUE/mouse/1",                101, train=53_952, test=6_745, dev=6_745),
+    task("GUE", "tf_m/2",       "GUE/mouse/2",                101, train=2_620, test=328, dev=328),
+    task("GUE", "tf_m/3",       "GUE/mouse/3",                101, train=1_904, test=239, dev=239),
+    task("GUE", "tf_m/4",       "GUE/mouse/4",                101, train=15_064, test=1_883, dev=1_883),
+    task("GUE", "tf_h/0",       "GUE/tf/0",                   101, train=32_378, test=1_000, dev=1_000),
+    task("GUE", "tf_h/1",       "GUE/tf/1",                   101, train=30_672, test=1_000, dev=1_000),
+    task("GUE", "tf_h/2",       "GUE/tf/2",                   101, train=19_000, test=1_000, dev=1_000),
+    task("GUE", "tf_h/3",       "GUE/tf/3",                   101, train=27_294, test=1_000, dev=1_000),
+    task("GUE", "tf_h/4",       "GUE/tf/4",                   101, train=19_000, test=1_000, dev=1_000),
+    task("GUE", "pd/all",       "GUE/prom/prom_300_all",      300, train=47_356, test=5_920, dev=5_920),
+    task("GUE", "pd/notata",    "GUE/prom/prom_300_notata",   300, train=42_452, test=5_307, dev=5_307),
+    task("GUE", "pd/tata",      "GUE/prom/prom_300_tata",     300, train=4_904, test=613, dev=613),
+    task("GUE", "cpd/all",      "GUE/prom/prom_core_all",     70,  train=47_356, test=5_920, dev=5_920),
+    task("GUE", "cpd/notata",   "GUE/prom/prom_core_notata",  70,  train=42_452, test=5_307, dev=5_307),
+    task("GUE", "cpd/tata",     "GUE/prom/prom_core_tata",    70,  train=4_904, test=613, dev=613),
+    task("GUE", "ssp/reconstructed", "GUE/splice/reconstructed", 400, "mcc", ("acceptor", "donor", "neither"),
+         train=36_496, test=4_562, dev=4_562),
+    task("GUE", "covid", "GUE/virus/covid", 999, "f1_macro", tuple("012345678"),
+         train=77_669, test=7_000, dev=7_000),
+    task("DeepSTARR", "eap", "DeepSTARR", 249, "pcc",
+         ("Dev_log2_enrichment", "Hk_log2_enrichment"), train=402_296, test=41_186, dev=40_570),
+    genomic("human_nontata_promoters",          251,        train=27_097, test=9_034),
+    genomic("human_enhancers_cohn",             500,        train=20_843, test=6_948),
+    genomic("human_enhancers_ensembl",          "2-573",    train=123_872, test=30_970),
+    genomic("human_ensembl_regulatory",         "71-802",   train=231_348, test=57_713,
+            classes=("enhancer", "ocr", "promoter")),
+    genomic("human_ocr_ensembl",                "71-593",   train=139_804, test=34_952),
+    genomic("dummy_mouse_enhancers_ensembl",    "331-4776", train=968, test=242),
+    genomic("demo_coding_vs_intergenomic_seqs", 200,        train=75_000, test=25_000,
+            classes=("coding_seqs", "intergenomic_seqs")),
+    genomic("demo_human_or_worm", 200, train=75_000, test=25_000, classes=("human", "worm")),
+    genomic("drosophila_enhancers_stark",       "236-3237", train=5_184, test=1_730),
+    task("MTcDNA", "mtcdna/1024", "MTcDNA", 1024, "acc", ("mouse", "turtle")),
+    task("MTcDNA", "mtcdna/4096", "MTcDNA", 4096, "acc", ("mouse", "turtle")),
+    task("MTcDNA", "mtcdna/8192", "MTcDNA", 8192, "acc", ("mouse", "turtle")),
+    task("few-shot", "prom_core", "fewshot/Prom-core", 70, "acc", BINARY, test=5_920),
+    task("few-shot", "prom_300", "fewshot/Prom-300", 300, "acc", BINARY),
+    task("few-shot", "cohn_enh", "fewshot/Cohn-enh", 500, "acc", BINARY),
+    task("few-shot", "splice_40", "fewshot/Splice-40", 40, "acc", ("none", "donor", "acceptor"), test=3_000),
+    task("few-shot", "silencer", "fewshot/silencer", "101-299", "acc", BINARY, test=1_657),
+    task("demo", "demo", "demo", 200, "mcc", ("background", "motif"), train=4_000, test=500, dev=500),
+)}
+GROUPS = {
+    "emp": ["emp/H3", "emp/H3K14ac", "emp/H3K36me3", "emp/H3K4me1", "emp/H3K4me2", "emp/H3K4me3",
+            "emp/H3K79me3", "emp/H3K9ac", "emp/H4", "emp/H4ac"],
+    "tf_m": ["tf_m/0", "tf_m/1", "tf_m/2", "tf_m/3", "tf_m/4"],
+    "tf_h": ["tf_h/0", "tf_h/1", "tf_h/2", "tf_h/3", "tf_h/4"],
+    "pd": ["pd/all", "pd/notata", "pd/tata"], "cpd": ["cpd/all", "cpd/notata", "cpd/tata"],
+    "ssp": ["ssp/reconstructed"], "covid": ["covid"], "eap": ["eap"],
+    "mtcdna": ["mtcdna/1024", "mtcdna/4096", "mtcdna/8192"]}
+GROUPS["cmgems27"] = [name for group in ("emp", "tf_m", "tf_h", "pd", "cpd", "ssp") for name in GROUPS[group]]
+GROUPS["gue28"] = [*GROUPS["cmgems27"], "covid"]
+GROUPS["randommask28"] = [*GROUPS["cmgems27"], "eap"]
+GROUPS["gb8"] = ["gb/human_nontata_promoters", "gb/human_enhancers_cohn", "gb/human_enhancers_ensembl",
+                 "gb/human_ensembl_regulatory", "gb/human_ocr_ensembl", "gb/dummy_mouse_enhancers_ensembl",
+                 "gb/demo_coding_vs_intergenomic_seqs", "gb/demo_human_or_worm"]
+GROUPS["gb5"] = ["gb/human_nontata_promoters", "gb/demo_human_or_worm", "gb/human_enhancers_ensembl",
+                 "gb/demo_coding_vs_intergenomic_seqs", "gb/human_enhancers_cohn"]          # Martinek et al.
+GROUPS["fewshot"] = ["prom_core", "silencer", "splice_40", "prom_300", "cohn_enh"]
+FEW_SHOT = {                       # task: file with N shots, sets of N per class in it, test file (or files)
+    "prom_core": ("{}/train.tsv", 1, "test.tsv"),
+    "silencer": ("{}/train.tsv", 10, "{}/dev.tsv"),
+    "splice_40": ("{0}/train_splice40_{0}.tsv", 10, "test.tsv"),
+    "prom_300": ("{}/train.tsv", 1, "test.tsv", "test_standin.csv"),
+    "cohn_enh": ("{}/train.tsv", 1, "test.tsv", "../../GenomicBenchmarks/human_enhancers_cohn/test.csv")}
 MTCDNA = {"Mus_musculus": 0, "Mus_spretus": 0, "Chelonoidis_abingdonii": 1, "Gopherus_agassizii": 1}
 DELIMITER = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -541,77 +632,54 @@ CLASS_NAME = re.compile(r"(?!=|[+-]?(nan|inf|infinity|na|n/a|none|null|[\d.]+e[+
                         r"[^\x00-\x1f\x7f-\x9f]+", re.IGNORECASE)
 
 
-def task_table():
-    """TABLE -> {name: Task}."""
-    tasks = {}
-    for name, folder, length, metric, classes, *sets in map(str.split, TABLE.strip().splitlines()):
-        suite, source, licence = SOURCES[folder.split("/")[0]]
-        for of, *counts in (text.split(":") for text in sets):
-            counts += counts[1:] * (suite == "GUE")
-            rows = {split: int(n) for split, n in zip(("train", "test", "dev"), counts) if n}
-            names = tuple(classes.replace("-", "negative,positive").split(","))
-            task = Task(name.format(of), suite, names, metric == "pcc", metric, length.format(of), rows,
-                        folder.format(of), source.format(of), licence)
-            tasks[task.name] = task
-    return tasks
-
-
-TASKS = task_table()
-GUE = [name for name in TASKS if TASKS[name].suite == "GUE"]                    # covid is the last
-GROUPS = {group: [name for name in TASKS if name.split("/")[0] == group]
-          for group in ("emp", "tf_m", "tf_h", "pd", "cpd", "ssp", "covid", "eap", "mtcdna")}
-GROUPS |= {"cmgems27": GUE[:-1], "gue28": GUE, "randommask28": [*GUE[:-1], "eap"],
-           "gb8": [name for name in TASKS if name.startswith("gb/") and "drosophila" not in name],
-           "gb5": [f"gb/{name}" for name in (                # of Martinek et al.
-               "human_nontata_promoters", "demo_human_or_worm", "human_enhancers_ensembl",
-               "demo_coding_vs_intergenomic_seqs", "human_enhancers_cohn")], "fewshot": list(FEW_SHOT)}
-
-
 def task_names(args):
-    """Names of groups and tasks -> task names, each once."""
+    """Turn names of groups and tasks into task names, each once."""
     for name in args:
         if name not in GROUPS and name not in TASKS:
-            raise ValueError(f"task {show(name)}: unknown; use {' '.join([*GROUPS, *TASKS])}")
+            raise ValueError(f"task {quoted(name)} is unknown; use {' '.join([*GROUPS, *TASKS])}")
     return list(dict.fromkeys(name for arg in args for name in GROUPS.get(arg, [arg])))
 
 
 def row_keys(rows):
-    """One bytes object per sequence, to compare and count."""
+    """Return one bytes object per sequence, to compare and count."""
     bases, offsets = rows.bases.tobytes(), rows.offsets.tolist()
     return [bases[start:end] for start, end in zip(offsets, offsets[1:])]
 
 
 def rows_of(bases, lengths, labels, notes, **masks):
-    """Rows of codes. Integer labels are ids, floats targets; masks are over bases, their rows are counted."""
+    """Make Rows of base codes. Integer labels are class ids, floats are targets (n, targets).
+    masks: {name: bool over bases}; the rows that hold a True are counted in the notes."""
     if labels is not None:
         labels = np.asarray(labels)
-        labels = labels.astype(np.int64) if labels.dtype.kind == "i" else \
-            labels.astype(np.float32).reshape(len(lengths), -1)
+        is_ids = labels.dtype.kind == "i"
+        labels = labels.astype(np.int64) if is_ids else labels.astype(np.float32).reshape(len(lengths), -1)
     rows = Rows(bases, np.concatenate([[0], np.cumsum(lengths)]), labels, {})
-    counts = {name: int(np.logical_or.reduceat(mask, rows.offsets[:-1]).sum())
-              for name, mask in ({"with_n": bases == 4} | masks).items()}
-    return rows._replace(notes={"duplicates": len(lengths) - len(set(row_keys(rows)))} | counts | notes)
+    counts = {"duplicates": len(lengths) - len(set(row_keys(rows)))}
+    for name, mask in {"with_n": bases == 4, **masks}.items():
+        counts[name] = int(np.logical_or.reduceat(mask, rows.offsets[:-1]).sum())
+    return rows._replace(notes=counts | notes)
 
 
 def rows_from(sequences, labels=None, notes=None, places=None):
-    """DNA strings -> Rows. ValueError for what is not DNA; places: what to call each sequence there."""
+    """Make Rows of DNA strings. ValueError for what is not DNA; places: what to call each sequence there."""
     places = places or [f"sequence {i}" for i in range(len(sequences))]
     text, lengths = "".join(sequences), np.array(list(map(len, sequences)))
-    letters = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
-    codes = CODE[letters]
+    ascii_codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
+    bases = CODE[ascii_codes]
     if not lengths.all():
         raise ValueError(f"{places[lengths.argmin()]}: no sequence; complete or remove it")
-    if codes.max() > 4:
-        at = int(np.argmax(codes > 4))
+    if bases.max() > 4:
+        at = int(np.argmax(bases > 4))
         row = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
-        hint = BAD_LETTER.get(text[at].upper().encode(), f"in {show(sequences[row][:40])}")
-        raise ValueError(f"{places[row]}: not a DNA letter ({show(text[at])}: {hint}); use ACGTN and IUPAC")
-    return rows_of(codes, lengths, labels, notes or {}, lower_case=letters > ord("Z"),
-                   ambiguous=(codes == 4) & (letters & 0xDF != ord("N")))
+        hint = BAD_LETTER.get(text[at].upper().encode(), f"in {quoted(sequences[row][:40])}")
+        raise ValueError(f"{places[row]}: {quoted(text[at])} is not a DNA letter ({hint}); {LETTERS_ONLY}")
+    is_n = ascii_codes & 0xDF == ord("N")                    # N or n
+    return rows_of(bases, lengths, labels, notes or {}, lower_case=ascii_codes > ord("Z"),
+                   ambiguous=(bases == 4) & ~is_n)
 
 
 def take_rows(rows, index):
-    """The rows of an index array, in its order. Of the notes, those that the codes can tell."""
+    """Return the rows of an index array, in its order, with those notes that the base codes can tell."""
     lengths = np.diff(rows.offsets)[index]
     shift = rows.offsets[index] - (np.cumsum(lengths) - lengths)
     bases = rows.bases[np.arange(lengths.sum()) + np.repeat(shift, lengths)]
@@ -619,11 +687,11 @@ def take_rows(rows, index):
 
 
 def split_rows(rows, fractions, seed):
-    """Rows -> one Rows per fraction of the different sequences, at random, class by class (scikit-learn's
-    stratified split; by its first label). Equal sequences go together."""
+    """Split Rows at random, class by class, into one Rows per fraction of the different sequences.
+    Scikit-learn's stratified split; equal sequences stay together and count with their first label."""
     from sklearn.model_selection import train_test_split
-    seen = {}                                                # sequence: its first row
-    first = np.array([seen.setdefault(key, i) for i, key in enumerate(row_keys(rows))])
+    first_row = {}                                           # sequence: its first row
+    first = np.array([first_row.setdefault(key, i) for i, key in enumerate(row_keys(rows))])
     parts, rest = [], np.unique(first)
     classes = np.zeros(len(first)) if rows.labels is None or rows.labels.ndim > 1 else rows.labels
     try:
@@ -632,87 +700,106 @@ def split_rows(rows, fractions, seed):
                                           stratify=classes[rest], random_state=seed)
             parts.append(part)
     except ValueError as e:
-        raise ValueError(f"split {fractions}: {len(seen)} different rows: too few ({e}); give more") from None
+        n = len(first_row)
+        raise ValueError(f"split {fractions}: {n} different sequences are too few ({e}); give more") from None
     return [take_rows(rows, np.flatnonzero(np.isin(first, part))) for part in (*parts, rest)]
 
 
 def table_text(path):
-    """Text of a UTF-8 file, plain or gzip."""
+    """Return the text of a UTF-8 file, plain or gzip."""
     with opened(path) as f:
-        data = f.read()
+        content = f.read()
     try:
-        return data.decode("utf-8-sig")
+        return content.decode("utf-8-sig")
     except UnicodeDecodeError as e:
-        kinds = [kind for magic, kind in NOT_FASTA if data.startswith(magic)] + [f"byte {data[e.start]:#x}"]
-        line = data.count(b"\n", 0, e.start) + 1
-        raise ValueError(f"{path}: line {line}: not UTF-8 text ({kinds[0]}); save it as UTF-8 text") from None
+        line = content.count(b"\n", 0, e.start) + 1
+        other = other_format(content)
+        reason = f"this is {other}" if other else f"not UTF-8 text (byte {content[e.start]:#x}); convert it"
+        raise ValueError(f"{path}: line {line}: {reason}") from None
 
 
-def read_columns(path, wanted):
-    """Columns of a CSV (.csv) or TSV (.tsv, .txt) file, plain or gzip, read strictly; others are passed over.
-    wanted: {name: what the header may call it}. Returns {name: list of str} and each row's 'FILE: line N'."""
-    suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
-    if suffix not in DELIMITER:
-        raise ValueError(f"{path}: no table by its name; name it .csv (commas), .tsv or .txt (tabs)")
+def read_lines(path, delimiter):
+    """Read a CSV file strictly: header and rows (lists of str), 'FILE: line N' of each, start of the text.
+    Blank lines are passed over; ValueError where no row follows the header."""
     csv.field_size_limit(1 << 24)
     text, rows, places, line = table_text(path), [], [], 1
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=DELIMITER[suffix], strict=True)
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     try:
         for row in reader:
-            if len(row) > 1 or row and row[0].strip():       # blank lines are fine
+            if len(row) > 1 or row and row[0].strip():
                 rows.append(row)
                 places.append(f"{path}: line {line}")
             line = reader.line_num + 1
     except csv.Error as e:
         raise ValueError(f"{path}: line {line}: {e}; correct its quotes or line ends") from None
     if len(rows) < 2:
-        raise ValueError(f"{path}: empty, or nothing below the header ({show(text[:40])}); check the file")
-    header, columns = [cell.strip().lower() for cell in rows.pop(0)], {}
-    head, *places = places
-    for name, names in wanted.items():
-        at = [i for i, cell in enumerate(header) if cell in names]
-        if len(at) != 1:
-            raise ValueError(f"{head}: {len(at) or 'no'} column {' or '.join(names)} in the header "
-                             f"({show(text.lstrip()[:40])}); name one, with {DELIMITER[suffix]!r} in between")
-        columns[name] = at[0]
+        raise ValueError(f"{path}: empty, or no row below the header ({quoted(text[:40])}); check the file")
+    return rows, places, text.lstrip()[:40]
+
+
+def read_columns(path, wanted):
+    """Read columns of a CSV (.csv) or TSV (.tsv, .txt) file, plain or gzip; other columns are passed over.
+    wanted: {name: its spellings in the header}. Returns {name: list of str}, 'FILE: line N' of each row."""
+    suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
+    if suffix not in DELIMITER:
+        raise ValueError(f"{path}: no table by its name; use .csv (commas), .tsv or .txt (tabs)")
+    (header, *rows), (place, *places), start = read_lines(path, DELIMITER[suffix])
+    header, columns = [cell.strip().lower() for cell in header], {}
+    for name, spellings in wanted.items():
+        found = [i for i, cell in enumerate(header) if cell in spellings]
+        if len(found) != 1:
+            count = f"{len(found)} columns" if found else "no column"
+            raise ValueError(f"{place}: {count} {' or '.join(spellings)} in the header ({quoted(start)}); "
+                             f"give exactly one, with {DELIMITER[suffix]!r} between columns")
+        columns[name] = found[0]
     for row, place in zip(rows, places):
         if len(row) != len(header):
-            raise ValueError(f"{place}: {len(row)} fields, but {len(header)} in the header; correct it")
+            raise ValueError(f"{place}: {len(row)} fields, but {len(header)} in the header; correct the row")
     return {name: [row[i].strip(" \t") for row in rows] for name, i in columns.items()}, places
 
 
 def class_ids(texts, classes, places):
-    """Labels -> ids, classes (None: those there are, sorted; all whole numbers or all names). '1.0' is 1."""
+    """Turn labels into ids; returns the ids and the classes in their order. '1.0' is 1.
+    classes=None takes those found, sorted: all whole numbers or all names, and at least two."""
     names = {text: re.sub(r"^(-?\d+)\.0*$", r"\1", text) for text in dict.fromkeys(texts)}
     kind = WHOLE if WHOLE.fullmatch(names[texts[0]]) else CLASS_NAME
     for text, name in names.items():
-        if name not in classes if classes else not kind.fullmatch(name):
-            known = f"use one of {', '.join(classes)}" if classes else "use only whole numbers, or only names"
+        known = name in classes if classes else kind.fullmatch(name)
+        if not known:
+            advice = f"use one of {', '.join(classes)}" if classes else "use only whole numbers or names"
             if NUMBER.fullmatch(text) and float(text) % 1 > 0:
-                known += "; for a regression give --targets label"
-            raise ValueError(f"{places[texts.index(text)]}: label {show(text)}; {known}")
+                advice += "; for a regression give --targets label"
+            raise ValueError(f"{places[texts.index(text)]}: label {quoted(text)} is not a class; {advice}")
     if not classes:
         classes = tuple(sorted(set(names.values()), key=int if kind is WHOLE else None))
         if len(classes) < 2:
-            raise ValueError(f"{places[0]}: label {show(texts[0])} in all rows; two classes are needed")
+            raise ValueError(f"{places[0]}: label {quoted(texts[0])} in all rows; give two classes or more")
     ids = {name: i for i, name in enumerate(classes)}
     return [ids[names[text]] for text in texts], classes
 
 
 def numbers(columns, places):
-    """Columns of text -> one tuple of finite floats per row."""
+    """Turn columns of text into one tuple of finite floats per row."""
     for column in columns:
         for text, place in zip(column, places):
             if not NUMBER.fullmatch(text) or abs(float(text)) > 3e38:
-                raise ValueError(f"{place}: {show(text)}; use a finite decimal number")
+                raise ValueError(f"{place}: {quoted(text)} is not a finite decimal number; correct it")
     return list(zip(*(map(float, column) for column in columns)))
 
 
+def join_kmers(text, place):
+    """Turn overlapping k-mers with blanks between them into the sequence they were made of."""
+    k = text.index(" ")
+    sequence = text[::k + 1] + text[len(text) - k + 1:]
+    if " ".join(sequence[i:i + k] for i in range(len(sequence) - k + 1)) != text:
+        raise ValueError(f"{place}: blanks in {quoted(text)}, which is not overlapping k-mers; remove them")
+    return sequence
+
+
 def read_table(path, classes=None, targets=None, labels=True):
-    """A table with columns sequence (or seq) and label (or class) -> sequences, labels, notes.
-    classes: the labels in the order of their ids; None: notes["classes"] tells those found, sorted.
-    targets: the number columns of a regression; labels=False: sequences only.
-    Overlapping k-mers with blanks between them become the sequence they were made of."""
+    """Read a table with columns sequence (or seq) and label (or class): sequences, labels, notes.
+    classes: the labels in the order of their ids; None: notes["classes"] holds those found, sorted.
+    targets: number columns of a regression; labels=False: sequences only. K-mer text is joined."""
     wanted = {name: [name.lower()] for name in targets or ()}
     if labels and not targets:
         wanted["label"] = ["label", "class"]
@@ -720,11 +807,8 @@ def read_table(path, classes=None, targets=None, labels=True):
     sequences, notes = columns.pop("sequence"), {"kmer_text": 0}
     for i, text in enumerate(sequences):
         if " " in text:
-            k = text.index(" ")
-            sequences[i] = bare = text[::k + 1] + text[len(text) - k + 1:]
+            sequences[i] = join_kmers(text, places[i])
             notes["kmer_text"] += 1
-            if " ".join(bare[j:j + k] for j in range(len(bare) - k + 1)) != text:
-                raise ValueError(f"{places[i]}: blanks in {show(text)}, no overlapping k-mers; remove them")
     rows_from(sequences, places=places)                      # ValueError where one is not DNA
     if targets or not labels:
         return sequences, numbers(columns.values(), places) if targets else None, notes
@@ -733,19 +817,25 @@ def read_table(path, classes=None, targets=None, labels=True):
 
 
 def find(folder, *names):
-    """Path of the first of these files that there is, plain or .gz; None where there is none."""
+    """Return the path of the first of these files that exists, plain or .gz; None where none does."""
     paths = (os.path.join(folder, name + suffix) for name in names for suffix in ("", ".gz"))
     return next(filter(os.path.exists, paths), None)
 
 
+def how_to_get(task):
+    """Return the end of a message on missing files."""
+    if task.suite == "own":
+        return f"({task.name}); check --data_dir and the task's row in data.py"
+    return f"({task.name}); run python -m tools.download {task.name}, or get it from {task.source}"
+
+
 def find_files(task, data_dir, wanted):
-    """Paths of a task's files. wanted: for each its name, and those that may stand in for it (said)."""
+    """Return the paths of a task's files. wanted: for each its name, and names of what may replace it."""
     folder = os.path.join(data_dir, task.folder)
     found = {names[0]: find(folder, *names) for names in wanted}
-    lost = [name for name, path in found.items() if not path]
-    if lost:
-        raise ValueError(f"{folder}: no {', '.join(lost)} ({task.name}); python -m tools.download {task.name}, or "
-                         f"{task.source}")
+    missing = [name for name, path in found.items() if not path]
+    if missing:
+        raise ValueError(f"{folder}: no {', '.join(missing)} {how_to_get(task)}")
     for name, path in found.items():
         if not find(folder, name):
             print(f"{task.name}: {name} is not there, {path} stands in for it", flush=True)
@@ -753,52 +843,51 @@ def find_files(task, data_dir, wanted):
 
 
 def read_tables(task, data_dir, wanted):
-    """{split: Rows} of tables {split: names, as find_files wants them}; labels are ids, or the targets."""
+    """Read tables {split: names, as find_files wants them} into {split: Rows}; labels are ids, or targets."""
     ids, targets = [str(i) for i in range(len(task.classes))], task.classes if task.regression else None
     paths = find_files(task, data_dir, wanted.values())
     return {split: rows_from(*read_table(path, ids, targets)) for split, path in zip(wanted, paths)}
 
 
 def class_paths(task, folder, suffix=""):
-    """The class files or folders of one split, in the order of the ids whatever the directory's order."""
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    names = {name.removesuffix(".gz").removesuffix(suffix): name for name in names if name[0] != "."}
+    """Return the class files or folders of one split in the order of the ids, not of the directory."""
+    entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    names = {name.removesuffix(".gz").removesuffix(suffix): name for name in entries if name[0] != "."}
     if set(names) != set(task.classes):
-        raise ValueError(f"{folder}: {', '.join(names)[:80] or 'nothing'} there, not the classes "
-                         f"{', '.join(task.classes)} ({task.name}); python -m tools.download {task.name}, or "
-                         f"{task.source}")
+        raise ValueError(f"{folder}: holds {', '.join(names)[:80] or 'nothing'}, not the classes "
+                         f"{', '.join(task.classes)} {how_to_get(task)}")
     return [os.path.join(folder, names[name]) for name in task.classes]
 
 
 def read_folder(path):
-    """A folder of one-sequence files -> texts in the order of the file names, and the paths."""
+    """Read a folder of one-sequence files: texts in the order of the file names, and the paths."""
     paths = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name[0] != "."]
     if not paths:
-        raise ValueError(f"{path}: an empty folder; unpack the archive again")
+        raise ValueError(f"{path}: the folder is empty; unpack the archive again")
     return [table_text(path).strip() for path in paths], paths
 
 
 def read_intervals(path):
-    """Coordinate table -> [(region, start, end, strand)], places. 0-based, half-open; no strand is '+'."""
+    """Read a coordinate table: [(region, start, end, strand)], places. 0-based, half-open; '' is '+'."""
     columns, places = read_columns(path, {name: [name] for name in ("region", "start", "end", "strand")})
     intervals = []
     for place, region, start, end, strand in zip(places, *columns.values()):
-        numeric = re.fullmatch(r"\d+ \d+", f"{start} {end}", re.ASCII)
-        if not numeric or int(start) >= int(end) or strand not in ("", "+", "-"):
-            raise ValueError(f"{place}: interval {show(f'{region}:{start}-{end} {strand}')}; need whole "
-                             f"numbers, 0 <= start < end, and strand '+', '-' or none")
+        are_numbers = re.fullmatch(r"\d+ \d+", f"{start} {end}", re.ASCII)
+        if not are_numbers or int(start) >= int(end) or strand not in ("", "+", "-"):
+            raise ValueError(f"{place}: {quoted(f'{region}:{start}-{end} {strand}')} is not an interval; use "
+                             f"whole numbers with 0 <= start < end, and strand '+', '-' or none")
         intervals.append((region, int(start), int(end), strand))
     return intervals, places
 
 
 def region_key(name):
-    """What the spellings of a region share: no 'chr', no version of an Ensembl transcript, one name for M."""
+    """Return what all spellings of a region share: no 'chr', no transcript version, one name for chrM."""
     name = re.sub(r"^chr|^(ENS\w+)\.\d+$", r"\1", name)
     return "MT" if name in ("M", "mitochondrion_genome") else name
 
 
 def open_fasta(path):
-    """pyfaidx.Fasta over our own index of exactly this file, in the user's cache folder."""
+    """Open pyfaidx.Fasta over our own index of exactly this file, in the user's cache folder."""
     import pyfaidx
     key = hashlib.sha256(json.dumps(file_fingerprint(path)).encode()).hexdigest()[:12]
     index = os.path.join(cache_home(), f"{os.path.basename(path)}.{key}.fai")
@@ -809,68 +898,75 @@ def open_fasta(path):
             os.replace(f"{index}.{os.getpid()}", index)
         return pyfaidx.Fasta(path, indexname=index, as_raw=True, rebuild=False)
     except (OSError, ValueError, LookupError, ImportError, pyfaidx.FastaIndexingError) as e:
-        raise ValueError(f"{path}: pyfaidx cannot index it ({show(str(e))}); unpack or correct it") from None
+        raise ValueError(f"{path}: pyfaidx cannot index it ({quoted(str(e))}); unpack or mend it") from None
 
 
 def cut_intervals(path, fasta):
-    """Sequences of a coordinate table's intervals in a pyfaidx.Fasta ('-': reverse complement), places."""
+    """Cut the intervals of a coordinate table out of a pyfaidx.Fasta: sequences, places."""
     intervals, places = read_intervals(path)
-    names, sequences, flip = {}, [], str.maketrans("ACGTacgt", "TGCAtgca")       # other codes all become N
+    complement = str.maketrans("ACGTacgt", "TGCAtgca")       # other codes all become N
+    contigs, sequences = {}, []
     for name in fasta.keys():
-        names.setdefault(region_key(name), []).append(name)
-    advice = f"in {fasta.filename} ({', '.join(list(fasta.keys())[:5])} ...); use the genome of the table"
+        contigs.setdefault(region_key(name), []).append(name)
+    fix = f"in {fasta.filename} ({', '.join(list(fasta.keys())[:5])} ...); use the genome of the table"
     for place, (region, start, end, strand) in zip(places, intervals):
-        spelt = names.get(region_key(region), [])
-        if len(spelt) != 1:
-            raise ValueError(f"{place}: region {show(region)} is {' and '.join(spelt) or 'not'} {advice}")
-        contig = fasta[spelt[0]]
+        matches = contigs.get(region_key(region), [])
+        if len(matches) != 1:
+            raise ValueError(f"{place}: region {quoted(region)} is {' and '.join(matches) or 'not'} {fix}")
+        contig = fasta[matches[0]]
         if end > len(contig):
-            raise ValueError(f"{place}: {region}:{start}-{end}, {spelt[0]} ends at {len(contig)} {advice}")
+            raise ValueError(f"{place}: {region}:{start}-{end}, but {matches[0]} ends at {len(contig)} {fix}")
         text = contig[start:end]
-        sequences.append(text.translate(flip)[::-1] if strand == "-" else text)
-    n_blank = sum(not text.strip("Nn") for text in sequences)
-    if n_blank > len(sequences) / 100:
-        raise ValueError(f"{path}: {n_blank} of {len(sequences)} intervals are all N {advice}")
+        sequences.append(text.translate(complement)[::-1] if strand == "-" else text)
+    n_unknown = sum(not text.strip("Nn") for text in sequences)
+    if n_unknown > len(sequences) / 100:
+        raise ValueError(f"{path}: {n_unknown} of {len(sequences)} intervals are all N {fix}")
     return sequences, places
 
 
 def coordinate_folder(task, data_dir):
-    """Where a task's coordinate tables are: GenomicBenchmarks/coordinates/SET, or the task's own folder."""
+    """Return where a task's coordinate tables are: coordinates/SET, as in their repository, or its folder."""
     folder = find(data_dir, f"GenomicBenchmarks/coordinates/{task.name.removeprefix('gb/')}")
     return folder or os.path.join(data_dir, task.folder)
 
 
+def read_classes(task, folder, fastas):
+    """Read a split that has one coordinate table per class (with fastas), or one folder per class."""
+    texts, labels, places = [], [], []
+    for label, path in enumerate(class_paths(task, folder, ".csv" if fastas else "")):
+        sequences, where = cut_intervals(path, fastas[label]) if fastas else read_folder(path)
+        texts += sequences
+        labels += [label] * len(sequences)
+        places += where
+    return rows_from(texts, labels, None, places)
+
+
 def read_genomic(task, data_dir, fastas):
-    """GenomicBenchmarks: with FASTA files (one, or one per class, in order) from coordinate tables; else from
-    the package's class folders of one-sequence files; else from {train,test}.csv."""
-    folder, suffix, n = os.path.join(data_dir, task.folder), "", len(task.classes)
+    """Read a set of GenomicBenchmarks: with FASTA files (one, or one per class, in order) from its coordinate
+    tables; else from the package's class folders of one-sequence files; else from {train,test}.csv."""
+    folder = os.path.join(data_dir, task.folder)
     if fastas:
-        if len(set(map(os.path.realpath, fastas))) < len(fastas) or len(fastas) not in (1, n):
-            raise ValueError(f"--fasta {' '.join(map(str, fastas))}: {len(fastas)} files, {n} classes; give "
-                             f"one, or one of its own for each of {', '.join(task.classes)}")
-        fastas = [open_fasta(os.fspath(path)) for path in fastas] * (n // len(fastas))
-        folder, suffix = coordinate_folder(task, data_dir), ".csv"
+        n, n_classes = len(fastas), len(task.classes)
+        if len(set(map(os.path.realpath, fastas))) < n or n not in (1, n_classes):
+            raise ValueError(f"--fasta {' '.join(map(str, fastas))}: {n} files for {n_classes} classes; give "
+                             f"one, or a different one for each of {', '.join(task.classes)}")
+        fastas = [open_fasta(os.fspath(path)) for path in fastas] * (n_classes // n)
+        folder = coordinate_folder(task, data_dir)
     elif not any(os.path.isdir(os.path.join(folder, "train", name)) for name in task.classes):
         return read_tables(task, data_dir, {"train": ["train.csv"], "test": ["test.csv"]})
-    splits = {}
-    for split in ("train", "test"):
-        paths = class_paths(task, os.path.join(folder, split), suffix)
-        texts, places = zip(*(map(cut_intervals, paths, fastas) if fastas else map(read_folder, paths)))
-        labels = np.repeat(np.arange(n), list(map(len, texts)))
-        splits[split] = rows_from(sum(texts, []), labels, None, sum(places, []))
-    return splits
+    return {split: read_classes(task, os.path.join(folder, split), fastas) for split in ("train", "test")}
 
 
 def read_deepstarr(task, data_dir):
-    """The published FASTA and activity files, row by row; else sample tables, which have no test split."""
-    folder, names = os.path.join(data_dir, task.folder), ("Train", "Val", "Test")
+    """Read the published FASTA and activity files, row by row; else sample tables, without a test split."""
+    folder, splits = os.path.join(data_dir, task.folder), {"train": "Train", "dev": "Val", "test": "Test"}
     if find(folder, "sample_train.txt") and not find(folder, "Sequences_Train.fa"):
-        print(f"{task.name}: sample tables, not the published splits; no test split", flush=True)
+        print(f"{task.name}: sample tables, not the published splits; there is no test split", flush=True)
         return read_tables(task, data_dir, {"train": ["sample_train.txt"], "dev": ["sample_val.txt"]})
-    paths = find_files(task, data_dir, [[f"Sequences_{name}.fa"] for name in names]
-                       + [[f"Sequences_activity_{name}.txt"] for name in names])
-    splits = {}
-    for split, fasta, table in zip(("train", "dev", "test"), paths, paths[3:]):
+    fastas = [[f"Sequences_{name}.fa"] for name in splits.values()]
+    tables = [[f"Sequences_activity_{name}.txt"] for name in splits.values()]
+    paths = find_files(task, data_dir, fastas + tables)
+    for split, fasta, table in zip(list(splits), paths, paths[3:]):
         columns, places = read_columns(table, {target: [target.lower()] for target in task.classes})
         codes = [record[1] for record in fasta_records(fasta)]
         if len(codes) != len(places):
@@ -881,7 +977,7 @@ def read_deepstarr(task, data_dir):
 
 
 def read_mtcdna(task, data_dir):
-    """cDNA of two mice and two turtles: transcripts of more than 5,000 bases, cut or N-padded to the length;
+    """Read the cDNA of two mice and two turtles: transcripts of more than 5,000 bases, cut or N-padded.
     60 % train, 20 % dev, 20 % test by train_test_split twice, seed 1 (FinDNA's code; unstratified)."""
     from sklearn.model_selection import train_test_split
     folder, length = os.path.join(data_dir, task.folder), int(task.length)
@@ -889,7 +985,7 @@ def read_mtcdna(task, data_dir):
     for species, label in MTCDNA.items():
         paths = glob.glob(os.path.join(glob.escape(folder), f"{species}*.fa*"))
         if len(paths) != 1:
-            raise ValueError(f"{folder}: {len(paths)} files {species}*.fa ({task.name}); get one of each of "
+            raise ValueError(f"{folder}: {len(paths)} files {species}*.fa ({task.name}); get one for each of "
                              f"{', '.join(MTCDNA)} from {task.source}")
         for _, codes, _ in fasta_records(paths[0]):
             sizes.append(len(codes))
@@ -898,7 +994,7 @@ def read_mtcdna(task, data_dir):
                 labels.append(label)
     long = np.array([n for n in sizes if n > 5000])
     if len(long) < 5:
-        raise ValueError(f"{folder}: {len(long)} transcripts of more than 5,000 bases; check the files")
+        raise ValueError(f"{folder}: only {len(long)} transcripts of more than 5,000 bases; check the files")
     print(f"{task.name}: {len(long)} of {len(sizes)} transcripts have more than 5,000 bases (mouse, turtle: "
           f"{np.bincount(labels)}); {(long > length).sum()} cut, {(long < length).sum()} padded", flush=True)
     rows = rows_of(np.concatenate(bases), np.full(len(long), length), labels, {})
@@ -908,16 +1004,18 @@ def read_mtcdna(task, data_dir):
 
 
 def read_few_shot(task, data_dir, shots, draw):
-    """N rows per class to train on, and the test file. If a file has ten sets of N (FEW_SHOT), draw 0..9 is
-    one: a slice of each class after a seeded shuffle. No dev set: Splice-40's lies in its test."""
+    """Read N rows per class to train on, and the test file. No dev set: Splice-40's is part of its test.
+    Where a file holds ten sets of N, draw 0..9 is one: a slice of each class after a seeded shuffle."""
     train, n_sets, *tests = FEW_SHOT[task.name]
     wanted = {"train": [train.format(shots)], "test": [name.format(shots) for name in tests]}
+    if not 0 <= draw < 10:
+        raise ValueError(f"{task.name}: draw {draw} does not exist; use 0 to 9")
     rows = read_tables(task, data_dir, wanted)
     labels = rows["train"].labels
     counts = np.bincount(labels, minlength=len(task.classes))
-    if (counts != n_sets * shots).any() or not 0 <= draw < 10:
-        raise ValueError(f"{task.folder}/{wanted['train'][0]}: {counts.tolist()} rows by class, draw {draw}; "
-                         f"need {n_sets} x {shots} rows of each class and a draw from 0 to 9")
+    if (counts != n_sets * shots).any():
+        raise ValueError(f"{task.folder}/{wanted['train'][0]}: {counts.tolist()} rows by class, not {n_sets} "
+                         f"x {shots} of each; get the file again")
     if n_sets > 1:
         order = np.random.default_rng(42).permutation(len(labels))
         order = order[np.argsort(labels[order], kind="stable")].reshape(-1, n_sets, shots)
@@ -926,15 +1024,15 @@ def read_few_shot(task, data_dir, shots, draw):
 
 
 def read_demo(task, data_dir):
-    """Windows of the demo genome without DEMO_MOTIF, which is then planted in every other one (class 1)."""
+    """Make the demo task: windows of the demo genome without DEMO_MOTIF; every other gets it (class 1)."""
     genome, rng, splits = open_genome(["demo"], data_dir), np.random.default_rng(42), {}
     length, motif = int(task.length), encode(DEMO_MOTIF)
     hits = (np.lib.stride_tricks.sliding_window_view(genome.bases, len(motif)) == motif).all(1)
-    before = np.concatenate([[0], np.cumsum(hits)])
+    n_before = np.concatenate([[0], np.cumsum(hits)])        # motifs that begin before each position
     for split, contigs in (("train", ("demo1", "demo2")), ("dev", ("demo3",)), ("test", ("demo4",))):
         n = task.rows[split]
         starts = np.concatenate([np.arange(genome.contigs[c] - length) + genome.offsets[c] for c in contigs])
-        starts = starts[before[starts + length + 1 - len(motif)] == before[starts]]
+        starts = starts[n_before[starts + length + 1 - len(motif)] == n_before[starts]]
         bases = take_windows(genome.bases, rng.choice(starts, n, replace=False), length).numpy()
         at = rng.integers(length + 1 - len(motif), size=(n // 2, 1)) + np.arange(len(motif))
         bases[np.arange(1, n, 2)[:, None], at] = motif
@@ -943,12 +1041,12 @@ def read_demo(task, data_dir):
 
 
 def read_task(name, data_dir, shots=None, draw=0, fasta=None):
-    """A benchmark set -> {"train", "dev", "test": Rows, or None where there is none}.
-    shots, draw: of a few-shot task, rows per class (10) and number of the run; fasta: see read_genomic."""
+    """Read a benchmark set: {"train", "dev", "test": Rows, or None where there is none}.
+    shots, draw: of a few-shot task, rows per class (10) and number of the draw; fasta: see read_genomic."""
     if name not in TASKS:
-        raise ValueError(f"task {show(name)}: not the name of one set; use {' '.join(TASKS)}")
+        raise ValueError(f"task {quoted(name)} is not the name of one set; use {' '.join(TASKS)}")
     task = TASKS[name]
-    if task.suite == "GUE":
+    if task.suite in ("GUE", "own"):
         splits = read_tables(task, data_dir, {split: [f"{split}.csv"] for split in ("train", "dev", "test")})
     elif task.suite == "GenomicBenchmarks":
         splits = read_genomic(task, data_dir, fasta)
@@ -957,82 +1055,8 @@ def read_task(name, data_dir, shots=None, draw=0, fasta=None):
     else:
         read = {"DeepSTARR": read_deepstarr, "MTcDNA": read_mtcdna, "demo": read_demo}[task.suite]
         splits = read(task, data_dir)
-    lost = [name for i, name in enumerate(task.classes) if i not in splits["train"].labels]
-    if lost and not task.regression:
-        raise ValueError(f"{os.path.join(data_dir, task.folder)}: no training row of class {', '.join(lost)} "
+    missing = [name for i, name in enumerate(task.classes) if i not in splits["train"].labels]
+    if missing and not task.regression:
+        raise ValueError(f"{os.path.join(data_dir, task.folder)}: no training row of {', '.join(missing)} "
                          f"({task.name}); get the whole set from {task.source}")
     return {split: splits.get(split) for split in ("train", "dev", "test")}
-
-
-def beside(n, task, split):
-    """A number of rows, with the published one beside it."""
-    known = task.rows.get(split)
-    return f"{n:,}" + (f" (published {known:,}: {'OK' if n == known else 'differs'})" if known else "")
-
-
-def report_intervals(task, folder):
-    """Prints sizes, repeats and leak of the coordinate tables of a GenomicBenchmarks task."""
-    train = ()
-    for split in ("train", "test"):
-        paths = class_paths(task, os.path.join(folder, split), ".csv")
-        every = [interval[:3] for path in paths for interval in read_intervals(path)[0]]
-        repeats, leak = len(every) - len(set(every)), sum(interval in train for interval in every)
-        print(f"  {split} table: {beside(len(every), task, split)} intervals, {repeats:,} repeats"
-              + f", {leak:,} ({leak / len(every):.1%}) are training intervals" * (split == "test"))
-        train = set(every)
-
-
-def report_rows(task, split, rows):
-    """Prints sizes, balance and oddities of one split."""
-    lengths, keys = np.diff(rows.offsets), row_keys(rows)
-    if task.regression:
-        balance = [f"{name} {x.min():.2f} to {x.max():.2f}" for name, x in zip(task.classes, rows.labels.T)]
-    else:
-        balance = [f"{i}:{n:,}" for i, n in enumerate(np.bincount(rows.labels, minlength=len(task.classes)))]
-    conflicts = len(set(zip(keys, map(str, rows.labels.tolist())))) - len(set(keys))
-    odd = [f"{name} {n:,}" for name, n in (rows.notes | {"conflicting_labels": conflicts}).items() if n]
-    print(f"  {split}: {beside(len(keys), task, split)} rows; bases min {lengths.min()}, median "
-          f"{np.median(lengths):g}, max {lengths.max()}; {', '.join(balance)}; {', '.join(odd) or 'sound'}")
-
-
-def report_task(task, data_dir, fasta):
-    """Prints what is in a benchmark set: rows, lengths, balance, oddities, overlap of its splits."""
-    print(f"{task.name}: {task.suite}, {', '.join(task.classes)}; {task.metric}, {task.length} bases\n"
-          f"  from {task.source}; licence: {task.licence}")
-    folder = coordinate_folder(task, data_dir)
-    if find(os.path.join(folder, "train"), f"{task.classes[0]}.csv"):
-        report_intervals(task, folder)
-    splits = {split: rows for split, rows in read_task(task.name, data_dir, fasta=fasta).items() if rows}
-    if task.suite == "few-shot":                             # all its train files, and a dev file not for use
-        files = {f"train/{n}": FEW_SHOT[task.name][0].format(n) for n in (10, 50, 100, 500, 1000)}
-        files = {split: [name] for split, name in (files | {"dev": "full-dataset/dev.tsv"}).items()
-                 if find(folder, name)}
-        splits = read_tables(task, data_dir, files) | {"test": splits["test"]}
-    for split, rows in splits.items():
-        report_rows(task, split, rows)
-    for (a, first), (b, second) in itertools.combinations(splits.items(), 2):
-        keys = row_keys(first), row_keys(second)
-        both = set(keys[0]) & set(keys[1])
-        shares = [f"{sum(key in both for key in rows) / len(rows):.1%}" for rows in keys]
-        if not b.startswith("train"):
-            print(f"  {a} and {b}: {len(both):,} sequences in both, {' and '.join(shares)} of the rows")
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Sizes and leaks of benchmark sets.", allow_abbrev=False)
-    parser.add_argument("tasks", nargs="+", help=f"tasks (emp/H3) or groups: {' '.join(GROUPS)}")
-    parser.add_argument("--data_dir", default="data", help="where the sets lie (default data)")
-    parser.add_argument("--fasta", nargs="+", help="of GenomicBenchmarks' coordinates: one, or one a class")
-    args = parser.parse_args()
-    status = 0
-    try:
-        names = task_names(args.tasks)
-    except ValueError as e:
-        parser.exit(2, f"error: {e}\n")
-    for name in names:
-        try:
-            report_task(TASKS[name], args.data_dir, args.fasta)
-        except ValueError as e:                              # the next set may be there
-            print("  not read:", "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(e)))
-            status = 2
-    parser.exit(status)

@@ -1,17 +1,20 @@
-"""Fine-tune, probe and use a pretrained model: every downstream task of the papers, or your own table.
+"""Fine-tune, probe and score a pretrained model: every downstream task of the papers, or your own table.
 
     python finetune.py --demo                                         no data; after randommask.py --demo
     python finetune.py --task emp --init out/randommask/last.pt       a group, by the RandomMask protocol
     python finetune.py --task pd/tata --init hf:DNA_bert_6 random cnn kmer     what does pretraining add?
-    torchrun --nproc_per_node 8 finetune.py --task gue28 --seeds 5    8 GPUs share the runs; again: it goes on
-    python finetune.py --csv my.csv --init out/randommask/last.pt     your own: columns sequence, label
-    python finetune.py --predict new.fa --init out/finetune/csv_my/randommask.pt     TSV of classes
-    python finetune.py --embed new.fa --init out/randommask/last.pt   .npz of embeddings
-    python finetune.py --table                                        all results beside the papers'
+    torchrun --nproc_per_node 8 finetune.py --task gue28 --seeds 5    8 GPUs share the runs
+    python finetune.py --csv my.csv --init out/randommask/last.pt     your table: columns sequence, label
+
+The same command continues a sweep and skips finished runs. Afterwards: python -m tools.table, tools.predict,
+tools.embed, tools.export. From Python: model = finetune.load_model("out/finetune/csv_my/randommask.pt"), then
+model.predict(["ACGT..."]) and model.embed(["ACGT..."]).
 """
 import argparse
 import contextlib
+import dataclasses
 import datetime
+import fcntl
 import hashlib
 import itertools
 import json
@@ -21,27 +24,29 @@ import signal
 import sys
 import time
 import warnings
+from collections import namedtuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.nn as nn
 import torch.nn.functional as F
-from scipy import stats
+from scipy import special, stats
 from sklearn import linear_model, metrics, pipeline, preprocessing
 from tqdm import tqdm
 
 import data
-import infer
-from tools import table
+import models
 import training
 from training import number
 
 BETAS, EPS = (0.9, 0.999), 1e-8                              # AdamW: DNABERT-2, Liang et al., GeneMask
 SORTED = 50                                                  # batches that are sorted by length together
-KMER = 5                                                     # of the k-mer floor (--init kmer)
+KMER = 5                                                     # k of the k-mer floor (--init kmer)
 
-# warmup: an int is steps, a float a share of them; eval_every 0: once an epoch; select: score or loss on dev
-# (the best evaluation is tested, once) or last (no dev); val: the share of train that is dev where there is
-# none; dropout None: the model's own
+# warmup: an int counts steps, a float is a share of them; eval_every 0: once an epoch; select: which weights
+# are tested, by score or loss on dev, or the last ones (no dev); val: share of train that becomes dev where
+# there is none; dropout None: the model's own
 BASE = dict(batch_size=32, lr=3e-5, weight_decay=0.01, epochs=10, max_steps=0, warmup=0.1, schedule="linear",
             grad_clip=1.0, eval_every=0, select="score", patience=0, val=0.1, dropout=None, seeds=1)
 # DNABERT-2's run_dnabert1.sh: epochs, warm-up steps, evaluation interval; best dev loss
@@ -49,9 +54,9 @@ DNABERT2 = {group: dict(epochs=epochs, warmup=warmup, eval_every=every) for grou
     ("emp", 3, 50, 200), ("cpd", 4, 50, 400), ("cpd/tata", 10, 50, 200), ("pd", 4, 50, 400),
     ("pd/tata", 10, 50, 200), ("ssp", 5, 50, 200), ("covid", 9, 50, 200), ("tf_m", 5, 30, 200),
     ("tf_h", 3, 30, 200))}
-DNABERT2["tf_m"]["max_steps"] = 1000                         # there it takes the place of the epochs
-PROTOCOLS = {                                                # name: (numbers, those of a group or task)
-    # Liang et al. Table 4; warm-up, decay, clip and choice by dev score are DNABERT-2's habits (unstated)
+DNABERT2["tf_m"]["max_steps"] = 1000                         # replaces the epochs there
+PROTOCOLS = {                                                # name: (numbers, changes for a group or task)
+    # Liang et al. Table 4; unstated, so DNABERT-2's: warm-up, decay, clipping, choice by dev score
     "randommask": (BASE | dict(weight_decay=0.0, warmup=50), {
         "emp": dict(epochs=100), "tf_m": dict(epochs=10), "tf_h": dict(epochs=10), "cpd": dict(epochs=10),
         "pd": dict(epochs=5), "ssp": dict(epochs=10), "eap": dict(epochs=10, batch_size=64)}),
@@ -74,14 +79,17 @@ DEFAULT_PROTOCOL = {"GUE": "randommask", "DeepSTARR": "randommask", "GenomicBenc
                     "MTcDNA": "findna", "few-shot": "fewshot"}                         # others: strict
 SCHEDULES = {"linear": training.linear, "cosine": training.cosine, "constant": lambda *_: 1.0}
 FLAGS = ("batch_size", "lr", "weight_decay", "epochs", "warmup", "dropout")            # override a protocol
-MIXER = {"pool": "mean", "head": "linear", "blocks": "all", "eval_network": None}      # defaults of flags
 DEMO = dict(task=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64, lr=1e-3, epochs=4)
+
+# One run of the plan; what --init gives (spec and weights, or None; its name and the digest of the weights)
+Plan = namedtuple("Plan", "name shots repeat init protocol")
+Start = namedtuple("Start", "spec weights name digest")
 
 
 def get_protocol(name, task, shots, init, flags):
-    """The numbers of a protocol for one task: its own, the group's, the task's, few-shot's, CNN's, flags."""
-    base, other = PROTOCOLS[name]
-    p = base | other.get(task.split("/")[0], {}) | other.get(task, {})
+    """Numbers of a protocol for one task; later ones win: its own, group, task, few-shot, CNN, flags."""
+    base, changes = PROTOCOLS[name]
+    p = base | changes.get(task.split("/")[0], {}) | changes.get(task, {})
     if name == "fewshot":                                    # GeneMask Script-B
         p |= dict(batch_size=5, lr=1e-4, epochs=20) if (shots or 0) <= 100 else \
             dict(batch_size=15, lr=5e-5, epochs=5)
@@ -91,12 +99,366 @@ def get_protocol(name, task, shots, init, flags):
 
 
 def main_metric(protocol, task):
-    """Martinek et al. give the F1 of the positive class; strict balances classes (MCC); else the task's."""
+    """Martinek et al. report F1 of the positive class; strict balances classes (MCC); else the task's own."""
     if task.regression:
         return "pcc"
     if protocol == "martinek":
         return "f1_binary" if len(task.classes) == 2 else "f1_macro"
     return "mcc" if protocol == "strict" else task.metric
+
+
+# Heads: each kind of network is one class, which owns its inputs, and one entry in HEADS. Its spec is stored
+# with the weights and rebuilds it; spec[kind] holds the sizes of the pretrained part.
+#   BODY                  attribute that takes the pretrained weights; None: trained from scratch only
+#   FLAGS                 command-line flags that only this kind has, with their defaults
+#   complete(spec, args, longest)   its part of a run's spec; longest: bases of the longest training sequence
+#   inputs(rows, index)   arguments of forward and embed for these sequences (bases already on the device)
+#   forward(*inputs)      outputs (B, n_out), through the linear layer `out`
+#   embed(*inputs)        one vector a sequence (B, C), pooled as spec["pool"] says
+#   per_base(rows, index) hidden states (N, C) and the bases that each one covers (N, width)
+#   n_windows(lengths)    windows of each sequence, the unit of --micro_batch_size
+#   count(lengths)        {what does not fit the network: number of sequences}
+
+def lengths_of(rows, index):
+    return rows.offsets[index + 1] - rows.offsets[index]
+
+
+def padded(rows, index, width, fill):
+    """Bases (B, width) of these sequences: longer ones are cut, shorter ones filled."""
+    device, at = rows.bases.device, torch.arange(width, device=rows.bases.device)
+    starts, lengths = (torch.from_numpy(x).to(device)[:, None] for x in (
+        rows.offsets[index], lengths_of(rows, index)))
+    return rows.bases[(starts + at).clamp_(max=len(rows.bases) - 1)].masked_fill(at >= lengths, fill)
+
+
+def covered(x, starts, n, k=1, stride=1):
+    """The first n hidden states of each row of x (B, T, C): (N, C), and the bases that each covers (N, k)."""
+    at, starts, n = torch.arange(x.shape[1]), torch.from_numpy(starts), torch.from_numpy(n)
+    real = at < n[:, None]
+    first = (starts[:, None] + at * stride)[real]
+    return x.float().cpu()[real], first[:, None] + torch.arange(k)
+
+
+class BertHead(nn.Module):
+    """A Bert with transformers' classification head on [CLS]: dense, tanh, dropout, linear.
+
+    A sequence longer than block_size takes several windows, whose pooled vectors are averaged.
+    """
+    BODY, FLAGS = "bert", {}
+
+    @staticmethod
+    def body_spec(config, stride=1):
+        return {"kind": "bert", "bert": dataclasses.asdict(config), "k": config.k, "stride": stride}
+
+    @staticmethod
+    def complete(spec, args, longest):
+        return {name: spec[name] for name in ("bert", "k", "stride")}
+
+    def __init__(self, spec):
+        super().__init__()
+        config = models.BertConfig(**spec["bert"])
+        if config.k != spec["k"] or not 1 <= spec["stride"] <= config.k:
+            raise ValueError(f"--stride {spec['stride']}: {config.k}-mers take a stride of 1 to {config.k}")
+        C = config.n_embd
+        self.spec, self.bert = spec, models.Bert(config)
+        self.pooler, self.out = nn.Linear(C, C), nn.Linear(C, spec["n_out"])
+        for layer in (self.pooler, self.out):                # as BERT's own layers
+            nn.init.normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+
+    def windows(self, lengths):
+        """Sequence lengths -> (owner, first, n) of the windows: sequence, first base, number of k-mers.
+
+        Each k-mer is in one window of at most block_size - 2; long "truncate" keeps the first window only.
+        """
+        k, stride, room = self.spec["k"], self.spec["stride"], self.bert.config.block_size - 2
+        n = np.maximum((lengths - k) // stride + 1, 0)
+        n_windows = np.ones_like(n) if self.spec["long"] == "truncate" else np.maximum(-(-n // room), 1)
+        owner = np.repeat(np.arange(len(n)), n_windows)
+        nth = np.arange(len(owner)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
+        return owner, nth * room * stride, np.minimum(n[owner] - nth * room, room)
+
+    def n_windows(self, lengths):
+        return np.bincount(self.windows(lengths)[0])
+
+    def count(self, lengths):
+        longest = (self.bert.config.block_size - 3) * self.spec["stride"] + self.spec["k"]     # in one window
+        name = "truncated" if self.spec["long"] == "truncate" else "in_windows"
+        return {name: int((lengths > longest).sum()), "shorter_than_k": int((lengths < self.spec["k"]).sum())}
+
+    def tokens(self, bases, starts, n):
+        """n k-mers from each start -> tokens (B, T), mask (B, T) or None where all rows are equally long.
+
+        Otherwise T is a multiple of 32 (or block_size): few shapes and little padding (12 % of the tokens on
+        the lengths of human_enhancers_ensembl; 18 % with 64).
+        """
+        k, stride, device = self.spec["k"], self.spec["stride"], bases.device
+        longest, alike = max(int(n.max()), 1), n.min() == n.max() > 0
+        T = longest if alike else min(-(-(longest + 2) // 32) * 32, self.bert.config.block_size) - 2
+        starts, n = (torch.from_numpy(x).to(device, non_blocking=True)[:, None] for x in (starts, n))
+        at = starts + torch.arange((T - 1) * stride + k, device=device)
+        tokens = data.kmer_tokens(bases[at.clamp_(max=len(bases) - 1)], k, stride, specials=True)
+        if alike:
+            return tokens, None
+        at = torch.arange(T + 2, device=device)
+        return tokens.masked_fill(at == n + 1, data.SEP).masked_fill(at > n + 1, data.PAD), at < n + 2
+
+    def inputs(self, rows, index):
+        """Tokens, mask, and the sequence of each window (None: one window a sequence)."""
+        owner, first, n = self.windows(lengths_of(rows, index))
+        tokens, mask = self.tokens(rows.bases, rows.offsets[index][owner] + first, n)
+        return tokens, mask, None if len(owner) == len(index) else torch.from_numpy(owner).to(tokens.device)
+
+    def forward(self, tokens, mask=None, owner=None):
+        x = torch.tanh(self.pooler(self.bert.encode(tokens, mask, first=1)[:, 0]))                 # (B, C)
+        if owner is not None:
+            n = owner.bincount()
+            x = x.new_zeros(len(n), x.shape[1]).index_add(0, owner, x) / n[:, None]
+        with torch.autocast(x.device.type, enabled=False):   # bf16 is too coarse for a large target
+            return self.out(F.dropout(x.float(), self.bert.config.dropout, self.training))
+
+    def embed(self, tokens, mask=None, owner=None):
+        """Mean over the k-mers, or over the [CLS] of the windows."""
+        x = self.bert.encode(tokens, mask)                   # (B, T, C)
+        kmers = (tokens == data.UNK) | (tokens > data.MASK)
+        real = kmers if self.spec["pool"] == "mean" else tokens == data.CLS
+        total, n = (x * real[..., None]).sum(1), real.sum(1).float()
+        if owner is not None:
+            empty = total.new_zeros(int(owner[-1]) + 1, total.shape[1])
+            total, n = empty.index_add(0, owner, total.float()), empty[:, 0].float().index_add(0, owner, n)
+        return total / n.clamp(min=1)[:, None]
+
+    def per_base(self, rows, index):
+        owner, first, n = self.windows(lengths_of(rows, index))
+        starts = rows.offsets[index][owner] + first
+        x = self.bert.encode(*self.tokens(rows.bases, starts, n))[:, 1:-1]
+        return covered(x, starts, n, self.spec["k"], self.spec["stride"])
+
+
+class MixerHead(nn.Module):
+    """A ChordMixer or Encoder, and one or two layers on the mean over the bases or over the [CLS]."""
+    BODY = "backbone"
+    FLAGS = {"pool": "mean", "head": "linear", "blocks": "all", "eval_network": None}
+
+    @staticmethod
+    def complete(spec, args, longest):
+        own = {"mixer": spec["mixer"], "n_cls": spec["n_cls"], "pool": args.pool, "head": args.head}
+        if args.blocks == "all":
+            return own | {"n_blocks": None}
+        if "track_size" not in spec["mixer"]:
+            raise ValueError("--blocks log2: a transformer has no such blocks; use another --init")
+        longest += spec["n_cls"] if args.pool == "cls" else 0
+        return own | {"n_blocks": max(1, (longest - 1).bit_length())}    # as if made for the longest sequence
+
+    def __init__(self, spec):
+        super().__init__()
+        self.spec, self.backbone = spec, models.make_backbone(spec["mixer"])
+        self.n_cls = spec["n_cls"] if spec["pool"] == "cls" else 0
+        self.options = {"n_blocks": spec["n_blocks"]} if spec["n_blocks"] else {}
+        C = self.backbone.config.n_embd
+        self.hidden = nn.Linear(C, C) if spec["head"] == "mlp" else None
+        self.out = nn.Linear(C, spec["n_out"])
+
+    def n_windows(self, lengths):
+        """As many pretraining inputs as would hold the bases: the memory grows with these."""
+        return -(-lengths // self.spec["mixer"]["length"])
+
+    def count(self, lengths):
+        return {}
+
+    def inputs(self, rows, index):
+        """One-hot bases (B, L, 5), lengths (B,) or None where all are equal; else L is a multiple of 64."""
+        lengths = lengths_of(rows, index)
+        longest, alike = int(lengths.max()), lengths.min() == lengths.max()
+        longest = longest if alike else -(-longest // 64) * 64
+        one_hot = data.one_hot(padded(rows, index, longest + self.n_cls, data.BLANK))
+        return one_hot, None if alike else torch.from_numpy(lengths).to(one_hot.device) + self.n_cls
+
+    def states(self, one_hot, lengths=None):
+        return self.backbone(one_hot, lengths, **self.options)                 # (B, L, C)
+
+    def embed(self, one_hot, lengths=None):
+        x = self.states(one_hot, lengths)
+        if lengths is None:
+            return x[:, -self.n_cls:].mean(1)                # n_cls 0: all
+        at, lengths = torch.arange(x.shape[1], device=x.device), lengths[:, None]
+        real = (at < lengths) & (at >= lengths - (self.n_cls or lengths))      # (B, L)
+        return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+
+    def forward(self, one_hot, lengths=None):
+        x = self.embed(one_hot, lengths)
+        x = x if self.hidden is None else F.gelu(self.hidden(x))
+        with torch.autocast(x.device.type, enabled=False):
+            return self.out(x.float())
+
+    def per_base(self, rows, index):
+        lengths = lengths_of(rows, index)
+        return covered(self.states(*self.inputs(rows, index)), rows.offsets[index], lengths)
+
+
+class CnnHead(models.Cnn):
+    """The CNN baseline: the first `length` bases, shorter sequences filled with N."""
+    BODY, FLAGS = None, {}
+
+    @staticmethod
+    def complete(spec, args, longest):
+        return {"length": longest}
+
+    def __init__(self, spec):
+        super().__init__(spec["length"], spec["n_out"])
+        self.spec = spec
+
+    def n_windows(self, lengths):
+        return np.ones_like(lengths)
+
+    def count(self, lengths):
+        return {"truncated": int((lengths > self.length).sum())}
+
+    def inputs(self, rows, index):
+        return (padded(rows, index, self.length, 4),)
+
+
+HEADS = {"bert": BertHead, "mixer": MixerHead, "cnn": CnnHead}
+DEFAULTS = {"long": "chunk", "dtype": "float32", "n_out": 1, "pool": "mean", "head": "linear",
+            "n_blocks": None}                                # what a spec may leave out
+
+
+def build_net(spec, weights=None, seed=42):
+    """The network of a spec: a fine-tuned one as saved, else a new head on pretrained or random weights."""
+    training.seed(seed)
+    net = HEADS[spec["kind"]](DEFAULTS | spec)
+    if weights and "classes" in spec:
+        net.load_state_dict(weights)
+    elif weights:                                            # pretrained, or fine-tuned without the head
+        getattr(net, net.BODY).load_state_dict({
+            name.removeprefix(f"{net.BODY}."): tensor for name, tensor in weights.items()
+            if not name.startswith(("pooler.", "hidden.", "out."))})
+    return net
+
+
+def check_spec(spec, weights):
+    """Raises if a spec and its weights disagree; allocates nothing, whatever sizes the spec claims."""
+    if spec.get(spec["kind"], {}).get("n_layer", 0) > len(weights):
+        raise LookupError("more layers than weights")
+    if "classes" in spec and (type(spec["regression"]) is not bool or len(spec["classes"]) != spec["n_out"]):
+        raise LookupError("classes and outputs disagree")
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # loading into meta tensors copies nothing
+        build_net(spec, weights)
+
+
+def read_checkpoint(path, eval_network=None):
+    """A checkpoint of ours -> (spec, weights). FinDNA has two networks: eval_network, else the teacher."""
+    state = training.load(path)
+    spec, weights, method = state["config"], state["model"], state["method"]
+    network = eval_network or ("teacher" if "teacher" in state else "student")
+    if method == "findna" and network not in ("student", *state):
+        raise ValueError(f"--eval_network teacher: {path} was pretrained without one; use student")
+    try:
+        if method == "findna":
+            weights = {name: t for name, t in state.get(network, weights).items() if "backbone" in name}
+            spec = {"kind": "mixer", "mixer": spec, "n_cls": spec["length"] - state["args"]["length"]}
+        elif method != "finetune":
+            spec = BertHead.body_spec(models.BertConfig(**spec), state["args"].get("stride", 1))
+        check_spec(spec, weights)
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"--init {path}: not a model of these scripts ({e!r:.80}); use another") from None
+    return spec, weights
+
+
+def read_network(init, eval_network=None):
+    """A checkpoint of ours or hf:FOLDER -> (spec, weights)."""
+    if not init.startswith("hf:"):
+        return read_checkpoint(init, eval_network)
+    bert = models.load_hf(init[3:])
+    return BertHead.body_spec(bert.config), bert.state_dict()
+
+
+def read_start(init, args):
+    """--init -> Start. ValueError for what cannot be trained."""
+    spec, weights, name = {"kind": init}, None, init
+    if init == "random":
+        spec = BertHead.body_spec(models.BertConfig(4 ** args.k + 5, args.block_size, args.n_layer,
+                                                    args.n_head, args.n_embd, 4 * args.n_embd, 0.1))
+        name = f"random {args.n_layer}x{args.n_embd} h{args.n_head} k{args.k}"
+    elif init.startswith("random:"):                         # the architecture of a checkpoint, no weights
+        spec, _ = read_checkpoint(init[7:], args.eval_network)
+    elif init not in ("cnn", "kmer"):
+        spec, weights = read_network(init, args.eval_network)
+    if args.stride:
+        spec["stride"] = args.stride
+    if spec["kind"] in HEADS and not HEADS[spec["kind"]].BODY and (weights or args.mode == "probe"):
+        raise ValueError(f"--init {init}: a CNN is trained from scratch, with nothing to probe; drop it")
+    digest = hashlib.sha256()
+    for tensor in (weights or {}).values():
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    return Start(spec, weights, name, digest.hexdigest()[:12])
+
+
+def on_device(rows, device, labels=None):
+    """Rows with their bases on the device, and these labels."""
+    return rows._replace(bases=torch.from_numpy(rows.bases).to(device), labels=labels)
+
+
+def pieces(net, index, lengths, micro_batch_size):
+    """Splits an index array so that a forward pass has at most so many windows; a sequence stays whole."""
+    cuts, full = [], 0
+    for i, n in enumerate(net.n_windows(lengths[index]).tolist()):
+        if full and full + n > micro_batch_size:
+            cuts.append(i)
+            full = 0
+        full += n
+    return np.split(index, cuts)
+
+
+@torch.no_grad()
+def apply(net, rows, micro_batch_size, function=None):
+    """Outputs of the network, or of a function of its inputs (net.embed), in the order of rows: float32.
+
+    Sequences of similar length share a forward pass.
+    """
+    function, lengths = function or net, np.diff(rows.offsets)
+    order = np.argsort(lengths, kind="stable")
+    with torch.autocast(rows.bases.device.type, torch.bfloat16, enabled=net.spec["dtype"] == "bfloat16"):
+        parts = [function(*net.inputs(rows, index)).float()
+                 for index in pieces(net, order, lengths, micro_batch_size)]
+    return torch.cat(parts).cpu().numpy()[np.argsort(order)]
+
+
+class Model:
+    """A trained network for use from Python: sequences are a list of strings, or Rows."""
+    micro_batch_size = 128
+
+    def __init__(self, init, net, device):
+        self.init, self.net, self.device = init, net.to(device).eval(), device
+
+    @property
+    def classes(self):
+        """Names of the outputs."""
+        if "classes" not in self.net.spec:
+            raise ValueError(f"--init {self.init}: not fine-tuned; make a classifier with finetune.py")
+        return self.net.spec["classes"]
+
+    def apply(self, sequences, function=None):
+        rows = sequences if isinstance(sequences, data.Rows) else data.rows_from(sequences)
+        return apply(self.net, on_device(rows, self.device), self.micro_batch_size, function)
+
+    def embed(self, sequences):
+        """One vector a sequence: (n, C)."""
+        return self.apply(sequences, self.net.embed)
+
+    def predict(self, sequences):
+        """Probabilities of the classes, or the values of a regression: (n, number of classes)."""
+        assert self.classes
+        outputs = self.apply(sequences)
+        return outputs if self.net.spec["regression"] else special.softmax(outputs, 1)
+
+
+def load_model(init, device="cpu", eval_network=None, **changes):
+    """A checkpoint or hf:FOLDER -> Model. changes: pool, long, stride or dtype, where not None."""
+    spec, weights = read_network(init, eval_network)
+    spec |= {name: value for name, value in {"dtype": "float32", **changes}.items() if value is not None}
+    return Model(init, build_net(spec, weights), device)
 
 
 def scores(outputs, labels, task):
@@ -107,22 +469,29 @@ def scores(outputs, labels, task):
     if not np.isfinite(outputs).all():
         raise ArithmeticError(f"{task.name}: the outputs are not finite; lower --lr")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")                      # of constant predictions: None, and flagged
-        if task.regression:
-            pcc, rho = ([of(x, y)[0] if len(x) > 1 else math.nan for x, y in zip(outputs.T, labels.T)]
-                        for of in (stats.pearsonr, stats.spearmanr))
-            row = {"pcc": np.mean(pcc), "spearman": np.mean(rho), "mse": np.mean((outputs - labels) ** 2)}
-            row |= {f"pcc_{name}": value for name, value in zip(task.classes, pcc)} if len(pcc) > 1 else {}
-        else:
-            guess = outputs.argmax(1)
-            row = {"mcc": metrics.matthews_corrcoef(labels, guess),
-                   "acc": metrics.accuracy_score(labels, guess),
-                   "f1_macro": metrics.f1_score(labels, guess, average="macro"),
-                   "balanced_acc": metrics.balanced_accuracy_score(labels, guess)}
-            if len(task.classes) == 2:
-                row |= {"f1_binary": metrics.f1_score(labels, guess),
-                        "auroc": metrics.roc_auc_score(labels, outputs[:, 1] - outputs[:, 0])}
+        warnings.simplefilter("ignore")                      # constant predictions: None, and flagged
+        row = regression_scores(outputs, labels, task.classes) if task.regression else \
+            class_scores(outputs, labels, len(task.classes))
     return {name: float(value) if math.isfinite(value) else None for name, value in row.items()}
+
+
+def regression_scores(outputs, labels, names):
+    pcc, rho = ([correlation(x, y)[0] if len(x) > 1 else math.nan for x, y in zip(outputs.T, labels.T)]
+                for correlation in (stats.pearsonr, stats.spearmanr))
+    row = {"pcc": np.mean(pcc), "spearman": np.mean(rho), "mse": np.mean((outputs - labels) ** 2)}
+    return row | ({f"pcc_{name}": value for name, value in zip(names, pcc)} if len(pcc) > 1 else {})
+
+
+def class_scores(outputs, labels, n_classes):
+    predicted = outputs.argmax(1)
+    row = {"mcc": metrics.matthews_corrcoef(labels, predicted),
+           "acc": metrics.accuracy_score(labels, predicted),
+           "f1_macro": metrics.f1_score(labels, predicted, average="macro"),
+           "balanced_acc": metrics.balanced_accuracy_score(labels, predicted)}
+    if n_classes == 2:
+        row |= {"f1_binary": metrics.f1_score(labels, predicted),
+                "auroc": metrics.roc_auc_score(labels, outputs[:, 1] - outputs[:, 0])}
+    return row
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
@@ -153,60 +522,79 @@ def fit_linear(train, labels, test, task):
     return outputs if outputs.ndim > 1 else np.stack([-outputs, outputs], 1) / 2
 
 
+def linear_outputs(net, parts, task, micro_batch_size, device):
+    """Outputs on test of a linear model on frozen embeddings (probe), or, without a network, on k-mer counts."""
+    if net is None:
+        features = [kmer_counts(parts[split]) for split in ("train", "test")]
+    else:
+        net.eval()
+        features = [apply(net, on_device(parts[split], device), micro_batch_size, net.embed)
+                    for split in ("train", "test")]
+    return fit_linear(features[0], parts["train"].labels, features[1], task)
+
+
 def loss_of(outputs, labels, reduction):
-    """Cross-entropy of class ids; for float targets the mean squared error."""
+    """Cross-entropy of class ids; mean squared error of float targets."""
     if labels.dtype == torch.int64:
         return F.cross_entropy(outputs, labels, reduction=reduction)
     return F.mse_loss(outputs, labels, reduction=reduction) / (labels.shape[1] if reduction == "sum" else 1)
 
 
-def train_batch(net, rows, labels, index, spec, most):
-    """Forward and backward of one batch, `most` windows at a time; (loss sum, sequences) on the device."""
+def train_batch(net, rows, labels, index, micro_batch_size):
+    """Forward and backward of one batch in pieces; (loss sum, number of sequences) on the device."""
     total, lengths, device = 0, np.diff(rows.offsets), rows.bases.device
-    for piece in infer.pieces(index, lengths, spec, most):
-        with torch.autocast(device.type, torch.bfloat16, enabled=spec["dtype"] == "bfloat16"):
-            outputs = net(*infer.get_inputs(rows, piece, spec))
+    for piece in pieces(net, index, lengths, micro_batch_size):
+        with torch.autocast(device.type, torch.bfloat16, enabled=net.spec["dtype"] == "bfloat16"):
+            outputs = net(*net.inputs(rows, piece))
         loss = loss_of(outputs.float(), labels[torch.from_numpy(piece).to(device, non_blocking=True)], "sum")
         (loss / len(index)).backward()
         total += torch.stack([loss.detach(), loss.new_full((), len(piece))])   # new_tensor would sync a GPU
     return total
 
 
-def select(net, dev, task, run, best, step, args):
-    """Evaluates on dev; keeps in best the weights if they are better than any before. A row for the log."""
-    key = run["args"]
+def evaluate(net, dev, task, micro_batch_size):
+    """{"loss", and the scores} on dev."""
     net.eval()
-    outputs = infer.apply(net, dev, run["config"], args.micro_batch_size)
+    outputs = apply(net, dev, micro_batch_size)
     net.train()
     loss = loss_of(torch.from_numpy(outputs), torch.from_numpy(dev.labels), "mean").item()
-    row = {"loss": loss} | scores(outputs, dev.labels, task)
-    value = -loss if key["numbers"]["select"] == "loss" else row[key["metric"]]
-    best["worse"] += 1
+    return {"loss": loss} | scores(outputs, dev.labels, task)
+
+
+def keep_best(best, net, step, found, value):
+    """Keeps in best the weights if value is higher than before; value None: an undefined score."""
+    best["worse"] += 1                                       # evaluations since the best one
     if not best["weights"] or value is not None and value > best["value"]:
         weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-        best |= {"value": -math.inf if value is None else value, "step": step, "worse": 0, "scores": row,
+        best |= {"value": -math.inf if value is None else value, "step": step, "worse": 0, "scores": found,
                  "weights": weights}
-    return {"dev_loss": loss, f"dev_{key['metric']}": row[key["metric"]]}
 
 
-def fine_tune(net, train, dev, task, run, folder, args):
+def get_schedule(p, n_train):
+    """(steps, steps of an epoch, steps of warm-up) for so many training sequences."""
+    per_epoch = math.ceil(n_train / p["batch_size"])
+    steps = p["max_steps"] or per_epoch * p["epochs"]
+    warmup = p["warmup"] if type(p["warmup"]) is int else round(p["warmup"] * steps)
+    return steps, per_epoch, min(warmup, steps)
+
+
+def fine_tune(net, parts, task, run, folder, args):
     """The loop: trains net, leaves in it the weights that the protocol selects, returns what happened.
 
-    A function of (seed, step): goes on from the checkpoint in folder as if never stopped. At a stop signal it
+    A function of (seed, step): resumes from the checkpoint in folder as if never stopped. At a stop signal it
     saves and exits with 143. ArithmeticError when the loss is not finite.
     """
-    spec, key, p, device = run["config"], run["args"], run["args"]["numbers"], train.bases.device
-    lengths, labels = np.diff(train.offsets), torch.from_numpy(train.labels).to(device)
-    per_epoch = math.ceil(len(labels) / p["batch_size"])
-    steps = p["max_steps"] or per_epoch * p["epochs"]
-    warmup = min(p["warmup"] if type(p["warmup"]) is int else round(p["warmup"] * steps), steps)
+    key, train, dev = run["args"], parts["train"], parts["dev"]
+    p, metric = key["numbers"], key["metric"]
+    lengths, labels = np.diff(train.offsets), torch.from_numpy(train.labels).to(train.bases.device)
+    steps, per_epoch, warmup = get_schedule(p, len(labels))
     optimizer = training.make_optimizer(net, p["lr"], p["weight_decay"], BETAS, EPS)
     done, best = 0, {"value": -math.inf, "step": 0, "worse": 0, "weights": {}, "scores": {}}
-    total, batches = torch.zeros(2, device=device), None     # loss sum, sequences since the last evaluation
+    total, batches = torch.zeros(2, device=labels.device), None    # loss sum, sequences since an evaluation
     if any(os.path.exists(os.path.join(folder, name)) for name in ("last.pt", "prev.pt")):
         state = training.load_run(folder, run, model=net, optimizer=optimizer, total=total)
         done, best = state["step"], state["best"]
-    lock, saved = training.open_run(folder, args, done), time.monotonic()      # locked until we return
+    lock, saved = training.open_run(folder, args, done), time.monotonic()
     bar = tqdm(initial=done, total=steps, unit="step", disable=not sys.stderr.isatty())
     while done < steps and not (p["patience"] and best["worse"] >= p["patience"]):
         (epoch, i), step = divmod(done, per_epoch), done + 1
@@ -215,25 +603,29 @@ def fine_tune(net, train, dev, task, run, folder, args):
         training.seed(key["seed"], step)
         for group in optimizer.param_groups:
             group["lr"] = p["lr"] * SCHEDULES[p["schedule"]](step, steps, warmup)
-        total += train_batch(net, train, labels, batches[i], spec, args.micro_batch_size)
+        total += train_batch(net, train, labels, batches[i], args.micro_batch_size)
         norm = training.scale_gradients(net, total.new_ones(()), p["grad_clip"])
         total[0] += 0 * norm                                 # stays NaN once a norm is not finite
         optimizer.step()
         optimizer.zero_grad()
         if step % (p["eval_every"] or per_epoch) == 0 or step == steps:
             loss, n = total.tolist()
+            total.zero_()
             if not math.isfinite(loss):
                 raise ArithmeticError(f"{key['task']}: the loss is not finite before step {step}; lower --lr")
             row = {"step": step, "epoch": step / per_epoch, "loss": loss / n}
-            training.log(folder, row | (select(net, dev, task, run, best, step, args) if dev else {}))
-            total.zero_()
+            if dev:
+                found = evaluate(net, dev, task, args.micro_batch_size)
+                keep_best(best, net, step, found, -found["loss"] if p["select"] == "loss" else found[metric])
+                row |= {"dev_loss": found["loss"], f"dev_{metric}": found[metric]}
+            training.log(folder, row)
         done, stop = step, training.stop_requested()
         if stop or time.monotonic() - saved > args.save_every:
             state = {"step": step, "model": net.state_dict(), "optimizer": optimizer.state_dict()}
             training.save(run | state | {"best": best, "total": total}, folder)
             saved = time.monotonic()
         if stop:
-            print(f"stopped  by a signal after step {step}; the same command goes on from there", flush=True)
+            print(f"stopped  by a signal after step {step}; the same command continues there", flush=True)
             raise SystemExit(143)
         bar.update()
     if dev:
@@ -267,253 +659,260 @@ def read_csv(args):
 
 
 def fingerprint(splits):
-    """Of the sequences and labels of all splits: 12 hex digits."""
+    """12 hex digits of the sequences and labels of all splits."""
     digest = hashlib.sha256()
     for array in (array for rows in splits.values() if rows for array in rows[:3]):
         digest.update(np.ascontiguousarray(array).view(np.uint8))
     return digest.hexdigest()[:12]
 
 
-def assign(splits, p, seed, linear):
-    """What is trained, selected and tested on: ({"train", "dev", "test": Rows or None}, said in words)."""
-    (train, dev, test), said = (splits[split] for split in ("train", "dev", "test")), "test"
+def assign(splits, p, seed):
+    """Rows to train on, select by (None: no selection) and test on; and in words, what is tested on."""
+    (train, dev, test), tested_on = (splits[split] for split in ("train", "dev", "test")), "test"
     if test is None:
-        dev, test, said = None, dev, "dev (there is no test)"
+        dev, test, tested_on = None, dev, "dev (there is no test)"
     if test is None:
         raise ValueError("neither a test nor a dev split to test on; give one")
-    if linear or p["select"] == "last":
+    if not p or p["select"] == "last":                       # no numbers: a linear model
         dev = None
     elif dev is None:
         train, dev = data.split_rows(train, (1 - p["val"], p["val"]), seed)
-        said += f"; dev is {p['val']:.0%} of train"
-    return {"train": train, "dev": dev, "test": test}, said
+        tested_on += f"; dev is {p['val']:.0%} of train"
+    return {"train": train, "dev": dev, "test": test}, tested_on
 
 
-def count_odd(parts, spec):
-    """Counts for the row: what was accepted, cut or repeated in each split. And bool: test rows in train."""
-    parts = {split: rows for split, rows in parts.items() if rows}
-    odd = {f"{split}_{name}": n for split, rows in parts.items() for name, n in rows.notes.items()}
-    train, test = set(data.row_keys(parts["train"])), data.row_keys(parts["test"])
-    seen = np.array([key in train for key in test])
-    if "dev" in parts:
-        dev = set(data.row_keys(parts["dev"]))
-        odd["test_in_dev"] = sum(key in dev for key in test)
-    odd |= infer.count_lengths(np.concatenate([np.diff(rows.offsets) for rows in parts.values()]), spec)
-    return {name: n for name, n in (odd | {"test_in_train": int(seen.sum())}).items() if n}, seen
+def count_rows(parts, net):
+    """Counts for the row of results: what was accepted, cut or repeated in each split."""
+    counts = {f"{split}_{name}": n for split, rows in parts.items() if rows for name, n in rows.notes.items()}
+    if parts["dev"]:
+        counts["test_in_dev"] = int(rows_in(parts["test"], parts["dev"]).sum())
+    if net is not None:
+        counts |= net.count(np.concatenate([np.diff(rows.offsets) for rows in parts.values() if rows]))
+    counts["test_in_train"] = int(rows_in(parts["test"], parts["train"]).sum())
+    return {name: n for name, n in counts.items() if n}
 
 
-def trained_outputs(task, parts, spec, weights, run, folder, args, device):
-    """Fine-tunes; (outputs on test, how it went). The first seed's model is kept under the task's name."""
-    key, parts = run["args"], {split: rows for split, rows in parts.items() if rows}
-    if task.regression:                                      # targets are standardised to train
+def rows_in(rows, others):
+    """bool (n,): rows whose sequence also occurs in others."""
+    keys = set(data.row_keys(others))
+    return np.array([key in keys for key in data.row_keys(rows)])
+
+
+def complete(spec, key, args, task, longest):
+    """The spec of a run: of its pretrained part, of the flags, of the task. It is stored with the model."""
+    kind, dropout = spec["kind"], key["numbers"].get("dropout")
+    own = HEADS[kind].complete(spec, args, longest) if kind in HEADS else {}
+    if kind in own and dropout is not None:
+        own[kind] = own[kind] | {"dropout": dropout}
+    return {"kind": kind, "long": args.long or "chunk", "dtype": args.dtype, "n_out": len(task.classes)} | own
+
+
+def model_path(key, folder, args):
+    """Where the model of a run goes: TASK/INIT.pt, or under the run's id if another run has that name."""
+    name = key["init"].removesuffix("/last.pt").rstrip("/").split("/")[-1].removesuffix(".pt").split()[0]
+    name = ("random_" if key["init"].startswith("random:") else "") + name.split(":")[-1]
+    parent, identity = os.path.split(folder)
+    path = os.path.join(parent, f"{name}.pt")
+    with contextlib.suppress(ValueError):                    # no file there, or not a model: it is replaced
+        if training.load(path).get("id") != identity:
+            return os.path.join(parent, f"{identity}.pt")
+    return path
+
+
+def save_model(net, task, run, steps, folder, path):
+    """Writes the fine-tuned model, with its classes, to path."""
+    config = run["config"] | {"classes": task.classes, "regression": task.regression}
+    state = {"step": steps, "model": net.state_dict(), "optimizer": {}, "id": os.path.basename(folder)}
+    os.makedirs(os.path.join(folder, "model"), exist_ok=True)
+    training.save(run | state | {"config": config}, os.path.join(folder, "model"))
+    os.replace(os.path.join(folder, "model", "last.pt"), path)
+
+
+def tuned_outputs(net, parts, task, run, folder, args):
+    """Fine-tunes; (outputs on test, what happened). The model of the first seed is kept."""
+    device = next(net.parameters()).device
+    if task.regression:                                      # trains on targets standardised to train
         mean, sd = parts["train"].labels.mean(0), parts["train"].labels.std(0) + 1e-12
-        parts = {split: rows._replace(labels=(rows.labels - mean) / sd) for split, rows in parts.items()}
-    parts = {split: infer.on_device(rows, device, rows.labels) for split, rows in parts.items()}
-    net = infer.build_net(spec, weights, key["seed"]).to(device)
+        parts = {split: rows and rows._replace(labels=(rows.labels - mean) / sd)
+                 for split, rows in parts.items()}
+    parts = {split: rows and on_device(rows, device, rows.labels) for split, rows in parts.items()}
     if args.compile:
         net.compile()
-    how = fine_tune(net, parts["train"], parts.get("dev"), task, run, folder, args)
-    if task.regression:                                      # back, for good
+    result = fine_tune(net, parts, task, run, folder, args)
+    if task.regression:                                      # predicts in the units of the table
         with torch.no_grad():
             sd, mean = (torch.as_tensor(x, device=device) for x in (sd, mean))
             net.out.weight.mul_(sd[:, None])
             net.out.bias.mul_(sd).add_(mean)
-    if key["seed"] == args.seed:
-        name = key["init"].removesuffix("/last.pt").rstrip("/").split("/")[-1].removesuffix(".pt").split()[0]
-        name = "random_" * key["init"].startswith("random:") + name.split(":")[-1]
-        how["model"] = os.path.join(os.path.dirname(folder), f"{name}.pt")
-        with contextlib.suppress(ValueError):                # none, or no model: this one takes the place
-            if training.load(how["model"]).get("id") != os.path.basename(folder):
-                how["model"] = os.path.join(os.path.dirname(folder), f"{os.path.basename(folder)}.pt")
-        os.makedirs(os.path.join(folder, "model"), exist_ok=True)
-        state = {"step": how["steps"], "model": net.state_dict(), "optimizer": {},
-                 "id": os.path.basename(folder),
-                 "config": spec | {"classes": task.classes, "regression": task.regression}}
-        training.save(run | state, os.path.join(folder, "model"))
-        os.replace(os.path.join(folder, "model", "last.pt"), how["model"])
+    if run["args"]["seed"] == args.seed:
+        result["model"] = model_path(run["args"], folder, args)
+        save_model(net, task, run, result["steps"], folder, result["model"])
     net.eval()
-    return infer.apply(net, parts["test"], spec, args.micro_batch_size), how
+    return apply(net, parts["test"], args.micro_batch_size), result
 
 
-def linear_outputs(parts, spec, weights, seed, task, args, device):
-    """Outputs on test of scikit-learn's linear model on 5-mer counts, or on frozen embeddings (probe)."""
-    if spec["kind"] == "kmer":
-        features = [kmer_counts(parts[split]) for split in ("train", "test")]
-    else:
-        net = infer.build_net(spec, weights, seed).to(device).eval()
-        features = [infer.apply(infer.embedder(net, args.pool), infer.on_device(parts[split], device), spec,
-                          args.micro_batch_size) for split in ("train", "test")]
-    return fit_linear(features[0], parts["train"].labels, features[1], task)
+def score_run(outputs, parts, task, metric):
+    """Scores for the row: on all of test, without rows that train has, and whether predictions collapsed."""
+    test, labels, seen = scores(outputs, parts["test"].labels, task), parts["test"].labels, \
+        rows_in(parts["test"], parts["train"])
+    collapsed = len(set(outputs.argmax(1))) == 1
+    if task.regression:                                      # one value, relative to the spread of targets
+        collapsed = (outputs.std(0) <= 1e-6 * parts["train"].labels.std(0)).all()
+    row = {"score": test[metric], "collapsed": bool(collapsed), "test": test}
+    if 0 < seen.sum() < len(seen):
+        row["test_unseen"] = scores(outputs[~seen], labels[~seen], task)
+    return row
 
 
-def run_one(task, splits, key, spec, weights, args, device):
-    """One row of results.jsonl, unless it is there: trains by the protocol, tests once."""
-    start, linear = time.perf_counter(), spec["kind"] == "kmer" or args.mode == "probe"
-    parts, said = assign(splits, key["numbers"], key["seed"], linear)
-    body = ("kind", "bert", "k", "stride", "mixer", "n_cls")
-    spec = {name: spec[name] for name in body if name in spec} | {
-        "long": args.long or "chunk", "dtype": args.dtype, "n_out": len(task.classes)}
-    if spec["kind"] == "mixer":
-        spec |= {"pool": args.pool, "head": args.head, "n_blocks": None}
-        if args.blocks == "log2":                            # as a network made for the longest sequence has
-            if "track_size" not in spec["mixer"]:
-                raise ValueError(f"--blocks log2: {key['init']} is a transformer; use another --init")
-            longest = np.diff(parts["train"].offsets).max() + spec["n_cls"] * (args.pool == "cls")
-            spec["n_blocks"] = max(1, int(longest - 1).bit_length())
-    if spec["kind"] == "cnn":
-        spec["length"] = int(np.diff(parts["train"].offsets).max())
-    if spec["kind"] in spec and key["numbers"].get("dropout") is not None:    # a Bert's, a mixer's
-        spec[spec["kind"]] = spec[spec["kind"]] | {"dropout": key["numbers"]["dropout"]}
+def print_scores(row):
+    shown = [f"{name} {value if name == 'mse' else 100 * value:.4g}" for name, value in row["test"].items()
+             if value is not None]
+    if "test_unseen" in row:
+        unseen = row["test_unseen"][row["metric"]] or 0
+        shown.append(f"without rows of train: {row['metric']} {100 * unseen:.2f}")
+    collapsed = " | COLLAPSED: one class (or value) for all rows" if row["collapsed"] else ""
+    model = f" | model {row['model']}" if "model" in row else ""
+    print(f"  test {', '.join(shown)}{collapsed}{model}", flush=True)
+
+
+def run_one(task, splits, key, start, args, device):
+    """Trains by the protocol, tests once, appends the row of results unless it is there; returns its id."""
+    began, shots = time.perf_counter(), f" {key['shots']}-shot" if key["shots"] else ""
+    parts, tested_on = assign(splits, key["numbers"], key["seed"])
+    spec = complete(start.spec, key, args, task, int(np.diff(parts["train"].offsets).max()))
     identity = hashlib.sha256(json.dumps([key, spec], sort_keys=True).encode()).hexdigest()[:8]
-    shots = f" {key['shots']}-shot" if key["shots"] else ""
     title = f"{task.name}{shots} | {key['init']} | seed {key['seed']}"
-    if identity in {row["id"] for row in table.read_rows(args.out)}:
+    if identity in {row.get("id") for row in read_rows(args.out)}:
         print(f"{title} | done before, see {args.out}/results.jsonl", flush=True)
-        return
+        return identity
+    net = None                                               # the k-mer floor has none
+    if spec["kind"] in HEADS:
+        net = build_net(spec | {"pool": args.pool}, start.weights, key["seed"]).to(device)
     sizes = {split: len(rows.labels) for split, rows in parts.items() if rows}
-    odd, seen = count_odd(parts, spec)
-    print(f"{title} | protocol {key['protocol']}\n  rows {sizes}; tested on {said}; {odd or 'nothing odd'}\n"
+    counts = count_rows(parts, net)
+    print(f"{title} | protocol {key['protocol']}\n  rows {sizes}; tested on {tested_on}; {counts or ''}\n"
           f"  classes {dict(enumerate(task.classes))}; {key['numbers']}", flush=True)
-    name = f"{task.name}{shots}".replace("/", "_").replace(" ", "_")
-    folder, how = os.path.join(args.out, name, identity), {}
-    if linear:
-        outputs = linear_outputs(parts, spec, weights, key["seed"], task, args, device)
-    else:
+    folder = os.path.join(args.out, f"{task.name}{shots}".replace("/", "_").replace(" ", "_"), identity)
+    if key["numbers"]:
         run = {"method": "finetune", "config": spec, "data": key["data"],
                "args": key | {"micro_batch_size": args.micro_batch_size}}      # dropout depends on it
-        outputs, how = trained_outputs(task, parts, spec, weights, run, folder, args, device)
-    test = scores(outputs, parts["test"].labels, task)
-    one = len(set(outputs.argmax(1))) == 1
-    if task.regression:                                      # or one value, as the targets spread
-        one = (outputs.std(0) <= 1e-6 * parts["train"].labels.std(0)).all()
-    if 0 < seen.sum() < len(seen):                           # without what train has, too
-        how["test_unseen"] = scores(outputs[~seen], parts["test"].labels[~seen], task)
-    row = {"id": identity} | key | {
-        "score": test[key["metric"]], "collapsed": bool(one), "test": test, "tested_on": said, "rows": sizes,
-        "classes": task.classes, "counts": odd, "device": str(device), "stride": 1,
-        "seconds": round(time.perf_counter() - start, 1)}
-    table.append_row(args.out, row | spec | how)
+        outputs, result = tuned_outputs(net, parts, task, run, folder, args)
+    else:
+        outputs, result = linear_outputs(net, parts, task, args.micro_batch_size, device), {}
+    row = {"id": identity} | key | score_run(outputs, parts, task, key["metric"]) | {
+        "tested_on": tested_on, "rows": sizes, "classes": task.classes, "counts": counts,
+        "device": str(device), "stride": 1, "seconds": round(time.perf_counter() - began, 1)} | spec | result
+    append_row(args.out, row)
     for name in ("last.pt", "prev.pt"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(os.path.join(folder, name))
-    shown = [f"{name} {value if name == 'mse' else 100 * value:.4g}" for name, value in test.items()
-             if value is not None]
-    if "test_unseen" in how:
-        score = how["test_unseen"][key["metric"]] or 0
-        shown.append(f"without rows of train: {key['metric']} {100 * score:.2f}")
-    print(f"  test {', '.join(shown)}" + (" | COLLAPSED: one class (or value) for all rows" if one else "")
-          + (f" | model {how['model']}" if "model" in how else ""), flush=True)
+    print_scores(row)
+    return identity
+
+
+def append_row(out, row):
+    """Adds a line to results.jsonl; ranks and other runs may write at the same time."""
+    os.makedirs(out, exist_ok=True)
+    with open(os.path.join(out, "results.jsonl"), "a+b") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)
+        f.seek(0)
+        f.truncate(f.read().rfind(b"\n") + 1)                # drops half a row
+        f.write(json.dumps(row, allow_nan=False).encode() + b"\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read_rows(out):
+    """Rows of results.jsonl, [] where there is none. ValueError names a line that is broken."""
+    path, rows = os.path.join(out, "results.jsonl"), []
+    if not os.path.exists(path):
+        return rows
+    with open(path, errors="replace") as f:
+        fcntl.flock(f, fcntl.LOCK_SH)
+        for n, line in enumerate(f, 1):
+            if not line.endswith("\n"):                      # half a row of a full disk; its run continues
+                break
+            try:
+                rows.append(dict(json.loads(line)))
+            except (ValueError, TypeError, RecursionError):
+                raise ValueError(f"{path}: line {n}: not a run; delete the line and run its task "
+                                 f"again") from None
+    return rows
+
+
+def is_linear(init, mode):
+    """A linear model: no protocol, and no repeats on the same rows, which would give the same."""
+    return mode == "probe" or init == "kmer"
 
 
 def plan_runs(args):
-    """Every (task name or None, shots, repeat, --init, protocol) asked for. Linear models need no repeats."""
+    """Every run that the flags ask for."""
     for name in data.task_names(args.task) if args.task else [None]:
         suite = data.TASKS[name].suite if name else "csv"
         protocol = args.protocol or DEFAULT_PROTOCOL.get(suite, "strict")
         repeats = range(args.seeds or PROTOCOLS[protocol][0]["seeds"])
-        few, draws = suite == "few-shot", data.FEW_SHOT[name][1] if name in data.FEW_SHOT else 1
-        for shots, repeat, init in itertools.product(args.shots if few else [None], repeats, args.init):
-            if repeat < draws or args.mode == "finetune" and init != "kmer":
-                yield name, shots, repeat, init, protocol
+        draws = data.FEW_SHOT[name][1] if name in data.FEW_SHOT else 1
+        shots_list = args.shots if suite == "few-shot" else [None]
+        for shots, repeat, init in itertools.product(shots_list, repeats, args.init):
+            if repeat < draws or not is_linear(init, args.mode):
+                yield Plan(name, shots, repeat, init, protocol)
 
 
-def read_inits(args):
-    """{--init: what read_init gives}. ValueError for what cannot be trained."""
-    inits = {init: infer.read_init(init, args) for init in args.init}
-    for init, (spec, weights, *_) in inits.items():
-        if spec["kind"] == "cnn" and (weights or args.mode == "probe"):
-            raise ValueError(f"--init {init}: a CNN starts from nothing, and has nothing to probe; drop it")
-    return inits
-
-
-def run_all(args, inits, runs, device, rank, world):
-    """This rank's share of the runs; the exit code. What cannot be read or learnt is said and passed over."""
+def make_key(plan, task, start, digest, args):
+    """What identifies a run, with its spec: equal keys, equal results. digest: of the data."""
     flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    errors, code, cached = set(), 0, None
-    for n, (name, shots, repeat, init, protocol) in enumerate(runs):
-        if n % world != rank:
-            continue
+    p = {}
+    if not is_linear(plan.init, args.mode):
+        p = get_protocol(plan.protocol, task.name, plan.shots, plan.init, flags)
+        if task.regression and p["select"] == "score":
+            p["select"] = "loss"                             # PCC ignores the scale
+    head_flags = HEADS[start.spec["kind"]].FLAGS if start.spec["kind"] in HEADS else {}
+    flags |= {name: getattr(args, name) for name, default in head_flags.items()
+              if getattr(args, name) != default}
+    return {"task": task.name, "shots": plan.shots, "seed": args.seed + plan.repeat, "init": start.name,
+            "weights": start.digest, "mode": args.mode, "pool": args.pool if args.mode == "probe" else None,
+            "protocol": plan.protocol, "overrides": flags, "metric": main_metric(plan.protocol, task),
+            "numbers": p, "data": digest}
+
+
+def run_all(plans, starts, args, device):
+    """Does the runs one after the other: (exit code, ids). A failed run is reported; the next one follows."""
+    errors, code, ids, cached = set(), 0, [], None
+    for plan in plans:
         if training.stop_requested():                        # in a probe, or after the last step of a run
-            print("stopped by a signal; the same command goes on from there", flush=True)
-            return 143
-        spec, weights, shown, digest = inits[init]
-        own = {flag: getattr(args, flag) for flag, default in MIXER.items()
-               if spec["kind"] == "mixer" and getattr(args, flag) != default}
+            print("stopped by a signal; the same command continues there", flush=True)
+            return 143, ids
         try:
-            if cached != (name, shots, shots and repeat):    # a set is read once, a few-shot draw each time
-                task, splits = read_csv(args) if args.csv else (data.TASKS[name], data.read_task(
-                    name, args.data_dir, shots, repeat % 10, args.fasta))
-                cached = name, shots, shots and repeat
-            linear = args.mode == "probe" or init == "kmer"
-            p = {} if linear else get_protocol(protocol, task.name, shots, init, flags)
-            if task.regression and not linear and p["select"] == "score":
-                p["select"] = "loss"                         # PCC is blind to the scale
-            key = {"task": task.name, "shots": shots, "seed": args.seed + repeat, "init": shown,
-                   "weights": digest, "mode": args.mode, "pool": args.pool if args.mode == "probe" else None,
-                   "protocol": protocol, "overrides": flags | own, "metric": main_metric(protocol, task),
-                   "numbers": p, "data": fingerprint(splits)}
-            run_one(task, splits, key, spec, weights, args, device)
+            source = plan.name, plan.shots, plan.repeat if plan.shots else None
+            if cached != source:                             # a set is read once, a few-shot draw each time
+                task, splits = read_csv(args) if args.csv else (data.TASKS[plan.name], data.read_task(
+                    plan.name, args.data_dir, plan.shots, plan.repeat % 10, args.fasta))
+                cached = source
+            key = make_key(plan, task, starts[plan.init], fingerprint(splits), args)
+            ids.append(run_one(task, splits, key, starts[plan.init], args, device))
         except (ValueError, ArithmeticError) as e:
             code = 3 if isinstance(e, ArithmeticError) else 2
-            if str(e) not in errors:                         # of the first repeat
+            if str(e) not in errors:                         # repeats would repeat it
                 print(f"error: {training.plain(str(e))}", file=sys.stderr, flush=True)
             errors.add(str(e))
-    return code
+    return code, ids
 
 
-def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, positive = parser.add_argument, number(int, 1)
-    what = parser.add_mutually_exclusive_group(required=True).add_argument
-    what("--task", nargs="+", help=f"sets (emp/H3) or groups: {' '.join(data.GROUPS)}")
-    what("--csv", nargs="+", help="train.csv, or train and test, or train, dev and test: sequence,label")
-    what("--predict", metavar="FILE", help="FASTA or table -> TSV of classes and probabilities")
-    what("--embed", metavar="FILE", help="FASTA or table -> .npz of embeddings")
-    what("--export", metavar="FOLDER", help="write --init in the Hugging Face layout")
-    what("--table", action="store_true", help="print and write all results in --out beside the papers'")
-    what("--demo", action="store_true", help="a planted motif in synthetic DNA")
-    add("--init", nargs="+", default=["random"],
-        help="checkpoint, random:CHECKPOINT (its shape), hf:FOLDER, random, cnn, kmer (random)")
-    add("--mode", choices=("finetune", "probe"), default="finetune", help="probe: frozen, linear")
-    add("--protocol", choices=PROTOCOLS, help="(that of the papers that use the set; csv: strict)")
-    add("--seeds", type=positive, help="repeats (the protocol's)")
-    add("--seed", type=number(int, 0, 2 ** 31), default=42, help="of the first repeat (%(default)s)")
-    add("--shots", type=positive, nargs="+", default=[10], help="few-shot: rows of each class (%(default)s)")
-    add("--split", type=fractions, default=(0.8, 0.1, 0.1), help="--csv of one table (.8,.1,.1)")
-    add("--targets", nargs="+", metavar="COLUMN", help="--csv: a regression on these columns")
-    add("--batch_size", type=positive, help="sequences of a step (the protocol's, as the next five)")
-    add("--lr", type=number(float, 1e-30), help="peak learning rate")
-    add("--weight_decay", type=number(float, 0), help="not on biases and LayerNorm")
-    add("--epochs", type=positive, help="passes over the training sequences")
-    add("--warmup", type=number(int, 0), help="steps of linear warm-up")
-    add("--dropout", type=number(float, 0, 1), help="(else the model's)")
-    add("--micro_batch_size", type=positive, default=128, help="windows of a forward pass (%(default)s)")
-    add("--stride", type=positive, help="1 overlapping, k non-overlapping k-mers (as pretrained)")
-    add("--long", choices=("chunk", "truncate"), help="above block_size (chunk; else as fine-tuned)")
-    add("--k", type=number(int, 1, 9), default=6, help="--init random: its k-mers (%(default)s)")
-    add("--block_size", type=number(int, 3), default=512, help="--init random: positions (%(default)s)")
-    add("--n_layer", type=positive, default=12, help="--init random: layers (%(default)s)")
-    add("--n_head", type=positive, default=12, help="--init random: attention heads (%(default)s)")
-    add("--n_embd", type=positive, default=768, help="--init random: width (%(default)s)")
-    add("--pool", choices=("mean", "cls"), default="mean", help="probe, embed, FinDNA: mean, [CLS]")
-    add("--eval_network", choices=("teacher", "student"), help="FinDNA: which (the teacher if it has one)")
-    add("--head", choices=("linear", "mlp"), default="linear", help="FinDNA: its layers (%(default)s)")
-    add("--blocks", choices=("all", "log2"), default="all", help="FinDNA: of each layer, all, or the first "
-        "log2 of the longest training sequence (%(default)s)")
-    add("--per_base", action="store_true", help="embed: each base, too")
-    add("--window", type=positive, help="predict, embed: windows of so many bases of each sequence ...")
-    add("--step", type=positive, help="... so far apart (the window)")
-    add("--data_dir", default="data", help="where the sets lie (%(default)s)")
-    add("--fasta", nargs="+", help="GenomicBenchmarks: genome of the coordinate tables")
-    add("--out", help="folder of results (out/finetune); predict, embed: the file to write")
-    add("--save_every", type=number(float, 0), default=60, help="seconds between checkpoints (%(default)s)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
-    add("--compile", action="store_true", help="torch.compile the network")
-    if parser.parse_args().demo:
-        parser.set_defaults(**DEMO)
-    return parser.parse_args()
+def gather_ids(ids, world):
+    """The ids of all ranks, once all have ended: torchrun kills the others when one leaves with an error."""
+    for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(which, signal.SIG_DFL)
+    dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
+    parts = [None] * world
+    dist.all_gather_object(parts, ids)
+    return sum(parts, [])
+
+
+def print_table(out, ids):
+    """The results of this command beside the papers' numbers."""
+    from tools import table                                  # the one import of a tool
+    print(f"\nThe runs of this command; all of {out}: python -m tools.table {out}\n")
+    print("\n".join(table.make_table(table.read_runs(out, ids)).lines), flush=True)
 
 
 def fractions(text):
@@ -522,6 +921,72 @@ def fractions(text):
     if len(parts) != 3 or min(parts) <= 0 or not math.isclose(sum(parts), 1):
         raise argparse.ArgumentTypeError(f"{text}: give three shares that sum to 1, as 0.8,0.1,0.1")
     return parts
+
+
+def add_protocol_flags(parser):
+    positive = number(int, 1)
+    add = parser.add_argument_group("protocol").add_argument
+    add("--mode", choices=("finetune", "probe"), default="finetune", help="probe: linear model, frozen network")
+    add("--protocol", choices=PROTOCOLS, help="default: that of the papers that use the set; --csv: strict")
+    add("--seeds", type=positive, help="number of repeats (default: the protocol's)")
+    add("--seed", type=number(int, 0, 2 ** 31), default=42, help="seed of the first repeat (%(default)s)")
+    add("--shots", type=positive, nargs="+", default=[10], help="few-shot: rows per class (%(default)s)")
+    add("--long", choices=("chunk", "truncate"), help="longer than block_size: windows, or cut (chunk)")
+    add = parser.add_argument_group("optimization (default: the protocol's)").add_argument
+    add("--batch_size", type=positive, help="sequences per step")
+    add("--lr", type=number(float, 1e-30), help="peak learning rate")
+    add("--weight_decay", type=number(float, 0), help="AdamW decay, not on biases and LayerNorm")
+    add("--epochs", type=positive, help="passes over the training set")
+    add("--warmup", type=number(int, 0), help="steps of linear warm-up")
+    add("--dropout", type=number(float, 0, 1), help="dropout (default: the protocol's, else the model's)")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    positive, group = number(int, 1), parser.add_argument_group("data")
+    add = group.add_mutually_exclusive_group(required=True).add_argument
+    add("--task", nargs="+", help=f"benchmark sets (emp/H3) or groups: {' '.join(data.GROUPS)}")
+    add("--csv", nargs="+", help="your tables (sequence, label): one, train and test, or train, dev and test")
+    add("--demo", action="store_true", help="a planted motif in synthetic DNA; needs no data")
+    add = group.add_argument
+    add("--data_dir", default="data", help="folder of the benchmark sets (%(default)s)")
+    add("--fasta", nargs="+", help="reference genome for GenomicBenchmarks' coordinate tables")
+    add("--split", type=fractions, default=(0.8, 0.1, 0.1), help="shares of one --csv table (.8,.1,.1)")
+    add("--targets", nargs="+", metavar="COLUMN", help="--csv: regression on these columns")
+    add = parser.add_argument_group("model").add_argument
+    add("--init", nargs="+", default=["random"],
+        help="checkpoint, random:CHECKPOINT (its architecture), hf:FOLDER, random, cnn or kmer (random)")
+    add("--stride", type=positive, help="1: overlapping k-mers, k: non-overlapping (default: as pretrained)")
+    add("--k", type=number(int, 1, 9), default=6, help="random: k-mer length (%(default)s)")
+    add("--block_size", type=number(int, 3), default=512, help="random: positions (%(default)s)")
+    add("--n_layer", type=positive, default=12, help="random: layers (%(default)s)")
+    add("--n_head", type=positive, default=12, help="random: attention heads (%(default)s)")
+    add("--n_embd", type=positive, default=768, help="random: width (%(default)s)")
+    add("--pool", choices=("mean", "cls"), default="mean", help="probe, FinDNA: pooling (%(default)s)")
+    add("--eval_network", choices=("teacher", "student"), help="FinDNA: network to use (teacher if there)")
+    add("--head", choices=("linear", "mlp"), default="linear", help="FinDNA: its head (%(default)s)")
+    add("--blocks", choices=("all", "log2"), default="all",
+        help="FinDNA: blocks per layer, all or log2 of the longest training sequence (%(default)s)")
+    add_protocol_flags(parser)
+    add = parser.add_argument_group("run").add_argument
+    add("--out", default="out/finetune", help="folder of results and models (%(default)s)")
+    add("--save_every", type=number(float, 0), default=60, help="seconds between checkpoints (%(default)s)")
+    add("--micro_batch_size", type=positive, default=128, help="windows per forward pass (%(default)s)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
+    add("--compile", action="store_true", help="torch.compile the network")
+    if parser.parse_args().demo:
+        parser.set_defaults(**DEMO)
+    return parser.parse_args()
+
+
+def check_args(args):
+    """ValueError for flags that contradict each other."""
+    if args.targets and not args.csv:
+        raise ValueError("--targets: belongs to --csv; add that or drop it")
+    if not args.out or os.path.exists(args.out) and not os.path.isdir(args.out):
+        raise ValueError(f"--out {args.out!r}: not a folder; name one")
 
 
 if __name__ == "__main__":
@@ -534,39 +999,19 @@ if __name__ == "__main__":
             else:
                 print("no out/demo/last.pt (randommask.py --demo makes it): from random weights")
         device, args.dtype, rank, world = training.set_up(args.device, args.dtype, join=False)
-        for flag, of in (("step", "window"), ("targets", "csv"), ("per_base", "embed")):
-            if getattr(args, flag) and not getattr(args, of):
-                raise ValueError(f"--{flag}: belongs to --{of}; add that or drop it")
-        if args.out == "":
-            raise ValueError("--out '': name a folder, or the file to write")
-        args.step = args.step or args.window
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))                # and no half-written file
-        if args.predict:
-            infer.predict(args, device)
-        elif args.embed:
-            infer.embed(args, device)
-        elif args.export:
-            infer.export(args)
-        else:
-            args.out = args.out or "out/finetune"
-            if os.path.exists(args.out) and not os.path.isdir(args.out):
-                raise ValueError(f"--out {args.out}: a file; name a folder")
-            inits, runs = read_inits(args), list(plan_runs(args))
-    if args.table:
+        check_args(args)
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+        starts, plans = {init: read_start(init, args) for init in args.init}, list(plan_runs(args))
+    training.catch_signals()
+    with training.user_errors(OSError, torch.OutOfMemoryError):
+        code, ids = run_all(plans[rank::world], starts, args, device)
+    if world > 1:
+        ids = gather_ids(ids, world)
+    if rank == 0 and ids and code != 143:
         with training.user_errors():
-            table.write_table(args.out)
-    elif args.task or args.csv:
-        training.catch_signals()
-        with training.user_errors(OSError, torch.OutOfMemoryError):
-            code = run_all(args, inits, runs, device, rank, world)
-        if world > 1:                                        # torchrun ends all ranks once one has failed:
-            for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):      # they leave together
-                signal.signal(which, signal.SIG_DFL)
-            torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-            training.finish(code)
-        if args.demo and not code:
-            print("\nWhat pretraining adds: the same network, from its weights and from random ones:\n")
-            table.write_table(args.out)
-            print("\nNext, your own table (columns sequence, label) and a checkpoint of randommask.py:\n"
-                  "  python finetune.py --csv YOUR.csv --init out/mine/last.pt random kmer --lr 3e-4")
-        raise SystemExit(code)
+            print_table(args.out, ids)
+    if args.demo and not code:
+        print("\nThe table shows what pretraining adds. Next, your own table (columns sequence, label):\n"
+              "  python finetune.py --csv YOUR.csv --init out/mine/last.pt random kmer --lr 3e-4\n"
+              "  python -m tools.predict NEW.fa --init out/finetune/csv_YOUR/mine.pt")
+    training.finish(code)

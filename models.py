@@ -1,9 +1,9 @@
-"""The networks, in plain torch: Bert (post-LN, as in DNABERT and RandomMask) and its classification head;
-ChordMixer (FinDNA) and a transformer encoder over one-hot bases, with theirs; the CNN baseline; Hugging Face
-import and export.
+"""The networks in plain torch, then Hugging Face folders.
 
-Bert is bert-base's architecture over a k-mer vocabulary; sizes are numbers: 12 layers of 768 give DNABERT's
-89,196,549 parameters, 4 of 256 RandomMask's BERT-mini, 2 of 256 with n_head 8, n_inner 3072 LOGO (GeneMask).
+Bert (post-LN) over k-mers is the network of DNABERT, RandomMask and GeneMask. Its size is set by the config:
+12 layers of 768 are DNABERT (89,196,549 parameters), 4 of 256 RandomMask's BERT-mini, 2 of 256 with n_head 8
+and n_inner 3072 LOGO (GeneMask). ChordMixer (FinDNA) and Encoder read one-hot bases; Cnn is a baseline.
+load_hf and save_hf read and write a Bert in the layout of transformers.
 """
 import dataclasses
 import itertools
@@ -15,24 +15,28 @@ import zipfile
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 
 PAD = 0
-EPS = 1e-12                                                  # of LayerNorm (DNABERT's config.json)
+EPS = 1e-12                                                  # LayerNorm epsilon (DNABERT's config.json)
 
 
 @dataclasses.dataclass
 class BertConfig:
-    """Defaults: DNABERT's config.json (bert-base, k = 6). ValueError where the sizes do not fit together."""
+    """Sizes of a Bert. Defaults: DNABERT's config.json (bert-base, k = 6). ValueError if they do not fit."""
     vocab_size: int = 4101                                   # 4**6 k-mers + 5 specials
-    block_size: int = 512                                    # positions, [CLS] and [SEP] included
+    block_size: int = 512                                    # tokens, including [CLS] and [SEP]
     n_layer: int = 12
     n_head: int = 12
     n_embd: int = 768
     n_inner: int = 3072
-    dropout: float = 0.1                                     # of hidden states and of attention weights
+    dropout: float = 0.1                                     # on hidden states and attention weights
 
     def __post_init__(self):
+        for name, size in vars(self).items():
+            if name != "dropout" and (type(size) is not int or size < 1):
+                raise ValueError(f"{name} is {size!r:.80}, expected a positive integer")
+        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout!r:.80}, expected a number in [0, 1)")
         if self.n_embd % self.n_head:
             raise ValueError(f"--n_embd {self.n_embd}: not a multiple of --n_head {self.n_head}; change one")
 
@@ -40,14 +44,15 @@ class BertConfig:
     def k(self):
         k = round(math.log(max(self.vocab_size - 5, 1), 4))
         if 4 ** k + 5 != self.vocab_size:
-            raise ValueError(f"vocabulary of {self.vocab_size} tokens: not 4**k k-mers and 5 specials")
+            raise ValueError(f"vocabulary of {self.vocab_size} tokens: expected 4**k k-mers and 5 specials")
         return k
 
 
 def attend(q, k, v, mask, dropout, need_weights):
-    """Softmax attention over (B, H, T, D): (output, weights or None). mask: bool (B, T), True = real token.
+    """Softmax attention over q, k, v (B, H, T, D) -> (output, weights or None).
 
-    SDPA, but for where it is slower: on a CPU under bf16 autocast (1.5x) or with dropout (3x), as measured.
+    mask: bool (B, T), True = real token. Uses SDPA, except on a CPU under bf16 autocast (where it is 1.5x
+    slower) or with dropout (3x slower), as measured.
     """
     if mask is not None:
         mask = mask[:, None, None, :]
@@ -62,7 +67,7 @@ def attend(q, k, v, mask, dropout, need_weights):
 
 
 class Block(nn.Module):
-    """One transformer layer, LayerNorm after each residual sum (post-LN)."""
+    """One transformer layer with LayerNorm after each residual sum (post-LN)."""
 
     def __init__(self, config):
         super().__init__()
@@ -77,22 +82,22 @@ class Block(nn.Module):
         p = self.p if self.training else 0.0
         qkv = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                 # (B, H, T, D) each
-        x, q = x[:, :first], q[:, :, :first]                 # all, or what the caller needs
+        x, q = x[:, :first], q[:, :, :first]                 # None: all tokens
         y, weights = attend(q, k, v, mask, p, need_weights)
         x = self.ln_attn(x + F.dropout(self.proj(y.transpose(1, 2).flatten(2)), p))
         return self.ln_mlp(x + F.dropout(self.fc_out(F.gelu(self.fc(x))), p)), weights
 
 
 class Bert(nn.Module):
-    """bert(tokens) -> logits (B, T, V); bert(inputs, labels) -> (loss sum over labelled positions, count)."""
+    """bert(tokens) -> logits (B, T, V); bert(inputs, labels) -> (loss summed over labels, their count)."""
 
     def __init__(self, config):
         super().__init__()
         self.config = config
         C, V = config.n_embd, config.vocab_size
-        self.tok_emb = nn.Embedding(V, C, padding_idx=PAD)   # also the decoder of the masked-LM head
+        self.tok_emb = nn.Embedding(V, C, padding_idx=PAD)   # tied to the decoder of the masked-LM head
         self.pos_emb = nn.Embedding(config.block_size, C)
-        self.type_emb = nn.Embedding(2, C)                   # BERT's segments; DNA has one, always row 0
+        self.type_emb = nn.Embedding(2, C)                   # BERT's segments; DNA uses row 0 only
         self.ln_emb = nn.LayerNorm(C, EPS)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head, self.ln_head = nn.Linear(C, C), nn.LayerNorm(C, EPS)
@@ -106,10 +111,10 @@ class Bert(nn.Module):
             self.tok_emb.weight[PAD] = 0
 
     def encode(self, tokens, mask=None, need_weights=False, first=None):
-        """tokens (B, T) -> hidden states (B, T, C); with need_weights also the attention of each layer.
+        """tokens (B, T) -> hidden states (B, T, C); need_weights: also each layer's attention (B, H, T, T).
 
-        mask: bool (B, T), True = real token; None where no row is padded (fast path). Attention (B, H, T, T).
-        first: only the first so many hidden states, which spares the last layer the work of the others.
+        mask: bool (B, T), True = real token; None if no row is padded (fast path).
+        first: return only the first N hidden states; the last layer then computes no others.
         """
         T, p = tokens.shape[1], self.config.dropout if self.training else 0.0
         if T > self.config.block_size:
@@ -122,17 +127,17 @@ class Bert(nn.Module):
         return (x, all_weights) if need_weights else x
 
     def decode(self, x):
-        """Hidden states (N, C) -> logits (N, V'): V' = V rounded up to 64 for fast GEMMs, the rest -inf."""
+        """Hidden states (N, C) -> logits (N, V'). V' is V rounded up to 64 (fast GEMMs), padded with -inf."""
         x = self.ln_head(F.gelu(self.head(x)))
         extra = -self.config.vocab_size % 64
         bias = F.pad(self.head_bias, (0, extra), value=-math.inf)
         return F.linear(x, F.pad(self.tok_emb.weight, (0, 0, 0, extra)), bias)
 
     def forward(self, inputs, labels=None, mask=None, capacity=None):
-        """Logits, or (loss_sum, count) where labels (B, T) are given (-100 = no loss).
+        """inputs (B, T) -> logits, or with labels (B, T; -100 = no loss) -> (loss_sum, count).
 
-        Only labelled positions reach the decoder. capacity: how many at most, as a static shape, so a GPU
-        need not wait for their number (mask_capacity); if there are more the loss is NaN, never a wrong one.
+        Only labelled positions reach the decoder. capacity: an upper bound on their number (mask_capacity);
+        it fixes the shape, so the host need not wait for the GPU. If there are more, the loss is NaN.
         """
         x = self.encode(inputs, mask)                        # (B, T, C)
         if labels is None:
@@ -145,47 +150,23 @@ class Bert(nn.Module):
         return loss_sum, count
 
     def flops_per_token(self, T, masked):
-        """Matmul FLOPs of training per token: 6 a weight, attention, the decoder for the `masked` share."""
+        """Training FLOPs per token in matrix products; the decoder runs on a share `masked` of the tokens."""
         c = self.config
         dense = c.n_layer * (4 * c.n_embd ** 2 + 2 * c.n_embd * c.n_inner)
         return 6 * (dense + masked * c.n_embd * (c.n_embd + c.vocab_size)) + 12 * c.n_layer * T * c.n_embd
 
 
-class Classifier(nn.Module):
-    """A Bert with a head on [CLS]: dense, tanh, dropout, linear (that of transformers' sequence classifier).
-
-    tokens (B, T), mask bool (B, T) or None -> (B, n_out). owner (B,): the sequence each row is a window of;
-    the pooled windows of a sequence are averaged, and the outputs are (number of sequences, n_out).
-    """
-
-    def __init__(self, bert, n_out):
-        super().__init__()
-        C = bert.config.n_embd
-        self.bert, self.pooler, self.out = bert, nn.Linear(C, C), nn.Linear(C, n_out)
-        for layer in (self.pooler, self.out):                # as BERT's own layers
-            nn.init.normal_(layer.weight, std=0.02)
-            nn.init.zeros_(layer.bias)
-
-    def forward(self, tokens, mask=None, owner=None):
-        x = torch.tanh(self.pooler(self.bert.encode(tokens, mask, first=1)[:, 0]))                 # (B, C)
-        if owner is not None:
-            n = owner.bincount()
-            x = x.new_zeros(len(n), x.shape[1]).index_add(0, owner, x) / n[:, None]
-        with torch.autocast(x.device.type, enabled=False):   # bf16 does not hold a large target
-            return self.out(F.dropout(x.float(), self.bert.config.dropout, self.training))
-
-
 @dataclasses.dataclass
 class ChordMixerConfig:
-    """Defaults: FinDNA's, 1,000 bases and 10 [CLS]: 4 layers of 10 blocks, 11 tracks of 28 channels."""
-    length: int = 1010                                       # of the pretraining inputs; others work, too
+    """Sizes of a ChordMixer. Defaults: FinDNA's, 4 layers of 10 blocks, 11 tracks of 28 channels."""
+    length: int = 1010                                       # 1,000 bases + 10 [CLS]; takes other lengths too
     n_layer: int = 4
     track_size: int = 28
     hidden: int = 512
     dropout: float = 0.0
 
     @property
-    def n_blocks(self):                                      # of a layer: ceil(log2 length)
+    def n_blocks(self):                                      # per layer: ceil(log2 length)
         return (self.length - 1).bit_length()
 
     @property
@@ -198,7 +179,7 @@ class ChordMixerConfig:
 
 
 class Rotate(torch.autograd.Function):
-    """Turns the tracks of x (B * L, C) by the indices of `rotations`, and gradients back: no sums are due."""
+    """Rotates the tracks of x (B * L, C) by `rotations`; the backward pass is the inverse permutation."""
 
     @staticmethod
     def forward(ctx, x, index, inverse, track_size):
@@ -214,11 +195,11 @@ class Rotate(torch.autograd.Function):
 
 
 def rotations(L, n_tracks, n_rotated, lengths=None, device=None):
-    """Indices that turn the tracks, each of D channels, of x viewed as (B, L * n_tracks, D), and back.
+    """(index, inverse): row indices that rotate the tracks of x (B, L * n_tracks, track_size), and undo it.
 
-    Track 0 stays, track g = 1..n_rotated turns by 2**(g-1): out[t] = in[(t + 2**(g-1)) % L].
-    With lengths (B,) each sequence turns within its own length and the padding behind it stays where it is;
-    the view is then (1, B * L * n_tracks, D).
+    Track 0 stays; track g = 1..n_rotated is rotated by 2**(g-1): out[t] = in[(t + 2**(g-1)) % L].
+    With lengths (B,), each sequence is rotated within its own length, the padding behind it stays in place,
+    and the indices are for x viewed as (1, B * L * n_tracks, track_size).
     """
     track = torch.arange(n_tracks, device=device)
     offset = torch.where(track > n_rotated, 0, (1 << track) // 2)              # 0, 1, 2, 4, ...
@@ -230,7 +211,7 @@ def rotations(L, n_tracks, n_rotated, lengths=None, device=None):
 
 
 class MixerBlock(nn.Module):
-    """x + rotate(MLP(x)): no normalisation. Each track brings in the bases at one distance."""
+    """x + rotate(MLP(x)), without normalisation. Each track sees the bases at one distance."""
 
     def __init__(self, config):
         super().__init__()
@@ -240,15 +221,15 @@ class MixerBlock(nn.Module):
     def forward(self, x, index, inverse):
         p = self.p if self.training else 0.0
         y = self.fc2(F.dropout(F.gelu(self.fc1(x)), p))      # (B * L, C)
-        y = F.dropout(y, 1 - (1 - p) ** 2)                   # two in a row there: the MLP's and the block's
+        y = F.dropout(y, 1 - (1 - p) ** 2)                   # the released code drops twice in a row
         return x + Rotate.apply(y, index, inverse, self.track_size)
 
 
 class ChordMixer(nn.Module):
     """one_hot (B, L, 5) float -> (B, L, C), for any L (Khalitov et al., as FinDNA uses it).
 
-    lengths (B,): of rows that are padded; what is behind never reaches a real position. n_blocks: only the
-    first so many blocks of each layer, and tracks, as a network made for sequences of up to 2**n_blocks has.
+    lengths (B,): lengths of padded rows; padding never reaches a real position.
+    n_blocks: use only the first N blocks of each layer and N rotated tracks, as if built for length 2**N.
     """
 
     def __init__(self, config):
@@ -269,7 +250,7 @@ class ChordMixer(nn.Module):
 
 @dataclasses.dataclass
 class EncoderConfig:
-    """FinDNA-T: the size is ours, the paper gives none."""
+    """Sizes of an Encoder. Defaults: FinDNA-T; the paper gives no sizes, these are ours."""
     length: int = 1010
     n_layer: int = 4
     n_head: int = 8
@@ -282,7 +263,7 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):
-    """one_hot (B, L, 5) float -> (B, L, C): pre-LN transformer, learned positions. lengths (B,): as above."""
+    """one_hot (B, L, 5) -> (B, L, C): pre-LN transformer, learned positions. lengths (B,): of padded rows."""
 
     def __init__(self, config):
         super().__init__()
@@ -303,14 +284,14 @@ class Encoder(nn.Module):
 
 
 def make_backbone(fields):
-    """The network over one-hot bases of the config in a checkpoint."""
+    """The config of a checkpoint over one-hot bases -> its ChordMixer or Encoder."""
     if "track_size" in fields:
         return ChordMixer(ChordMixerConfig(**fields))
     return Encoder(EncoderConfig(**fields))
 
 
 class BaseModel(nn.Module):
-    """A backbone and a linear layer to the five bases: one_hot (B, L, 5) -> (B, L, C), logits (B, L, 5)."""
+    """A backbone and a linear layer to the bases: one_hot (B, L, 5) -> states (B, L, C), logits (B, L, 5)."""
 
     def __init__(self, backbone):
         super().__init__()
@@ -322,51 +303,18 @@ class BaseModel(nn.Module):
         return x, self.head(x)
 
 
-class BaseClassifier(nn.Module):
-    """A backbone with a head, linear or of two layers, on the mean over a sequence's bases or its [CLS].
-
-    one_hot (B, L, 5), lengths (B,) or None -> (B, n_out). n_cls: the mean over so many last rows instead.
-    """
-
-    def __init__(self, backbone, n_out, n_cls=0, mlp=False, n_blocks=None):
-        super().__init__()
-        C = backbone.config.n_embd
-        self.backbone, self.n_cls = backbone, n_cls
-        self.more = {"n_blocks": n_blocks} if n_blocks else {}
-        self.hidden = nn.Linear(C, C) if mlp else None
-        self.out = nn.Linear(C, n_out)
-
-    def outputs(self, one_hot, lengths=None):
-        return self.backbone(one_hot, lengths, **self.more)  # (B, L, C)
-
-    def embed(self, one_hot, lengths=None):
-        """(B, C): the mean over the bases, or over the [CLS]."""
-        x = self.outputs(one_hot, lengths)
-        if lengths is None:
-            return x[:, -self.n_cls:].mean(1)                # -0: all
-        at, lengths = torch.arange(x.shape[1], device=x.device), lengths[:, None]
-        real = (at < lengths) & (at >= lengths - (self.n_cls or lengths))                       # (B, L)
-        return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
-
-    def forward(self, one_hot, lengths=None):
-        x = self.embed(one_hot, lengths)
-        x = x if self.hidden is None else F.gelu(self.hidden(x))
-        with torch.autocast(x.device.type, enabled=False):
-            return self.out(x.float())
-
-
 class Cnn(nn.Module):
-    """GenomicBenchmarks' CNN, the baseline of Martinek et al.: bases (B, length) uint8 -> (B, n_out).
+    """GenomicBenchmarks' CNN (baseline of Martinek et al.): bases (B, length) uint8 -> (B, n_out).
 
-    As published there is no non-linearity after the second and third convolution nor between the linears.
+    As published, it has no non-linearity after the second and third convolution or between the linear layers.
     """
 
     def __init__(self, length, n_out):
         super().__init__()
-        self.length = length                                 # longest training sequence; shorter: N behind
+        self.length = length                                 # bases; shorter sequences end in N
         width = length
         for _ in range(3):
-            width = (width - 7) // 2                         # a convolution of 8, a pool of 2
+            width = (width - 7) // 2                         # convolution of 8, pooling of 2
         if width < 1:
             raise ValueError(f"--init cnn: {length} bases are too few for 3 convolutions; use another --init")
         self.emb = nn.Embedding(5, 100)
@@ -384,32 +332,32 @@ class Cnn(nn.Module):
 
 
 def copy_weights(model, init, load):
-    """Starts `model` from --init: for a Bert also hf:FOLDER, else a checkpoint, which load(path) reads.
+    """Loads weights into `model` from --init: a checkpoint that load(path) reads or, for a Bert, hf:FOLDER.
 
-    ValueError naming the sizes in which their config differs.
+    ValueError if the sizes differ; it names them.
     """
     if init.startswith("hf:") and isinstance(model, Bert):
         source = load_hf(init[3:])
-        config, weights = dataclasses.asdict(source.config), source.state_dict()
+        config, weights = vars(source.config), source.state_dict()
     else:
         state = load(init)
         config, weights = state["config"], state["model"]
-    ours = dataclasses.asdict(model.config)
-    sizes = [name for name in ours if name != "dropout"]
-    differ = [f"{name} {config.get(name)}" for name in sizes if config.get(name) != ours[name]]
+    differ = [f"{name} {config.get(name)}" for name, size in vars(model.config).items()
+              if name != "dropout" and config.get(name) != size]
     if differ:
-        raise ValueError(f"--init {init}: a network with {', '.join(differ)}; give the flags that match")
+        raise ValueError(f"--init {init}: a network with {', '.join(differ)}; set the flags to match")
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:
-        raise ValueError(f"--init {init}: {show(str(e).splitlines()[-1])}; is it such a network?") from None
+        reason = str(e).splitlines()[-1]
+        raise ValueError(f"--init {init}: {reason!r:.80}; is it the same kind of network?") from None
 
 
 def labelled_positions(labels, capacity=None):
-    """labels (B, T) -> flat indices (N,) of the positions with a label, in order, and their labels (N,).
+    """labels (B, T) -> flat indices (N,) of the labelled positions, in order, and their labels (N,).
 
-    N = capacity, whatever the labels: left-over slots hold index 0 and label -100. Without one N is the next
-    multiple of 256: with a shape of its own in every step a CPU's heap fragments and grows for ever.
+    N = capacity; spare slots hold index 0 and label -100. Without capacity, N is the next multiple of 256:
+    if the shape changed at every step, a CPU's heap would fragment and grow without end.
     """
     flat = labels.flatten()
     wanted = flat != -100
@@ -423,7 +371,7 @@ def labelled_positions(labels, capacity=None):
 
 
 def mask_capacity(n_tokens, share, span):
-    """Room for the masked ones of n_tokens, a share of them masked in spans: mean + 10 sd."""
+    """Upper bound on masked tokens among n_tokens when a share is masked in spans: mean + 10 sd."""
     return min(n_tokens, math.ceil(n_tokens * share + 10 * math.sqrt(share * (1 - share) * span * n_tokens)))
 
 
@@ -432,51 +380,45 @@ def vocabulary(k):
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map("".join, itertools.product("ATCG", repeat=k))]
 
 
-def hf_names(config):
-    """Our parameter name -> its name or names (q, k, v: stacked in ours) in the stock `bert` layout."""
-    names = {"tok_emb.weight": ["bert.embeddings.word_embeddings.weight"],
-             "pos_emb.weight": ["bert.embeddings.position_embeddings.weight"],
-             "type_emb.weight": ["bert.embeddings.token_type_embeddings.weight"],
-             "head_bias": ["cls.predictions.bias"]}
-    layers = {"ln_emb": ["bert.embeddings.LayerNorm"], "head": ["cls.predictions.transform.dense"],
-              "ln_head": ["cls.predictions.transform.LayerNorm"]}
-    for i in range(config.n_layer):
-        theirs = f"bert.encoder.layer.{i}."
-        layers |= {f"blocks.{i}.qkv": [f"{theirs}attention.self.{n}" for n in ("query", "key", "value")],
-                   f"blocks.{i}.proj": [theirs + "attention.output.dense"],
-                   f"blocks.{i}.ln_attn": [theirs + "attention.output.LayerNorm"],
-                   f"blocks.{i}.fc": [theirs + "intermediate.dense"],
-                   f"blocks.{i}.fc_out": [theirs + "output.dense"],
-                   f"blocks.{i}.ln_mlp": [theirs + "output.LayerNorm"]}
-    return names | {f"{ours}.{kind}": [f"{name}.{kind}" for name in theirs]
-                    for ours, theirs in layers.items() for kind in ("weight", "bias")}
+SIZES = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
+         "n_head": "num_attention_heads", "n_embd": "hidden_size", "n_inner": "intermediate_size",
+         "dropout": "hidden_dropout_prob"}                   # BertConfig: config.json
+STOCK = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": EPS, "type_vocab_size": 2,
+         "is_decoder": False, "position_embedding_type": "absolute"}
+MODULES = {                                                  # ours: in transformers (qkv: three, stacked)
+    "tok_emb": ["bert.embeddings.word_embeddings"], "pos_emb": ["bert.embeddings.position_embeddings"],
+    "type_emb": ["bert.embeddings.token_type_embeddings"], "ln_emb": ["bert.embeddings.LayerNorm"],
+    "qkv": ["attention.self.query", "attention.self.key", "attention.self.value"],
+    "proj": ["attention.output.dense"], "ln_attn": ["attention.output.LayerNorm"],
+    "fc": ["intermediate.dense"], "fc_out": ["output.dense"], "ln_mlp": ["output.LayerNorm"],
+    "head": ["cls.predictions.transform.dense"], "ln_head": ["cls.predictions.transform.LayerNorm"],
+    "pooler": ["bert.pooler.dense"], "out": ["classifier"]}
 
 
-def show(value):
-    """A foreign value for a message: repr, at most 80 characters."""
-    return repr(value)[:80]
+def stock_names(name):
+    """Our parameter name, of a Bert or a classifier -> its names in transformers."""
+    if name.endswith("head_bias"):
+        return ["cls.predictions.bias"]
+    *block, module, kind = name.removeprefix("bert.").split(".")               # blocks, 3, qkv, weight
+    prefix = f"bert.encoder.layer.{block[1]}." if block else ""
+    return [f"{prefix}{stock}.{kind}" for stock in MODULES[module]]
 
 
-def stock_tensors(model):
-    """The weights of a Bert or a Classifier by their names in the stock `bert` layout."""
-    bert, tensors = getattr(model, "bert", model), {}
-    for ours, theirs in hf_names(bert.config).items():
-        parts = bert.state_dict()[ours].detach().cpu().chunk(len(theirs))
-        tensors |= {name: part.clone() for name, part in zip(theirs, parts)}
-    if bert is model:                                        # a pooler that was never trained: the identity
-        C = bert.config.n_embd
-        return tensors | {"bert.pooler.dense.weight": torch.eye(C), "bert.pooler.dense.bias": torch.zeros(C)}
-    head = {"pooler": "bert.pooler.dense", "out": "classifier"}
-    tensors |= {f"{name}.{kind}": getattr(getattr(model, ours), kind).detach().cpu().clone()
-                for ours, name in head.items() for kind in ("weight", "bias")}
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith("cls.")}
+def safetensors_torch():
+    """The module safetensors.torch, which only model.safetensors needs. ValueError if it is missing."""
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise ValueError("the package safetensors (for model.safetensors) is missing; run "
+                         "pip install safetensors, or pip install -r tools/requirements.txt") from None
+    return safetensors.torch
 
 
 def save_folder(folder, tensors, files):
-    """Writes model.safetensors and files {name: text, or what JSON holds}; a ValueError if folder has any."""
+    """Writes tensors to model.safetensors, and files {name: text or JSON}. ValueError if folder is in use."""
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
-        raise ValueError(f"{folder}: already exists; give the folder of a new export")
-    tmp = f"{str(folder).rstrip('/')}.{os.getpid()}.tmp"
+        raise ValueError(f"{folder}: already exists; give a new folder for the export")
+    save_file, tmp = safetensors_torch().save_file, f"{str(folder).rstrip('/')}.{os.getpid()}.tmp"
     os.makedirs(tmp)
     save_file(tensors, os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
     for name, content in files.items():
@@ -486,134 +428,107 @@ def save_folder(folder, tensors, files):
 
 
 def save_hf(model, folder, classes=(), regression=False, card=""):
-    """Writes config, model.safetensors, vocab.txt, the tokenizer files that transformers loads, and a card.
+    """Writes a folder that transformers loads; the tokenizer takes upper-case k-mers between blanks.
 
-    model: a Bert (a masked LM; its pooler is the identity: it was never trained) or a Classifier (classes:
-    the names of its outputs). The tokenizer takes k-mers (upper case) between blanks.
-    ValueError if the folder exists and is not empty.
+    model: a Bert, exported with the identity as its (untrained) pooler; or a classifier with .bert, .pooler
+    and .out, and the names of its outputs in classes. ValueError if the folder exists and is not empty.
     """
-    c = getattr(model, "bert", model).config
-    config = {"architectures": ["BertForMaskedLM"], "model_type": "bert", "vocab_size": c.vocab_size,
-              "hidden_size": c.n_embd, "num_hidden_layers": c.n_layer, "num_attention_heads": c.n_head,
-              "intermediate_size": c.n_inner, "max_position_embeddings": c.block_size, "type_vocab_size": 2,
-              "hidden_act": "gelu", "layer_norm_eps": EPS, "hidden_dropout_prob": c.dropout,
-              "attention_probs_dropout_prob": c.dropout, "initializer_range": 0.02, "pad_token_id": PAD,
-              "torch_dtype": "float32"}
+    c, tensors = getattr(model, "bert", model).config, {}
+    for ours, tensor in model.state_dict().items():
+        names = stock_names(ours)
+        tensors |= zip(names, [part.clone() for part in tensor.cpu().chunk(len(names))])
+    config = STOCK | {stock: getattr(c, ours) for ours, stock in SIZES.items()} | {
+        "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": c.dropout,
+        "torch_dtype": "float32"}
     if classes:
+        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("cls.")}
         config |= {"architectures": ["BertForSequenceClassification"],
                    "id2label": {str(i): name for i, name in enumerate(classes)},
                    "label2id": {name: i for i, name in enumerate(classes)},
                    "problem_type": "regression" if regression else "single_label_classification"}
-    words = vocabulary(c.k)
-    files = {"config.json": config, "vocab.txt": "\n".join(words) + "\n", **hf_tokenizer(words, c.block_size)}
-    save_folder(folder, stock_tensors(model), files | ({"README.md": card} if card else {}))
+    else:
+        tensors |= {"bert.pooler.dense.weight": torch.eye(c.n_embd),
+                    "bert.pooler.dense.bias": torch.zeros(c.n_embd)}
+    tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "model_max_length": c.block_size}
+    files = {"config.json": config, "tokenizer_config.json": tokenizer,
+             "vocab.txt": "".join(f"{word}\n" for word in vocabulary(c.k))}
+    if card:
+        files["README.md"] = card
+    save_folder(folder, tensors, files)
 
 
-def hf_tokenizer(words, block_size):
-    """tokenizer.json and tokenizer_config.json of a word-level tokenizer over k-mers separated by blanks."""
-    added = [{"id": i, "content": word, "single_word": False, "lstrip": False, "rstrip": False,
-              "normalized": False, "special": True} for i, word in enumerate(words[:5])]
-    one, two = {"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}
-    cls, sep = ({"SpecialToken": {"id": word, "type_id": 0}} for word in ("[CLS]", "[SEP]"))
-    frame = {"type": "TemplateProcessing", "single": [cls, one, sep], "pair": [cls, one, sep, two, sep],
-             "special_tokens": {w: {"id": w, "ids": [words.index(w)], "tokens": [w]} for w in words[2:4]}}
-    model = {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {word: i for i, word in enumerate(words)}}
-    names = {f"{word[1:-1].lower()}_token": word for word in words[:5]}        # "pad_token": "[PAD]", ...
-    return {"tokenizer.json": {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added,
-                          "normalizer": None, "pre_tokenizer": {"type": "WhitespaceSplit"},
-                          "post_processor": frame, "decoder": None, "model": model},
-            "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False,
-                                 "model_max_length": block_size, **names}}
-
-
-def load_hf(folder):
-    """A Bert from a folder in stock `bert` layout: config.json and model.safetensors or pytorch_model.bin.
-
-    Old names (gamma/beta, a decoder copy of the tied weights, position_ids) are read; the pooler is left out.
-    ValueError, in one line, for other architectures, another vocabulary order, missing or unknown weights.
-    """
-    path = os.path.join(folder, "config.json")
-    try:
-        with open(path) as f:
-            theirs = dict(json.load(f))
-    except (OSError, ValueError, TypeError, RecursionError) as e:
-        raise ValueError(f"{path}: not a config ({show(e)}); give a Hugging Face folder") from None
-    want = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": EPS, "type_vocab_size": 2,
-            "is_decoder": False, "position_embedding_type": "absolute"}
-    for key, value in want.items():
-        if theirs.get(key, value) != value:
-            raise ValueError(f"{path}: {key} {show(theirs[key])}; only stock BERT ({value!r}) loads")
-    sizes = {name: theirs.get(name) for name in (
-        "vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size",
-        "intermediate_size")}
-    for name, size in sizes.items():
-        if type(size) is not int or size < 1:
-            raise ValueError(f"{path}: {name} {show(size)}; a BERT config has a positive number there")
-    dropout = theirs.get("hidden_dropout_prob", 0.1)
-    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
-        raise ValueError(f"{path}: hidden_dropout_prob {show(dropout)}; it is a share")
-    try:
-        config = BertConfig(*sizes.values(), dropout)
-        k = config.k
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}") from None
-    tensors, path = hf_tensors(folder)
-    if config.n_layer > len(tensors) or k > 8:
-        raise ValueError(f"{path}: {config.n_layer} layers, {k}-mers in its config; too many")
-    missing = [name for names in hf_names(config).values() for name in names if name not in tensors]
-    if missing:
-        raise ValueError(f"{path}: no weights {show(missing[0])}; a BERT with its masked-LM head is needed")
-    try:
-        state = {ours: torch.cat([tensors.pop(n) for n in names]) for ours, names in hf_names(config).items()}
-        with torch.device("meta"):                           # takes no memory, and no time to draw weights
-            model = Bert(config)
-        model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
-    except RuntimeError as e:
-        raise ValueError(f"{path}: {show(str(e).splitlines()[-1])}; config and weights disagree") from None
-    if tensors:
-        raise ValueError(f"{path}: weights a BERT has not: {show(sorted(tensors))}; is it another model?")
-    check_vocabulary(os.path.join(folder, "vocab.txt"), k)
-    return model
-
-
-def check_vocabulary(path, k):
-    """ValueError unless vocab.txt has the k-mers in the order A,T,C,G; says so where that must be assumed."""
-    if not os.path.exists(path):
-        print(f"{path} is missing: taking k-mer order A,T,C,G (DNABERT's)", flush=True)
-        return
-    with open(path, errors="replace") as f:
-        words = f.read().split()
-    if words != vocabulary(k):
-        raise ValueError(f"{path}: not 5 specials and the {k}-mers in order A,T,C,G; only that order loads")
+def read_config(path):
+    """config.json -> BertConfig; raises unless it describes a stock BERT over k-mers."""
+    with open(path) as f:
+        found = {"hidden_dropout_prob": 0.1} | STOCK | json.load(f)
+    for key, value in STOCK.items():
+        if found[key] != value:
+            raise ValueError(f"{key} is {found[key]!r:.80}, expected {value!r}")
+    config = BertConfig(**{ours: found.get(stock) for ours, stock in SIZES.items()})
+    if config.k > 8:
+        raise ValueError(f"{config.k}-mers, expected at most 8-mers")
+    return config
 
 
 def load_bin(path):
-    """Tensors of a pytorch_model.bin. ValueError where they would take more memory than the file has."""
+    """Tensors of a pytorch_model.bin; raises if they would take more memory than the file has bytes."""
     size = os.path.getsize(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
             if sum(member.file_size for member in z.infolist()) > size:
                 raise ValueError("compressed")
-    raw = torch.load(path, map_location="cpu", weights_only=True)
-    if any(tensor.nbytes > size for tensor in raw.values()):
+    tensors = torch.load(path, map_location="cpu", weights_only=True)
+    if any(tensor.nbytes > size for tensor in tensors.values()):
         raise ValueError("a tensor larger than the file")
-    return raw
+    return tensors
 
 
 def hf_tensors(folder, names=("model.safetensors", "pytorch_model.bin")):
-    """(tensors by stock name, file) of a Hugging Face folder: old names renewed, no pooler."""
+    """Weights of a Hugging Face folder -> (tensors, path): old names replaced, decoder and pooler dropped."""
     path = next(filter(os.path.exists, (os.path.join(folder, name) for name in names)), None)
     if path is None:
-        raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; download the weights, too")
+        raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; download the weights too")
+    read = load_bin if path.endswith(".bin") else safetensors_torch().load_file
     try:
-        raw = load_bin(path) if path.endswith(".bin") else load_file(path)
-        raw = {n.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): t
-               for n, t in raw.items()}
-    except Exception as e:                                   # foreign bytes, whatever they raise
-        raise ValueError(f"{path}: cannot be read ({show(e)}); download it again") from None
-    decoder = raw.pop("cls.predictions.decoder.weight", None)
-    tied = raw.get("bert.embeddings.word_embeddings.weight")
+        tensors = {name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): tensor
+                   for name, tensor in read(path).items()}
+    except Exception as e:                                   # hostile bytes can raise anything
+        raise ValueError(f"{path}: cannot be read ({e!r:.80}); download it again") from None
+    decoder = tensors.pop("cls.predictions.decoder.weight", None)
+    tied = tensors.get("bert.embeddings.word_embeddings.weight")
     if decoder is not None and (tied is None or not torch.equal(decoder, tied)):
         raise ValueError(f"{path}: the decoder is not tied to the embeddings; such models are not supported")
     unused = ("cls.predictions.decoder.bias", "bert.embeddings.position_ids", "bert.pooler.", "cls.seq_rel")
-    return {name: t for name, t in raw.items() if not name.startswith(unused)}, path
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}, path
+
+
+def load_hf(folder):
+    """A Bert from config.json and model.safetensors or pytorch_model.bin; vocab.txt is checked if it exists.
+
+    ValueError, in one line, for another architecture or k-mer order, and for missing or unknown weights.
+    """
+    path = os.path.join(folder, "config.json")
+    try:
+        config = read_config(path)
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path}: {str(e):.200}; give a folder with a stock BERT over k-mers") from None
+    tensors, path = hf_tensors(folder)
+    if config.n_layer > len(tensors):
+        raise ValueError(f"{path}: {len(tensors)} tensors for {config.n_layer} layers in config.json")
+    try:
+        with torch.device("meta"):                           # allocates nothing
+            model = Bert(config)
+        model.load_state_dict({name: torch.cat([tensors.pop(stock) for stock in stock_names(name)]).float()
+                               for name in model.state_dict()}, assign=True)
+    except KeyError as e:
+        raise ValueError(f"{path}: no weights {e}; a BERT with its masked-LM head is needed") from None
+    except RuntimeError as e:
+        raise ValueError(f"{path}: {str(e).splitlines()[-1]!r:.80}; config and weights disagree") from None
+    if tensors:
+        raise ValueError(f"{path}: unknown weights {sorted(tensors)!r:.80}; is it another model?")
+    vocab = os.path.join(folder, "vocab.txt")
+    if not os.path.exists(vocab):
+        print(f"{vocab} is missing: assuming the k-mer order A,T,C,G (DNABERT's)", flush=True)
+    elif open(vocab, errors="replace").read().split() != vocabulary(config.k):
+        raise ValueError(f"{vocab}: expected 5 specials and the {config.k}-mers in the order A,T,C,G")
+    return model

@@ -1,5 +1,6 @@
-"""One thread; what is slow to import comes before the first fork, so that a forked run starts at once; and
-the scoreboard of the faults: `python -m pytest -q tests -m fault`."""
+"""Settings of all tests, and the table of the faults: `python -m pytest -q tests -m fault`.
+
+One thread. Slow imports come before the first fork, so that a forked run starts at once."""
 import multiprocessing
 import os
 from collections import defaultdict
@@ -20,20 +21,20 @@ BOARD = defaultdict(lambda: [0, 0, 0.0])                     # kind: tried, surv
 @pytest.fixture(autouse=True)
 def no_process_stays():
     yield
-    for process in multiprocessing.active_children():        # of a test that failed
+    for process in multiprocessing.active_children():        # left by a test that failed
         process.kill()
 
 
 @pytest.fixture
 def out(tmp_path, monkeypatch):
-    """Where a run goes: a folder to be, in the working folder of the test."""
+    """The run folder, not yet made, in the working folder of the test."""
     monkeypatch.chdir(tmp_path)
     return tmp_path / "out"
 
 
 @pytest.fixture
 def survived(request):
-    """Function to call after each of the n cases of a test marked fault(kind, n=...)."""
+    """Returns the function to call after each case that passed, in a test marked fault(kind, n=...)."""
     request.node.survived = 0
 
     def count():
@@ -46,12 +47,12 @@ def pytest_runtest_makereport(item, call):
     report = yield
     mark = item.get_closest_marker("fault")
     if mark and report.when == "call" and not report.skipped:
-        n = mark.kwargs.get("n", 1)
-        right = min(getattr(item, "survived", n * report.passed), n)
-        for i, amount in enumerate((n, right, report.duration)):
+        n = mark.kwargs.get("n", 1)                          # a test of several cases must count them
+        counted = getattr(item, "survived", int(report.passed and n == 1))
+        for i, amount in enumerate((n, min(counted, n), report.duration)):
             BOARD[mark.args[0]][i] += amount
-        if report.passed and right < n:
-            report.outcome, report.longrepr = "failed", f"{right} of {n} cases were counted"
+        if report.passed and counted != n:
+            report.outcome, report.longrepr = "failed", f"{counted} cases were counted, not {n}"
     return report
 
 

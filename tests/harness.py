@@ -1,4 +1,4 @@
-"""Runs the scripts in forks of the test process, whole or up to a fault; makes and reads its files."""
+"""Runs scripts in forks of the test process, to the end or to a fault; writes and reads their files."""
 import importlib
 import json
 import multiprocessing
@@ -13,16 +13,15 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-LOCAL = {"tools", *(path.stem for path in ROOT.glob("*.py"))}                 # modules of this repository
+LOCAL = {"tools", *(path.stem for path in ROOT.glob("*.py"))}                 # the modules of this repository
 
 
 def fork(function):
-    """Starts function() in a fork, with its output in files."""
+    """Starts function() in a fork; its output goes to files."""
     files = [tempfile.TemporaryFile(), tempfile.TemporaryFile()]
 
     def main():
@@ -37,7 +36,7 @@ def fork(function):
 
 
 def wait(*processes):
-    """Exit codes of forks (-9: killed), and what the first one printed; one that hangs fails the test."""
+    """Waits for forks; returns their exit codes (-9: killed) and what the first printed. None may hang."""
     for process in processes:
         process.join(120)
         if process.is_alive():
@@ -49,14 +48,14 @@ def wait(*processes):
 
 
 def start(args, patches={}, ranks=1, script="randommask.py"):
-    """Starts a script in a fork, or as torchrun would in one a rank; patches[rank]() goes first."""
+    """Starts a script (`X.py` or `tools.X`), one fork for each rank; patches[rank]() runs before it."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(ranks)}
 
     def main(rank):
-        for name in [name for name in sys.modules if name.split(".")[0] in LOCAL]:           # fresh, as in
-            del sys.modules[name]                            # a new process
+        for name in [name for name in sys.modules if name.split(".")[0] in LOCAL]:
+            del sys.modules[name]                            # imported anew, as in a new process
         os.environ.update(env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
         sys.argv = [str(ROOT / script), *map(str, args)]
         patches.get(rank, lambda: None)()
@@ -72,7 +71,7 @@ def run(*args, **kwargs):
 
 
 def at_call(module, name, n, fault, only=lambda *args: True):
-    """Patch: fault(real, *args) in place of the n-th call of module.name (of those that `only` accepts)."""
+    """Patch: the n-th call of module.name becomes fault(real, *args). `only` picks the calls that count."""
     def patch():
         owner, calls = importlib.import_module(module), []
         real = getattr(owner, name)
@@ -89,16 +88,20 @@ def die(*_):
 
 
 def slow():
-    """Patch: at least 40 ms a step, so that a test can act in the middle of a run."""
+    """Patch: a step takes at least 40 ms, so that a test can act in the middle of a run."""
     training = importlib.import_module("training")
     asked = training.stop_requested
     training.stop_requested = lambda: time.sleep(0.04) or asked()
 
 
 def command_line(flags):
-    """{name: value} as arguments; a range is several values, True none."""
-    return [str(x) for name, value in flags.items() for x in
-            (f"--{name}", *(value if isinstance(value, range) else [value] * (value is not True)))]
+    """{name: value} as arguments: a list or range is several values, True none; False leaves a flag out."""
+    args = []
+    for name, value in flags.items():
+        if value is not False:
+            values = value if isinstance(value, (list, range)) else [value]
+            args += [f"--{name}", *(str(x) for x in values if x is not True)]
+    return args
 
 
 def wait_rows(process, out, n):
@@ -106,15 +109,6 @@ def wait_rows(process, out, n):
     while not (out / "log.jsonl").exists() or (out / "log.jsonl").read_text().count("\n") < n:
         assert process.is_alive(), "the run ended too early"
         time.sleep(0.003)
-
-
-def stop_two_ranks(args, out, n, script="randommask.py"):
-    """After n rows of the log one rank is told to stop: both do. Returns the last step of the log."""
-    processes = start(args, {0: slow}, ranks=2, script=script)
-    wait_rows(processes[0], out, n)
-    os.kill(processes[1].pid, signal.SIGTERM)
-    assert wait(*processes).codes == [143, 143]
-    return log_rows(out)[-1]["step"]
 
 
 def random_dna(n, rng, letters="ACGT"):
@@ -126,19 +120,12 @@ def write_fasta(path, contigs):
     return path
 
 
-def write_genome(path):
-    """Three contigs, one with N at its ends."""
-    rng = np.random.default_rng(0)
-    return write_fasta(path, {"a": random_dna(4000, rng), "b": "NNNN" + random_dna(3000, rng) + "N",
-                              "c": random_dna(900, rng)})
-
-
 def cases(name):
     return json.loads((ROOT / "tests" / "cases" / name).read_text())
 
 
 def expand(spec):
-    """Text of a case table: a string, or a list of [string, times]."""
+    """Expands the text of a case: a string, or a list of [string, times]."""
     return spec if isinstance(spec, str) else "".join(text * times for text, times in spec)
 
 
@@ -148,17 +135,12 @@ def write_case(case, path):
 
 
 def equal(a, b):
-    """AssertionError unless two nested structures of tensors and numbers are the same, bit for bit."""
+    """Asserts that two nested structures of tensors and numbers are the same, bit for bit."""
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def checkpoint(path):
-    state = torch.load(path, weights_only=True)
-    return {key: state[key] for key in ("step", "model", "optimizer")}
-
-
 def log_rows(out):
-    """Rows of log.jsonl without their timing."""
+    """Reads log.jsonl; drops the timing."""
     rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
     return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in rows]
 
@@ -168,17 +150,8 @@ def contents(folder):
 
 
 def refused(result):
-    """The message of a run with exit code 2 and one line: 'error: ...', or argparse's behind the usage."""
+    """Asserts exit code 2 and one line `error: ...`, behind argparse's usage if any; returns the line."""
     *usage, last = result.err.strip().splitlines() or [""]
     assert set(result.codes) == {2} and "error: " in last and len(last) < 900, result
     assert "error: " not in "".join(usage) and (not usage or usage[0].startswith("usage: ")), result
     return last
-
-
-def check_bad_flags(case, run, args, **names):
-    """The flags of a case behind args are refused in a line with its word; nothing is printed or made."""
-    if case.get("no_cuda") and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    flags = case["args"].split() if isinstance(case["args"], str) else case["args"]
-    result = run([*args, *(flag.format(**names) for flag in flags)])
-    assert case["word"].format(**names) in refused(result) and result.out == "" and os.listdir() == []

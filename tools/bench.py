@@ -1,15 +1,16 @@
-"""Ours against its peers in the same run: time, ratio, throughput, and beside them the goal.
+"""Times nanoDNA against its peers in the same run: transformers, pyfaidx, published loops, plain torch.
 
-    python -m tools.bench                                     all that this machine can measure; 4 minutes on a CPU
+    python -m tools.bench                                    every item that this machine can run
     python -m tools.bench --only tokenize,mask --rounds 25
     python -m tools.bench --device cuda --only gpu
 
 Times are CPU seconds of one thread (gpu: wall seconds). Peers and ours take turns in every round, in
-alternating order; ratio = peer / ours, median of rounds [lowest..highest]; "ours again" is the noise floor.
-Results are checked against the peers' before they are timed: transformers, pyfaidx, published Python loops.
+alternating order. ratio = peer / ours, median over rounds [lowest..highest]; "ours again" is the noise floor.
+Every result is checked against the peer's before it is timed. Needs tools/requirements.txt.
 """
 import argparse
 import contextlib
+import copy
 import dataclasses
 import os
 import random
@@ -25,11 +26,13 @@ from statistics import median
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cm_gems
 import data
+import findna
 import finetune
-import infer
 import models
 import randommask
 import training
@@ -38,12 +41,13 @@ B, T, K, V, P = 64, 512, 6, 4101, randommask.MASK_RATE / 6   # a micro-batch of 
 SPANS, LENGTH = range(6, 16, 2), T - 2 + K - 1               # of its last, longest phase; bases of a window
 WORDS = {word: i for i, word in enumerate(models.vocabulary(K))}
 MINI = models.BertConfig(n_layer=4, n_head=4, n_embd=256, n_inner=1024, dropout=0.0)
+MIXER, N_SEQUENCES = models.ChordMixerConfig(), 2            # FinDNA's 40 blocks; sequences of a step here
 DDP_RUN = """--genome demo --device cpu --n_layer 2 --n_head 2 --n_embd 64 --dropout 0 --block_size 128
              --mask dnabert --batch_size 14 --micro_batch_size 4 --steps 3 --lr 1e-30 --eval_windows 4"""
 
 
 def clock():
-    """CPU seconds of this process; once it uses a GPU, wall seconds, after waiting for the GPU."""
+    """CPU seconds of this process; once it uses a GPU, wall seconds after a synchronization."""
     if not torch.cuda.is_initialized():
         return time.process_time()
     torch.cuda.synchronize()
@@ -51,8 +55,8 @@ def clock():
 
 
 def interleave(variants, rounds):
-    """{name: function} -> {name: [seconds a call, one number a round]}; samples of 0.2 s or more, gc off."""
-    for run in variants.values():                            # warm-up: autorange must not see a compilation
+    """{name: function} -> {name: [seconds per call in each round]}; samples of at least 0.2 s, gc off."""
+    for run in variants.values():                            # warm-up, so that no compilation is timed
         run()
     timers = {name: timeit.Timer(run, timer=clock) for name, run in variants.items()}
     calls = {name: timer.autorange()[0] for name, timer in timers.items()}
@@ -64,13 +68,13 @@ def interleave(variants, rounds):
 
 
 def line(item, text, *goals):
-    """Prints one line; goals: (is it met, text)."""
+    """Prints one line; goals: (met, text)."""
     goals = ", ".join(f"{goal} {'ok' if met else 'MISSED'}" for met, goal in goals)
     print(f"{item:14} {text:76} {goals}", flush=True)
 
 
 def compare(item, peers, ours, rounds, work, unit, *goals):
-    """Times ours against the peers {name: (function, goal)}: a line for each. Returns our rate, work / s."""
+    """Times ours against peers {name: (function, goal)}, prints a line each; returns our work per second."""
     peers = {**peers, "ours again": (ours, None)}
     times = interleave({name: run for name, (run, _) in peers.items()} | {"ours": ours}, rounds)
     mine = median(times["ours"])
@@ -85,26 +89,26 @@ def compare(item, peers, ours, rounds, work, unit, *goals):
 
 
 def matmul_peak(device, dtype):
-    """FLOP/s of a large matrix product, the best of 5: what this machine can do in this run."""
+    """FLOP/s of a large matrix product, best of 5: the peak of this machine in this run."""
     n = 8192 if device == "cuda" else 2048
     a, b = torch.randn(2, n, n, device=device).to(dtype)
     return 2 * n ** 3 / min(interleave({"": lambda: a @ b}, 5)[""])
 
 
 def get_masked(bases, table, step):
-    """randommask.py's windows, tokens and RandomMask: tokens, masked (B, T), fixed by the step."""
+    """Windows, tokens and RandomMask as in randommask.py, fixed by the step: tokens, masked (B, T)."""
     starts = data.draw_starts(table, B, training.seed(42, step, 0))
     tokens = data.kmer_tokens(data.take_windows(bases, starts, LENGTH), K, 1, specials=True)
     return tokens, randommask.random_mask(tokens, len(SPANS), P)
 
 
 def get_batch(bases, table, step):
-    """The same and 80/10/10: inputs, labels (B, T)."""
+    """get_masked, then 80/10/10: inputs, labels (B, T)."""
     return data.corrupt(*get_masked(bases, table, step), V)
 
 
 def loop_mask(tokens, centers, spans):
-    """DNABERT's masking as published, a Python loop over centers and offsets: masked (B, T)."""
+    """DNABERT's masking as published: a Python loop over centers and offsets. masked (B, T)."""
     special = torch.tensor([[token <= data.MASK for token in ids] for ids in tokens.tolist()])
     masked = torch.zeros_like(centers)
     for row, m in enumerate(spans):
@@ -118,7 +122,7 @@ def loop_mask(tokens, centers, spans):
 
 
 def loop_batch(tokens, centers, spans):
-    """The same and 80/10/10 from two coins, as there: inputs, labels."""
+    """loop_mask, then 80/10/10 with two coins, as published: inputs, labels."""
     masked = loop_mask(tokens, centers, spans)
     inputs, kept = tokens.clone(), torch.bernoulli(torch.full(tokens.shape, 0.2)).bool()
     inputs[masked & ~kept] = data.MASK
@@ -128,6 +132,7 @@ def loop_batch(tokens, centers, spans):
 
 
 def random_batch(n):
+    """n x T random k-mers with 16 % of them masked: inputs, labels."""
     tokens = torch.randint(5, V, (n, T))
     return data.corrupt(tokens, torch.rand(n, T) < 0.16, V)
 
@@ -141,8 +146,8 @@ def hugging_face(model):
                 for kind in ("eager", "sdpa")}
 
 
-def training_step(network, batch, bf16, **options):
-    """A function that does one step on batch() and returns the mean loss; HF's has torch's default AdamW."""
+def bert_step(network, batch, bf16, **options):
+    """A function that trains one step on batch() and returns the mean loss; HF uses torch's default AdamW."""
     ours = isinstance(network, models.Bert)
     optimizer = (training.make_optimizer(network, 1e-4, 0.01, randommask.BETAS, randommask.EPS) if ours
                  else torch.optim.AdamW(network.parameters(), 1e-4))
@@ -159,13 +164,26 @@ def training_step(network, batch, bf16, **options):
     return step
 
 
+def saved_bytes(network, *inputs, **options):
+    """Bytes that the forward pass keeps for the backward pass, without the parameters."""
+    kept = {p.untyped_storage().data_ptr(): p for p in network.parameters()}
+
+    def pack(t):                                             # a kept t keeps its address to itself
+        kept.setdefault(t.untyped_storage().data_ptr(), t)
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        network(*inputs, **options)
+    everything = sum(t.untyped_storage().nbytes() for t in kept.values())
+    return everything - sum(p.nbytes for p in network.parameters())
+
+
 def tokenize(rounds):
-    """Base codes (64, 517), or text, -> ids (64, 512); the peer starts from k-mer strings."""
+    """Base codes (64, 517) or text -> ids (64, 512); the peer starts from k-mer strings."""
     from transformers import BertTokenizer
     text = ["".join(random.choices("ACGT", k=T + K - 1)) for _ in range(B)]
     bases = torch.from_numpy(np.stack([data.encode(s) for s in text]))
     kmers = [" ".join(s[i:i + K] for i in range(T)) for s in text]
-    # vocab=, not the vocab_file= of DNABERT's tutorials: transformers 5 ignores that, all is [UNK]
+    # transformers 5 ignores the vocab_file= of DNABERT's tutorials: every token becomes [UNK]
     hf, ids_only = BertTokenizer(vocab=WORDS, do_lower_case=False), dict.fromkeys(
         ("add_special_tokens", "return_attention_mask", "return_token_type_ids"), False)
 
@@ -178,11 +196,11 @@ def tokenize(rounds):
 
 
 def data_path(rounds):
-    """Windows -> ids -> RandomMask (and 80/10/10), one micro-batch after another, from 50 Mb in memory."""
-    bases = np.random.randint(0, 4, 50_000_000, np.uint8)
+    """Windows -> ids -> RandomMask (and 80/10/10): micro-batches from 50 Mb in memory."""
+    bases = np.random.default_rng(0).integers(4, size=50_000_000, dtype=np.uint8)
     table, text = data.window_table(np.array([[0, len(bases)]]), LENGTH), data.decode(bases)
 
-    def peer(starts, masker):                                # as the items of a map-style dataset, collated
+    def peer(starts, masker):                                # the items of a map-style dataset, collated
         items = []
         for start in starts:
             ids = [data.CLS, *[WORDS[text[i:i + K]] for i in range(start, start + T - 2)], data.SEP]
@@ -199,7 +217,7 @@ def data_path(rounds):
 
 
 def mask(rounds):
-    """RandomMask with a span for each sequence, and 80/10/10."""
+    """RandomMask with one span per sequence, then 80/10/10."""
     tokens = data.kmer_tokens(torch.randint(4, (B, LENGTH), dtype=torch.uint8), K, 1, specials=True)
     centers, m = torch.rand(B, T) < P, torch.tensor(random.choices(SPANS, k=B))
     masked = data.span_mask(centers, tokens > data.MASK, (m - 1) // 2, m // 2)
@@ -211,60 +229,57 @@ def mask(rounds):
 
 
 def train(rounds):
-    """Forward, backward and AdamW of BERT: 4 layers of 256, 8 x 512 tokens, 16 % of them masked."""
+    """Forward, backward and AdamW of a BERT with 4 layers of 256: 8 x 512 tokens, 16 % of them masked."""
     batch = random_batch(8)
     for bf16, goal, tolerance in ((False, 1.2, 1e-5), (True, 1.35, 0.02)):
         model = models.Bert(MINI)
-        peers = {name: (training_step(network, lambda: batch, bf16), goal)
+        peers = {name: (bert_step(network, lambda: batch, bf16), goal)
                  for name, network in hugging_face(model).items()}
-        ours = training_step(model, lambda: batch, bf16)
+        ours = bert_step(model, lambda: batch, bf16)
         losses = torch.stack([ours(), *(step() for step, _ in peers.values())])
         assert losses.max() - losses.min() < tolerance, losses
         compare("train bf16" if bf16 else "train fp32", peers, ours, rounds, 8 * T / 1e3, "ktok/s")
 
 
+def our_classifier(L, config):
+    """32 sequences of L bases: our network, its tokens and labels, a function that adds their gradients."""
+    rng = np.random.default_rng(0)
+    rows = data.rows_of(rng.integers(4, size=32 * L, dtype=np.uint8), [L] * 32, np.arange(32) % 2, {})
+    rows = finetune.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
+    net, index = finetune.build_net(finetune.BertHead.body_spec(config) | {"n_out": 2}), np.arange(32)
+    tokens, *_ = net.inputs(rows, index)
+    return net, tokens, rows.labels, lambda: finetune.train_batch(net, rows, rows.labels, index, 128)
+
+
 def fine_tuning(rounds):
-    """A fine-tuning step, bases to AdamW, of MINI with dropout 0.1; the peer's loop is that of Trainer."""
+    """A fine-tuning step of MINI with dropout 0.1, from bases to AdamW; the peer's loop is Trainer's."""
     from transformers import BertForSequenceClassification
     for L in (70, 300):
-        rng, config = np.random.default_rng(0), dataclasses.replace(MINI, dropout=0.1)
-        rows = data.rows_of(rng.integers(4, size=32 * L, dtype=np.uint8), [L] * 32, np.arange(32) % 2, {})
-        rows = infer.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
-        spec = {"kind": "bert", "bert": dataclasses.asdict(config), "k": K, "stride": 1, "long": "chunk",
-                "dtype": "float32", "n_out": 2}
-        net = infer.build_net(spec)
+        net, tokens, labels, backward = our_classifier(L, dataclasses.replace(MINI, dropout=0.1))
         with tempfile.TemporaryDirectory() as tmp:
             models.save_hf(net, tmp + "/hf", ("a", "b"))
             peer = BertForSequenceClassification.from_pretrained(tmp + "/hf")
-        tokens = infer.get_inputs(rows, np.arange(32), spec)[0]
         with torch.no_grad():
             assert (net.eval()(tokens) - peer.eval()(tokens).logits).abs().max() < 1e-5
-        optimizers = (training.make_optimizer(net.train(), 3e-5, 0, (0.9, 0.999), 1e-8),
-                      torch.optim.AdamW(peer.train().parameters(), 3e-5))
+        our_optimizer = training.make_optimizer(net.train(), 3e-5, 0, (0.9, 0.999), 1e-8)
+        optimizer = torch.optim.AdamW(peer.train().parameters(), 3e-5)
 
         def ours():
-            finetune.train_batch(net, rows, rows.labels, np.arange(32), spec, 128)
+            backward()
             training.scale_gradients(net, torch.ones(()), 1.0)
-            optimizers[0].step()
-            optimizers[0].zero_grad()
+            our_optimizer.step()
+            our_optimizer.zero_grad()
 
         def theirs():
-            peer(tokens, attention_mask=torch.ones_like(tokens), labels=rows.labels).loss.backward()
+            peer(tokens, attention_mask=torch.ones_like(tokens), labels=labels).loss.backward()
             torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-            optimizers[1].step()
-            optimizers[1].zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
         compare(f"fine-tune {L}", {"HF Trainer loop": (theirs, 1.2)}, ours, rounds, 32, "rows/s")
 
 
-def released_rank(rank_of):
-    """Rank of a token id as the released code finds it: the tokenizer decodes the id, a dict has the rank."""
-    from transformers import BertTokenizer
-    tokenizer = BertTokenizer(vocab=WORDS, do_lower_case=False)
-    return lambda token: rank_of.get(tokenizer.decode(token).replace(" ", ""), len(rank_of))
-
-
-def loop_gene_mask(tokens, centers, rank):
-    """GeneMask, a Python loop over sequences, centers and candidates; rank: token id -> rank."""
+def loop_gene_mask(tokens, rank, centers):
+    """GeneMask as a Python loop over sequences, centers and candidates; rank: token id -> rank."""
     masked = torch.zeros_like(centers)
     for row, ids in enumerate(tokens.tolist()):
         special = torch.tensor([token <= data.MASK for token in ids])
@@ -282,10 +297,10 @@ def loop_gene_mask(tokens, centers, rank):
     return masked
 
 
-def loop_global_mask(tokens, m, rank):
-    """Global, a Python loop over sequences and tokens."""
-    masked = torch.zeros(tokens.shape, dtype=torch.bool)
-    for row, (ids, n) in enumerate(zip(tokens.tolist(), m.tolist())):
+def loop_global_mask(tokens, rank, centers):
+    """Global as a Python loop over sequences and tokens; each sequence has as many spans as centers."""
+    masked = torch.zeros_like(centers)
+    for row, (ids, n) in enumerate(zip(tokens.tolist(), centers.sum(1).tolist())):
         real = [position for position, token in enumerate(ids) if token > data.MASK]
         hidden = set()
         for center in sorted(real, key=lambda position: (rank(ids[position]), position))[:n]:
@@ -295,28 +310,29 @@ def loop_global_mask(tokens, m, rank):
 
 
 def cm_masks(rounds):
-    """Masks of a micro-batch of 64 x 512 tokens; peers: loops with the released look-up, and with a list."""
+    """GeneMask and Global on 64 x 512 tokens; peers: loops with the released rank look-up and with a list."""
+    from transformers import BertTokenizer
     npmi_rank = cm_gems.npmi_rank(np.random.default_rng(0).random(4 ** K))
-    table, rank_of = npmi_rank.tolist(), dict(zip(list(WORDS)[5:], npmi_rank[5:].tolist()))
-    tokens = data.kmer_tokens(torch.randint(4, (B, T - 2 + K - 1), dtype=torch.uint8), K, 1, specials=True)
-    released = released_rank(rank_of)
-    for masker, loop in (("genemask", loop_gene_mask), ("global", loop_global_mask)):
-        p = cm_gems.center_probability(masker, K)
+    tokenizer, in_list = BertTokenizer(vocab=WORDS, do_lower_case=False), npmi_rank.tolist().__getitem__
+    rank_of = dict(zip(list(WORDS)[5:], npmi_rank[5:].tolist()))
 
-        def get(mask, rank=None):
-            centers = data.draw_centers(tokens.shape, p, tokens.device) & (tokens > data.MASK)
-            return mask(tokens, *((npmi_rank, centers) if rank is None else
-                                  (centers if masker == "genemask" else centers.sum(1), rank)))
-        centers = data.draw_centers(tokens.shape, p, tokens.device) & (tokens > data.MASK)
-        want = loop(tokens, centers if masker == "genemask" else centers.sum(1), released)
-        assert torch.equal(cm_gems.MASKERS[masker](tokens, npmi_rank, centers), want)
-        compare(masker, {"released loop": (lambda: get(loop, released), 100),
-                         "loop, list": (lambda: get(loop, table.__getitem__), None)},
-                lambda: get(cm_gems.MASKERS[masker]), rounds, B * T / 1e6, "Mtok/s")
+    def released(token):                                     # decodes the id, then asks a dict
+        return rank_of.get(tokenizer.decode(token).replace(" ", ""), len(rank_of))
+    tokens = data.kmer_tokens(torch.randint(4, (B, LENGTH), dtype=torch.uint8), K, 1, specials=True)
+    for masker, loop in (("genemask", loop_gene_mask), ("global", loop_global_mask)):
+        p, ours = cm_gems.center_probability(masker, K), cm_gems.MASKERS[masker]
+
+        def centers():
+            return data.draw_centers(tokens.shape, p, tokens.device) & (tokens > data.MASK)
+        drawn = centers()
+        assert torch.equal(ours(tokens, npmi_rank, drawn), loop(tokens, released, drawn))
+        compare(masker, {"released loop": (lambda: loop(tokens, released, centers()), 100),
+                         "loop, list": (lambda: loop(tokens, in_list, centers()), None)},
+                lambda: ours(tokens, npmi_rank, centers()), rounds, B * T / 1e6, "Mtok/s")
 
 
 def npmi_counts(rounds):
-    """1..6-mers of 1 Mb, those of 6 alone by collections.Counter; equal counts."""
+    """Ours counts the 1- to 6-mers of 1 Mb, the peer (collections.Counter) only the 6-mers."""
     bases = np.random.default_rng(0).integers(4, size=1 << 20, dtype=np.uint8)
     text, runs = data.decode(bases), np.array([[0, len(bases)]])
 
@@ -330,32 +346,23 @@ def npmi_counts(rounds):
 
 
 def memory(rounds):
-    """What the forward pass keeps for the backward pass, without parameters, for one more token (fp32)."""
-    def saved(network, inputs, labels):
-        kept = {p.untyped_storage().data_ptr(): p for p in network.parameters()}
-
-        def pack(t):                                         # while t is kept, nothing else gets its address
-            kept.setdefault(t.untyped_storage().data_ptr(), t)
-            return t
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            network(inputs, labels=labels)
-        everything = sum(t.untyped_storage().nbytes() for t in kept.values())
-        return everything - sum(p.nbytes for p in network.parameters())
+    """Bytes that one more token keeps for the backward pass (fp32), without the parameters."""
     model, (inputs, labels) = models.Bert(MINI), random_batch(16)
-    ours, theirs = ((saved(network, inputs, labels) - saved(network, inputs[:8], labels[:8])) / (8 * T) / 1e3
+    ours, theirs = ((saved_bytes(network, inputs, labels=labels) -
+                     saved_bytes(network, inputs[:8], labels=labels[:8])) / (8 * T) / 1e3
                     for network in (model, hugging_face(model)["HF sdpa"]))
-    line("memory", f"{'HF sdpa':16} {theirs:>8.4g} kB {ours:>7.4g} kB  {theirs / ours:.4g}x (kept a token)",
+    line("memory", f"{'HF sdpa':16} {theirs:>8.4g} kB {ours:>7.4g} kB  {theirs / ours:.4g}x (kept per token)",
          (theirs >= ours, ">= 1x"))
 
 
 def fasta(rounds):
-    """Packing of 100 Mb in lines of 60 with N and lower case; pyfaidx: build the index, read every contig."""
+    """Packs 100 Mb in lines of 60 with N and lower case; pyfaidx builds its index and reads every contig."""
     import pyfaidx
     with tempfile.TemporaryDirectory() as tmp:
-        path, cache = tmp + "/genome.fa", tmp + "/cache"
+        path, cache, rng = tmp + "/genome.fa", tmp + "/cache", np.random.default_rng(0)
         with open(path, "wb") as f:
             for n in (40, 30, 20, 10):
-                codes = np.random.randint(0, 4, (n * 10 ** 6 // 60, 61), np.uint8)
+                codes = rng.integers(4, size=(n * 10 ** 6 // 60, 61), dtype=np.uint8)
                 rows = np.frombuffer(b"ACGT", np.uint8)[codes]
                 rows[:100], rows[1000:3000], rows[:, 60] = ord("N"), rows[1000:3000] | 32, ord("\n")
                 f.write(b">contig%d\n" % n + rows.tobytes())
@@ -374,11 +381,11 @@ def fasta(rounds):
         ours()
         peak = tracemalloc.get_traced_memory()[1] / 1e6
         tracemalloc.stop()
-    line("fasta", f"peak memory {peak:.0f} MB, {peak / 40:.1f} bytes for each base of the largest contig")
+    line("fasta", f"peak memory {peak:.0f} MB, {peak / 40:.1f} bytes per base of the largest contig")
 
 
 def run_rank(rank, world, folder):
-    """randommask.py itself as one of `world` ranks; leaves the shapes of its all-reduces in folder/sent."""
+    """Runs randommask.py as one of `world` ranks; saves the sizes of its all-reduces in folder/sent."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world)}
     join = training.dist.init_process_group
@@ -392,22 +399,22 @@ def run_rank(rank, world, folder):
 
 
 def ddp(rounds):
-    """randommask.py on 2 gloo ranks, 2 micro-batches each, against 1 process; lr 1e-30 keeps the weights."""
-    gradients = []                                           # AdamW's first moments: sums of 3 gradients
+    """randommask.py on 2 gloo ranks against 1 process; lr 1e-30 freezes the weights."""
+    gradients = []                                           # AdamW's first moments, from 3 gradients
     with tempfile.TemporaryDirectory() as tmp:
         for world in (1, 2):
             torch.multiprocessing.spawn(run_rank, (world, tmp), nprocs=world)
             moments = training.load(f"{tmp}/{world}/last.pt")["optimizer"]["state"].values()
             gradients.append(torch.cat([state["exp_avg"].flatten() for state in moments]).double())
-        sent = torch.load(f"{tmp}/sent", weights_only=True)  # 3 x (gradients, vector), evaluation
+        sent = torch.load(f"{tmp}/sent", weights_only=True)  # 3 x (gradients, sums), evaluation
     error, n = (torch.dist(*gradients) / gradients[0].norm()).item(), len(gradients[0])
     line("ddp", f"gradient of 2 ranks, relative error {error:.1e}", (error <= 1e-6, "<= 1e-6"))
-    line("ddp", f"all-reduced in a step: {sent[0] / n:.4g} x 4 bytes x parameters, and {8 * sent[1]} bytes",
+    line("ddp", f"all-reduced per step: {sent[0] / n:.4g} x 4 bytes x parameters, and {8 * sent[1]} bytes",
          (sent[:6] == [n, 4] * 3, "1x, <= 64 bytes"))
 
 
 def gpu(rounds):
-    """BERT-base, bf16, compiled, 3.1 Gb of bases on the GPU; our step makes its batch, peers' is given."""
+    """BERT-base, bf16, compiled, 3.1 Gb of bases on the GPU; only our step makes its batch."""
     model, batch = models.Bert(models.BertConfig(dropout=0.0)), [x.to("cuda") for x in random_batch(B)]
     networks = {name: network.to("cuda") for name, network in hugging_face(model).items()}
     with torch.no_grad():
@@ -415,38 +422,193 @@ def gpu(rounds):
         assert (loss_sum / count - networks["HF sdpa"](batch[0], labels=batch[1]).loss).abs() < 1e-4
     model.compile()
     networks["HF sdpa compiled"] = torch.compile(networks["HF sdpa"])
-    peers = {name: (training_step(network, lambda: batch, True), goal)
+    peers = {name: (bert_step(network, lambda: batch, True), goal)
              for (name, network), goal in zip(networks.items(), (1.8, 1.35, 1.05))}
     bases = torch.randint(4, (3_100_000_000,), dtype=torch.uint8, device="cuda")
     table = data.window_table(np.array([[0, len(bases)]]), LENGTH)
     slots = models.mask_capacity(B * T, 1 - (1 - P) ** SPANS[-1], SPANS[-1] + 2)
-    ours = training_step(model, lambda: get_batch(bases, table, random.getrandbits(20)), True, capacity=slots)
+    ours = bert_step(model, lambda: get_batch(bases, table, random.getrandbits(20)), True, capacity=slots)
     rate = compare("gpu", peers, ours, rounds, B * T / 1e3, "ktok/s") * 1e3
     share, peak = (get_batch(bases, table, 0)[1] >= 0).float().mean(), matmul_peak("cuda", torch.bfloat16)
     mfu = rate * model.flops_per_token(T, share.item()) / peak
     line("gpu", f"MFU {mfu:.1%} of {peak / 1e12:.0f} TFLOP/s (8192^3 product)", (mfu >= 0.55, ">= 55 %"))
-    torch.cuda.set_sync_debug_mode("error")                  # what makes the host wait for the GPU now raises
+    torch.cuda.set_sync_debug_mode("error")                  # raises where the host waits for the GPU
     ours()
     torch.cuda.set_sync_debug_mode("default")
     line("gpu", "no host sync in a step")
 
 
+class PlainMixer(models.ChordMixer):
+    """ChordMixer as released: rotation by split, roll and cat, three dropouts in a block."""
+
+    def forward(self, one_hot):
+        x, p = self.proj(one_hot), self.config.dropout
+        for block in self.blocks:
+            y = F.dropout(block.fc2(F.dropout(F.gelu(block.fc1(x)), p)), p)
+            x = roll(F.dropout(y, p), block.track_size) + x
+        return x
+
+
+def roll(y, track_size):
+    """Rotates the tracks of y (B, L, C) as the released code does."""
+    tracks = [y_g if g == 0 else torch.roll(y_g, -2 ** (g - 1), 1)
+              for g, y_g in enumerate(torch.split(y, track_size, -1))]
+    return torch.cat(tracks, -1)
+
+
+class Count(TorchDispatchMode):
+    """Counts the operators that run, except those that only make a view."""
+    n = 0
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.n += not op.is_view
+        return op(*args, **kwargs or {})
+
+
+def loop_views(bases):
+    """The paper's views, one sequence at a time: edits by cutting and joining, then one-hot."""
+    views = []
+    for row in bases:
+        L = len(row)
+        d, n, shift = (int(torch.randint(a, b, ())) for a, b in ((0, 21), (0, 21), (-20, 21)))
+        at, pad = int(torch.randint(0, L - d + 1, ())), torch.randint(4, (d + n,), dtype=row.dtype)
+        u = torch.cat([pad[:d // 2], row[:at], row[at + d:], pad[d // 2:d]])
+        at = int(torch.randint(0, L, ()))
+        u = torch.cat([u[:at], pad[d:], u[at:]])[:L].roll(shift)
+        masked = torch.zeros(L, dtype=torch.bool)
+        masked[torch.randperm(L)[:round(0.3 * L)]] = True
+        one_hot = F.one_hot(u.long(), 5)[:, [0, 2, 3, 1, 4]].float()
+        v = F.one_hot(row.long(), 5)[:, [0, 2, 3, 1, 4]].float() + 0.2 * torch.randn(L, 5)
+        if torch.rand(()) < 0.5:
+            v = v.flip(0)[:, [3, 2, 1, 0, 4]]
+        views.append((one_hot.masked_fill(masked[:, None], 0), one_hot * masked[:, None], v))
+    return [torch.stack(part) for part in zip(*views)]
+
+
+def students():
+    """Our student, and the plain one with the same weights."""
+    torch.manual_seed(0)
+    ours = models.BaseModel(models.ChordMixer(MIXER))
+    plain = models.BaseModel(PlainMixer(MIXER))
+    plain.load_state_dict(ours.state_dict())
+    return ours, plain
+
+
+def findna_step(student, views, bf16, plain):
+    """A function that trains one step as findna.py does, or in plain torch; returns the loss."""
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    optimizer = (torch.optim.AdamW(student.parameters(), 3e-4) if plain else
+                 training.make_optimizer(student, 3e-4, 3e-4, findna.BETAS, findna.EPS))
+    center, K, ema = torch.zeros(findna.N_CLS, MIXER.n_embd), findna.N_CLS, 0.996
+
+    def step():
+        view_u, target, view_v = (F.pad(view, (0, 0, 0, K)) for view in views())
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.no_grad():
+                latent = teacher(view_v)[0][:, -K:]
+                q = findna.teacher_outputs(latent, center, 2)
+            x, logits = student(view_u)
+            loss = findna.mnm_loss(logits[:, :-K], target[:, :-K]) + findna.cl_loss(x[:, -K:], q, 2)
+            loss = loss / 2 / N_SEQUENCES
+        loss.backward()
+        if plain:
+            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        else:
+            training.scale_gradients(student, torch.ones(()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():
+            if plain:
+                for p, s in zip(teacher.parameters(), student.parameters()):
+                    p.data = ema * p.data + (1 - ema) * s.data
+            else:
+                torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - ema)
+            center.lerp_(latent.float().mean(0), 0.004)
+        return loss.detach()
+    return step
+
+
+def chordmixer(rounds):
+    """Operators, memory and time of a FinDNA step; outputs and gradients equal the peer's bit for bit."""
+    bases = torch.randint(4, (N_SEQUENCES, MIXER.length - findna.N_CLS), dtype=torch.uint8)
+    fixed = findna.make_views(bases, "MDIT+NR", 20)
+    x, grads, ops, kept = F.pad(fixed[0], (0, 0, 0, findna.N_CLS)), [], [], []
+    for network in students():
+        with Count() as count:
+            out = network(x)[0]
+            out.square().mean().backward()
+        ops.append(count.n)
+        grads.append([out, *(p.grad for p in network.backbone.parameters())])
+        kept.append((saved_bytes(network, x) - saved_bytes(network, x[:1])) / MIXER.length / 1e3)
+    assert all(torch.equal(a, b) for a, b in zip(*grads))
+    line("chordmixer", f"operators, forward and backward: plain {ops[1]}, ours {ops[0]}",
+         (ops[0] <= 1300, "<= 1300"))
+    line("chordmixer", f"kept per token for the backward pass: plain {kept[1]:.4g} kB, ours {kept[0]:.4g} kB",
+         (kept[0] <= kept[1], "not more"))
+    for bf16, goal in ((False, None), (True, 1.05)):
+        ours, plain = students()
+        step = findna_step(ours, lambda: findna.make_views(bases, "MDIT+NR", 20), bf16, False)
+        peer = findna_step(plain, lambda: loop_views(bases), bf16, True)
+        a, b = (findna_step(net, lambda: fixed, bf16, False)() for net in students())
+        assert abs(a - b) < (1e-2 if bf16 else 1e-5), (a, b)
+        compare("findna bf16" if bf16 else "findna fp32", {"plain torch": (peer, goal)}, step, rounds,
+                N_SEQUENCES * MIXER.length / 1e3, "ktok/s")
+
+
+def rotation(rounds):
+    """Rotation and residual sum of (8, 1010, 308), forward and backward, bit for bit the same."""
+    L, T = MIXER.length, MIXER.track_size
+    index = models.rotations(L, MIXER.n_tracks, MIXER.n_blocks)
+    for dtype in (torch.float32, torch.bfloat16):
+        x, grad = torch.randn(2, 8, L, MIXER.n_embd, dtype=dtype)
+        x.requires_grad_()
+
+        def ours():
+            return x + models.Rotate.apply(x.flatten(0, 1), *index, T).view_as(x)
+        want = x + roll(x, T)
+        assert torch.equal(ours(), want)
+        assert torch.equal(*(torch.autograd.grad(out, x, grad)[0] for out in (ours(), want)))
+        plain = {"split, roll, cat": (lambda: torch.autograd.grad(x + roll(x, T), x, grad), 1.2)}
+        compare(f"rotate {str(dtype)[6:]}", plain, lambda: torch.autograd.grad(ours(), x, grad), rounds,
+                8 * L / 1e6, "Mtok/s")
+
+
+def views(rounds):
+    """Both views and the targets for 64 x 1000 bases."""
+    bases = torch.randint(4, (64, 1000), dtype=torch.uint8)
+    compare("views", {"sequence loop": (lambda: loop_views(bases), 2.5)},
+            lambda: findna.make_views(bases, "MDIT+NR", 20), rounds, 64 * 1000 / 1e6, "Mbases/s")
+
+
+def ema(rounds):
+    """The teacher's moving average of 12.65 M weights."""
+    student, teacher = students()
+
+    def loop():
+        for p, s in zip(teacher.parameters(), student.parameters()):
+            p.data = 0.996 * p.data + 0.004 * s.data
+    pairs = [[p.data for p in net.parameters()] for net in (teacher, student)]
+    compare("ema", {"loop": (loop, 1)}, lambda: torch._foreach_lerp_(*pairs, 0.004), rounds, 12.65,
+            "Mweights/s")
+
+
 if __name__ == "__main__":
     items = {item.__name__: item for item in (
-        tokenize, data_path, mask, cm_masks, npmi_counts, train, fine_tuning, memory, fasta, ddp, gpu)}
+        tokenize, data_path, mask, cm_masks, npmi_counts, train, fine_tuning, memory, fasta, ddp, chordmixer,
+        rotation, views, ema, gpu)}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--only", default=",".join(items), help="items, comma-separated")
-    parser.add_argument("--rounds", type=training.number(int, 1), default=5)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: without gpu")
+    parser.add_argument("--only", default=",".join(items), help="comma-separated items (%(default)s)")
+    parser.add_argument("--rounds", type=training.number(int, 1), default=5, help="of timing (%(default)s)")
     args = parser.parse_args()
     if unknown := set(args.only.split(",")) - set(items):
-        parser.error(f"--only: no item {', '.join(unknown)}; there are {', '.join(items)}")
+        parser.error(f"--only: no item {', '.join(unknown)}; choose from {', '.join(items)}")
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error",
                    "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    # once such large matrices were freed, malloc keeps the memory of smaller ones, as in a training run
+    # malloc keeps memory after it has freed such large matrices, as in a training run
     fp32, bf16 = (matmul_peak("cpu", dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16))
     print(f"torch {torch.__version__}, CPU, 1 thread, load {os.getloadavg()[0]:.1f}/{os.cpu_count()} cores; "
           f"2048^3 matrix product {fp32:.0f} GFLOP/s fp32, {bf16:.0f} bf16\n")
@@ -458,4 +620,4 @@ if __name__ == "__main__":
         try:
             items[name](args.rounds)
         except ModuleNotFoundError as e:
-            print(f"{name:14} skipped, {e}; pip install -r tests/requirements.txt")
+            print(f"{name:14} skipped, {e}; pip install -r tools/requirements.txt")

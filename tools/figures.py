@@ -1,12 +1,12 @@
-"""The papers' pictures from your own runs. Each command prints its numbers and writes OUT.png and OUT.pdf.
+"""Draws the papers' figures from your own runs. Prints the numbers; writes OUT.png and OUT.pdf.
 
-    python -m tools.figures loss out/randommask out/dnabert               what runs logged, overlaid
-    python -m tools.figures embeddings out/randommask/step_*.pt           t-SNE of the k-mer embeddings, silhouettes
+    python -m tools.figures loss out/randommask out/dnabert        logged curves of several runs
+    python -m tools.figures embeddings out/randommask/step_*.pt    t-SNE of k-mer embeddings, silhouettes
     python -m tools.figures attention out/randommask/last.pt --fasta my.fa
-    python -m tools.figures masks                                         what each method masks of one sequence
-    python -m tools.figures results out/finetune                          results.jsonl beside the papers' numbers
+    python -m tools.figures masks                                  what each method masks
+    python -m tools.figures results out/finetune                   results.jsonl and the papers' numbers
 
-Each picture is a function that gives arrays and a draw_... that draws them; only these need matplotlib.
+Drawing needs matplotlib (tools/requirements.txt).
 """
 import argparse
 import itertools
@@ -22,36 +22,35 @@ from sklearn.metrics import silhouette_score
 import cm_gems
 import data
 import findna
-import infer
-import models
+import finetune
 import randommask
-from tools import table
 import training
+from tools import table
 
-COLORS = np.array([[*bytes.fromhex(rgb)] for rgb in (        # Okabe, Ito: (8, 3) of 0..1
+COLORS = np.array([[*bytes.fromhex(rgb)] for rgb in (        # Okabe and Ito's palette: (8, 3), 0..1
     "0072B2", "D55E00", "009E73", "CC79A7", "E69F00", "56B4E9", "000000", "999999")]) / 255
-REACH = 6                                                    # tokens on either side: neighbours
-SHOWN = 120                                                  # bases in the picture of the masks
+REACH = 6                                                    # tokens on either side that count as neighbours
+SHOWN = 120                                                  # bases shown in the figure of the masks
 PANELS = (                                                   # title, unit, scale, {column of the log: style}
-    ("Loss; dots: held out; triangles: the next phase's masks", "nats", "log", {
+    ("Loss; dots: held out; triangles: masks of the next phase", "nats", "log", {
         "loss": "-", "val_loss": "o", "val_loss_next_phase": "^"}),
     ("Perplexity; dashed: DNABERT's spans; triangles: next phase", "exp(nats)", "log", {
         "val_loss": "-", "val_loss_span": "--", "val_loss_next_phase": "^"}),
     ("FinDNA, masked bases; dots: held out", "nats", "linear", {"mnm_loss": "-", "val_mnm_loss": "o"}),
-    ("FinDNA, contrastive; dots: held out", "nats", "linear", {"cl_loss": "-", "val_cl_loss": "o"}),
-    ("Its teacher: what it says of a sequence; dashed: cosine of two", "nats", "linear", {
+    ("FinDNA, contrastive loss; dots: held out", "nats", "linear", {"cl_loss": "-", "val_cl_loss": "o"}),
+    ("FinDNA, teacher: information; dashed: cosine between sequences", "nats", "linear", {
         "q_information": "-", "cls_cos": "--"}),
     ("Masked", "share of the tokens or bases", "linear", {"masked": "-"}),
     ("Learning rate", "", "linear", {"lr": "-"}))
 
 
 def new_figure(n, columns, width, height):
-    """A figure and its n axes in rows of so many, each of width x height inches."""
+    """A figure and its n axes in rows of `columns`, each of width x height inches."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("matplotlib, which draws the figures, is missing: pip install matplotlib") from None
+        raise ValueError("matplotlib is missing; run pip install matplotlib") from None
     matplotlib.rcParams.update({"font.size": 7, "axes.titlesize": 8, "legend.frameon": False,
                                 "axes.spines.top": False, "axes.spines.right": False})
     rows = -(-n // columns)
@@ -60,21 +59,21 @@ def new_figure(n, columns, width, height):
 
 
 def read_log(run):
-    """log.jsonl of a run folder -> {column: (steps, values)}. ValueError where it is none, or broken."""
+    """log.jsonl of a run folder -> {column: (steps, values)}. ValueError if a line is not a row."""
     path, log = os.path.join(run, "log.jsonl"), {}
     data.check_file(path)
     for n, line in enumerate(open(path, errors="replace"), 1):
         if not line.endswith("\n"):
-            print(f"{path}: line {n} is still being written: left out")
+            print(f"{path}: line {n} is still being written; left out")
             break
         try:
             row = {name: x for name, x in json.loads(line).items() if isinstance(x, (int, float))}
             step, _ = int(row.pop("step")), row["loss"]
         except (ValueError, LookupError, AttributeError, ArithmeticError, RecursionError):
-            raise ValueError(f"{path}: line {n}: {data.show(line.strip())}, not a row of a pretraining log; "
-                             f"give a run folder of randommask, findna or cm_gems") from None
+            raise ValueError(f"{path}: line {n}: {data.quoted(line.strip())} is not a row of a pretraining "
+                             f"log; give a run folder of randommask, findna or cm_gems") from None
         for name, value in row.items():
-            name = "val_loss_span" if name.startswith("val_loss_span") else name           # of any k
+            name = "val_loss_span" if name.startswith("val_loss_span") else name           # span6 if k is 6
             steps, values = log.setdefault(name, ([], []))
             steps.append(step)
             values.append(value)
@@ -84,71 +83,46 @@ def read_log(run):
 
 
 def events(log):
-    """[(step, what begins behind it)]: RandomMask's phases, the switch of CM-GEMS."""
+    """[(step, what begins after it)]: the phases of RandomMask, the switch of CM-GEMS."""
     steps, phases = log.get("phase", ((), ()))
     found = [(int(steps[i]), f"phase {phases[i + 1]}") for i in np.flatnonzero(np.diff(phases))]
     return found + [(int(step), "Global") for step in log.get("switch_step", ((), ()))[1]]
 
 
 def curves(log):
-    """{title: {column: (steps, values in the unit)}} of the PANELS that this log has."""
-    found = {title: {name: (log[name][0], np.exp(log[name][1]) if "exp" in unit else log[name][1])
-                     for name in styles if name in log} for title, unit, _, styles in PANELS
-             if not ("exp" in unit and "mnm_loss" in log)}   # FinDNA's is the mean of two kinds
+    """{title: {column: (steps, values in the panel's unit)}} for the PANELS that this log has."""
+    found = {}
+    for title, unit, _, styles in PANELS:
+        if unit != "exp(nats)" or "mnm_loss" not in log:     # FinDNA's loss mixes two kinds: no perplexity
+            in_unit = np.exp if unit == "exp(nats)" else np.asarray
+            found[title] = {name: (log[name][0], in_unit(log[name][1])) for name in styles if name in log}
     return {title: lines for title, lines in found.items() if lines}
 
 
-def draw_loss(logs):
-    """logs: {run: what read_log gives}."""
-    lines = {run: curves(log) for run, log in logs.items()}
-    panels = [panel for panel in PANELS if any(panel[0] in found for found in lines.values())]
-    fig, axes = new_figure(len(panels), 2, 4, 2.5)
-    for ax, (title, unit, scale, styles) in zip(axes, panels):
-        for color, (run, found) in zip(COLORS, lines.items()):
-            for column, (steps, values) in found.get(title, {}).items():
-                ax.plot(steps, values, styles[column], color=color, ms=3, lw=1,
-                        label=run if styles[column] == "-" else None)
-            for step, what in events(logs[run]):
-                ax.axvline(step, color=color, lw=0.8, ls=":")
-                if ax is axes[0]:
-                    ax.annotate(what, (step, 1), xycoords=("data", "axes fraction"), color=color, fontsize=6,
-                                rotation=90, va="top", ha="right")
-        ax.set(title=title, xlabel="step", ylabel=unit, yscale=scale)
-        if scale == "log":                                   # 4, not 4 x 10^0
-            low, high = ax.get_ylim()
-            ax.yaxis.set_major_formatter("{x:g}")
-            ax.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
-    axes[0].legend()
-    return fig
-
-
 def read_bert(path):
-    """A checkpoint of ours, pretrained or fine-tuned, or hf:FOLDER -> (Bert in eval mode, stride)."""
-    if path.startswith("hf:"):
-        return models.load_hf(path[3:]).eval(), 1
-    spec, weights = infer.read_checkpoint(path, argparse.Namespace(eval_network=None))
+    """A checkpoint, pretrained or fine-tuned, or hf:FOLDER -> (Bert in eval mode, stride)."""
+    spec, weights = finetune.read_network(path)
     if spec["kind"] != "bert":
-        raise ValueError(f"{path}: a {spec['kind']}, no BERT over k-mers; give one of randommask.py, "
-                         f"cm_gems.py or finetune.py")
-    return infer.build_net({"n_out": 1} | spec, weights).bert.eval(), spec["stride"]
+        raise ValueError(f"{path}: a {spec['kind']} network; give a Bert of randommask, cm_gems or finetune")
+    return finetune.build_net(spec, weights).bert.eval(), spec["stride"]
 
 
 def colorings(k):
-    """{name: class of each k-mer in token order (4**k,)}: by the two central letters (one if k is odd), by
-    the first and the last, by the letter at each position. Letters: A, T, C, G = 0..3."""
+    """{coloring: class of each k-mer (4**k,), in token order}; the letters A, T, C, G are 0..3."""
     letters = np.arange(4 ** k)[:, None] // 4 ** np.arange(k - 1, -1, -1) % 4              # (4**k, k)
-    center = letters[:, k // 2] + (4 * letters[:, k // 2 - 1] if k % 2 == 0 else 0)
+    center = letters[:, k // 2] + (4 * letters[:, k // 2 - 1] if k % 2 == 0 else 0)        # 1 or 2 letters
     return {"center": center, "margins": letters[:, 0] * 4 + letters[:, -1]} | {
         f"position {i + 1}": letters[:, i] for i in range(k)}
 
 
 def embeddings(bert):
-    """The k-mers' rows of the embedding matrix: t-SNE xy (4**k, 2); {coloring: classes (4**k,)}; {coloring:
-    silhouette, -1..1, in the whole space: how much nearer (cosine) a k-mer is to its class than to the next}.
-    "shuffled": classes like the center's at random, what no order would give."""
+    """k-mer embeddings -> t-SNE (4**k, 2), {coloring: classes (4**k,)}, {coloring: silhouette in -1..1}.
+
+    Silhouettes use the cosine in all dimensions; "shuffled" has the classes of "center" in random order.
+    """
     rows, classes = bert.tok_emb.weight[5:].detach().numpy(), colorings(bert.config.k)
     if bert.config.k < 3:
-        raise ValueError(f"{bert.config.k}-mers: too few for a picture; use a model of k = 3 or more")
+        raise ValueError(f"{bert.config.k}-mers: too few for a figure; use a model with k = 3 or more")
     xy = TSNE(perplexity=min(30, len(rows) / 4), metric="cosine", random_state=0).fit_transform(rows)
     shuffled = {"shuffled": np.random.default_rng(0).permutation(classes["center"])}
     return xy, classes, {name: float(silhouette_score(rows, ids, metric="cosine", random_state=0,
@@ -157,33 +131,15 @@ def embeddings(bert):
 
 
 def shades(classes):
-    """Colors (n, 3): the hue is the letter; of two letters the first, and the lightness the second."""
+    """Colors (n, 3): the hue is the first or only letter, the lightness the second letter."""
     if classes.max() < 4:
         return COLORS[classes]
     hue, light = COLORS[classes // 4], np.array([-0.45, 0.0, 0.4, 0.7])[classes % 4, None]
     return hue * (1 - abs(light)) + light.clip(0)            # towards black, towards white
 
 
-def draw_embeddings(found):
-    """found: {checkpoint: what embeddings gives}. One checkpoint: all colorings; several: the center."""
-    one = len(found) == 1
-    panels = [(by if one else name, xy, classes[by], scores[by])
-              for name, (xy, classes, scores) in found.items() for by in (classes if one else ["center"])]
-    columns = 3 if one else min(4, len(panels) + 1)
-    fig, (*axes, key) = new_figure(len(panels) + 1, columns, 8 / columns, 8.6 / columns)
-    for ax, (name, xy, classes, score) in zip(axes, panels):
-        ax.axis("off")
-        ax.scatter(*xy.T, s=3, lw=0, c=shades(classes), rasterized=True)
-        ax.set_title(f"{name}\nsilhouette {score:.3f}")
-    key.imshow(shades(np.arange(16)).reshape(4, 4, 3))
-    key.set(title="colors", ylabel="letter, or the first of two", xlabel="the second", xticks=range(4),
-            yticks=range(4), xticklabels="ATCG", yticklabels="ATCG")
-    return fig
-
-
 def random_windows(genome, n, length):
-    """n windows without N, uniform over the genome: bases (n, L), the place of the first. L is `length`, less
-    where no stretch is that long."""
+    """n random windows without N -> bases (n, L), place of the first. L: at most `length`."""
     sizes = np.diff(genome.intervals)[:, 0]
     length = min(length, int(sizes.max()))
     fits = data.window_table(genome.intervals[sizes >= length], length)
@@ -194,25 +150,25 @@ def random_windows(genome, n, length):
 
 
 def over_bases(of_kmers, k, stride):
-    """Numbers of the k-mers of sequences (n, T) -> the mean over the k-mers on each base (n, L)."""
+    """A value for each k-mer (n, T) -> for each base the mean over the k-mers that contain it (n, L)."""
     n, T = of_kmers.shape
-    covered = (stride * torch.arange(T)[:, None] + torch.arange(k)).flatten()  # bases of each k-mer
-    total = torch.zeros(n + 1, int(covered[-1]) + 1)         # the last row counts
+    covered = (stride * torch.arange(T)[:, None] + torch.arange(k)).flatten()  # the bases of each k-mer
+    total = torch.zeros(n + 1, int(covered[-1]) + 1)         # last row: number of k-mers
     total.index_add_(1, covered, torch.cat([of_kmers, torch.ones(1, T)]).repeat_interleave(k, 1))
     return total[:-1] / total[-1].clamp(min=1)
 
 
 @torch.no_grad()
 def attention(bert, tokens, stride):
-    """Attention on sequences (n, T) of [CLS] k-mers [SEP]: {name: array}.
+    """Attention of a Bert on tokens (n, T), [CLS] k-mers [SEP] -> {name: array}.
 
-    maps (layer, H, T, T): the mean. shares (layer, 4): of what k-mers give, the share that [CLS] gets, [SEP],
-    the k-mers at most REACH tokens away; its entropy in nats. uniform (4,): the same where all get the same.
-    profile (2, L): what a base of the first sequence gets in the last layer from [CLS], and from a k-mer;
-    mean over heads and over the k-mers on it.
+    maps (layer, H, T, T): mean over sequences. shares (layer, 4): the share of a k-mer's attention to [CLS],
+    to [SEP] and to k-mers at most REACH tokens away, and its entropy in nats. uniform (4,): the same for
+    uniform attention. profile (2, L): attention in the last layer to each base of the first sequence, from
+    [CLS] and from a k-mer; mean over heads and over the k-mers that contain the base.
     """
     (n, T), total, entropy = tokens.shape, 0, 0
-    for i, row in enumerate(tokens):                         # one at a time: (layer, H, T, T) is large
+    for i, row in enumerate(tokens):                         # (layer, H, T, T) is large
         weights = torch.stack(bert.encode(row[None], need_weights=True)[1])[:, 0]
         total, entropy = total + weights, entropy - weights.xlogy(weights)[:, :, 1:-1].sum(-1).mean((1, 2))
         if i == 0:
@@ -228,7 +184,7 @@ def attention(bert, tokens, stride):
 
 
 def draw_attention(found, places):
-    """found: {checkpoint: what attention gives}. Shares by layer; profiles of the sequences at `places`."""
+    """found: {checkpoint: result of attention}; places: where the sequences of the profiles are from."""
     fig, axes = new_figure(4, 2, 4, 2.5)
     titles = {0: "Attention to [CLS]", 2: f"To k-mers at most {REACH} tokens away", 3: "Entropy of attention"}
     for color, (name, a) in zip(COLORS, found.items()):
@@ -240,37 +196,42 @@ def draw_attention(found, places):
                    ylabel="nats" if i == 3 else "share")
         for received, style in zip(a["profile"], ("--", "-")):
             axes[3].plot(received * a["maps"].shape[-1], style, color=color, lw=1)
-    axes[3].set(title="Last layer, what a base gets from a k-mer; dashed: from [CLS]",
-                xlabel=f"base of {' or of '.join(places)}", ylabel="1 = uniform")
+    axes[3].set(title="Last layer, from k-mers to a base; dashed: from [CLS]",
+                xlabel=f"base of {' or '.join(places)}", ylabel="1 = uniform")
     for ax in axes:
-        ax.set_ylim(bottom=0)                                # at last: it ends the autoscaling
+        ax.set_ylim(bottom=0)                                # last, because it ends the autoscaling
     axes[0].legend()
     return fig
 
 
 def draw_maps(found):
-    """Mean maps. One checkpoint: a row a layer, all heads and each; several: a row each, of its layers."""
-    rows = {name: {f"layer {i}": m for i, m in enumerate(a["maps"].mean(1), 1)} for name, a in found.items()}
-    for a in found.values() if len(found) == 1 else ():
-        rows = {f"layer {i}": {"all heads": layer.mean(0)} | {f"head {j}": m for j, m in enumerate(layer, 1)}
-                for i, layer in enumerate(a["maps"], 1)}
-    columns = max(map(len, rows.values()))
+    """Mean attention maps. One checkpoint: a row per layer, its heads; several: a row each, its layers."""
+    rows = {name: a["maps"].mean(1) for name, a in found.items()}
+    titles = [f"layer {i}" for i in range(1, max(map(len, rows.values())) + 1)]
+    if len(found) == 1:
+        [a] = found.values()
+        rows = {f"layer {i}": [layer.mean(0), *layer] for i, layer in enumerate(a["maps"], 1)}
+        titles = ["all heads", *(f"head {i}" for i in range(1, a["maps"].shape[1] + 1))]
+    columns = len(titles)
     side = min(2.2, max(1, 8 / columns))
     fig, axes = new_figure(len(rows) * columns, columns, side, side + 0.2)
     for y, (name, maps) in enumerate(rows.items()):
-        for x, (ax, title) in enumerate(itertools.zip_longest(axes[y * columns:(y + 1) * columns], maps)):
-            if title is None:                                # of fewer layers than another
-                ax.axis("off")
-                continue
-            ax.imshow(maps[title], vmin=0, vmax=np.quantile(maps[title], 0.99), interpolation="nearest")
-            ax.set(title=title, ylabel=name if x == 0 else "", xticks=[], yticks=[])
-    fig.supxlabel("across: token looked at; down: token that looks; yellow: the top 1 % of a map", fontsize=7)
+        row = axes[y * columns:(y + 1) * columns]
+        row[0].set_ylabel(name)
+        for ax, title, m in zip(row, titles, maps):
+            ax.imshow(m, vmin=0, vmax=np.quantile(m, 0.99), interpolation="nearest")
+            ax.set(title=title, xticks=[], yticks=[])
+        for ax in row[len(maps):]:                           # another checkpoint has more layers
+            ax.axis("off")
+    fig.supxlabel("across: token attended to; down: token that attends; yellow: top 1 % of a map", fontsize=7)
     return fig
 
 
 def mask_rows(bases, npmi_rank, k):
-    """Every method on bases (n, L), each with the same seed: [(name, share of its tokens that are masked, of
-    each base the share of the tokens on it that are (n, L))]. A base is hidden where that is 1."""
+    """Bases (n, L) -> [(method, share of tokens masked, share (n, L))], each with the same seed.
+
+    The last is the share of masked tokens among those that contain a base; a base with 1 is hidden.
+    """
     rate, tokens, apart = randommask.MASK_RATE, data.kmer_tokens(bases, k, 1), data.kmer_tokens(bases, k, k)
     rows = []
 
@@ -290,50 +251,31 @@ def mask_rows(bases, npmi_rank, k):
     return rows
 
 
-def draw_masks(rows, place):
-    """rows: what mask_rows gives. Draws SHOWN bases, of the sequence in which they are most like the mean."""
-    hidden = np.stack([share == 1 for _, _, share in rows])  # (rows, n, L)
-    means = hidden.mean((1, 2))
-    n = abs(hidden[..., :SHOWN].mean(2) - means[:, None]).sum(0).argmin()
-    share = np.stack([share[n, :SHOWN] for _, _, share in rows])[..., None]    # (rows, L, 1)
-    fig, [ax] = new_figure(1, 1, 8, 0.22 * len(rows) + 0.9)
-    ax.imshow(np.where(share == 1, COLORS[1], 1 - 0.75 * share * (1 - COLORS[0])), aspect="auto",
-              interpolation="nearest")
-    ax.set_yticks(range(len(rows)), [name for name, _, _ in rows])
-    ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
-    ax.grid(axis="y", which="minor", color="white", lw=3)
-    ax.tick_params(which="both", length=0)
-    for i, (_, masked, _) in enumerate(rows):
-        ax.text(share.shape[1], i, f"{masked:.1%} masked, {means[i]:.1%} hidden", va="center")
-    ax.set(title="Blue: some of the tokens on this base are masked; orange: all are, it is hidden. Right: "
-                 f"mean of {hidden.shape[1]:,} sequences", xlabel=f"base of a sequence of {place}")
-    return fig
-
-
 def result_points(out):
-    """results.jsonl and the papers' values of its tasks, x 100: ours {way: {(task, shots, metric): (mean, sd
-    or nan, seeds)}}, papers {column: {key: (value, ...)}}."""
-    runs = table.read_runs(out)
-    return {way: {key: (float(mean), math.nan if sd == "" else sd, n)
-                  for key, (mean, sd, n, *_) in cells.items()}
-            for way, cells in table.our_columns(runs)[0].items()}, table.paper_columns(table.PAPER, runs)[0]
+    """results.jsonl -> ours {model: {(task, shots, metric): (mean, sd or nan, seeds)}}, and for its tasks the
+    papers' values {column: {key: (value, ...)}}; all x 100."""
+    runs, ours = table.read_runs(out), {}
+    for model, cells in table.our_columns(runs)[0].items():
+        ours[model] = {key: (float(mean), math.nan if sd == "" else sd, n)
+                       for key, (mean, sd, n, *_) in cells.items()}
+    return ours, table.paper_columns(table.PAPER, runs)[0]
 
 
 def draw_results(ours, papers):
-    """Dots with sd over seeds, a row a task (few-shot ones apart); hollow: the papers' values."""
+    """Our means with sd over seeds, a row per task; hollow: the papers' values. Leaves few-shot tasks out."""
     order = {name: i for i, name in enumerate(data.TASKS)}
     keys = sorted({key for cells in ours.values() for key in cells if not key[1]},
                   key=lambda key: (order.get(key[0], len(order)), key))
     fig, [ax] = new_figure(1, 1, 8, 0.25 * len(keys) + 1.2)
-    for i, (way, cells) in enumerate(ours.items()):
+    for i, (model, cells) in enumerate(ours.items()):
         mean, sd, _ = zip(*(cells.get(key, (math.nan,) * 3) for key in keys))
         y = np.arange(len(keys)) + 0.6 * ((i + 1) / (len(ours) + 1) - 0.5)
-        ax.errorbar(mean, y, xerr=sd, fmt="o", ms=3, lw=1, color=COLORS[i % len(COLORS)], label=way)
+        ax.errorbar(mean, y, xerr=sd, fmt="o", ms=3, lw=1, color=COLORS[i % len(COLORS)], label=model)
     names = sorted({name.split(":")[0] for name in papers})
     for marker, paper in zip(itertools.cycle("sD^v"), names):
-        at = [(cells[key][0], y) for name, cells in papers.items() for y, key in enumerate(keys)
-              if name.split(":")[0] == paper and key in cells]
-        ax.plot(*zip(*at), marker, ms=5, mfc="none", color=COLORS[7], label=f"{paper}: its methods")
+        points = [(cells[key][0], y) for name, cells in papers.items() for y, key in enumerate(keys)
+                  if name.split(":")[0] == paper and key in cells]
+        ax.plot(*zip(*points), marker, ms=5, mfc="none", color=COLORS[7], label=f"{paper}: its methods")
     ax.set_yticks(range(len(keys)), [f"{task} ({table.METRICS[metric]})" for task, _, metric in keys])
     for y in range(1, len(keys)):
         same = keys[y][0].split("/")[0] == keys[y - 1][0].split("/")[0]
@@ -345,65 +287,96 @@ def draw_results(ours, papers):
 
 
 def draw_shots(ours):
-    """A panel a few-shot task: mean and sd over draws by the shots of each class."""
+    """A panel per few-shot task: mean and sd over draws against the number of rows per class."""
     tasks = sorted({key[::2] for cells in ours.values() for key in cells if key[1]})
+    shots = sorted({key[1] for cells in ours.values() for key in cells if key[1]})
     columns = min(3, len(tasks))
     fig, axes = new_figure(len(tasks), columns, 8 / columns, 2.6)
     for ax, (task, metric) in zip(axes, tasks):
-        for color, (way, cells) in zip(itertools.cycle(COLORS), ours.items()):
-            points = sorted((n, *cells[name, n, of][:2]) for name, n, of in cells
-                            if n and (name, of) == (task, metric))
+        for color, (model, cells) in zip(itertools.cycle(COLORS), ours.items()):
+            points = [(n, *cells[task, n, metric][:2]) for n in shots if (task, n, metric) in cells]
             if points:
-                ax.errorbar(*zip(*points), fmt="o-", ms=3, lw=1, capsize=2, color=color, label=way)
-        shots = sorted({key[1] for cells in ours.values() for key in cells if key[1]})
-        ax.set(title=task, xlabel="rows of each class", xscale="log", ylabel=f"100 x {table.METRICS[metric]}")
+                ax.errorbar(*zip(*points), fmt="o-", ms=3, lw=1, capsize=2, color=color, label=model)
+        ax.set(title=task, xlabel="rows per class", xscale="log", ylabel=f"100 x {table.METRICS[metric]}")
         ax.set_xticks(shots, shots)
         ax.set_xticks([], minor=True)
     axes[0].legend()
     return fig
 
 
-def named(args):
-    """{label: path}: the paths as given, or --names."""
+def label_paths(args):
+    """{label: path}. The labels are --names or the paths themselves."""
     labels = args.names or [path.removesuffix(".pt") for path in args.paths]
     if not len(set(labels)) == len(labels) == len(args.paths) <= len(COLORS):
-        raise ValueError(f"{len(args.paths)} paths, {len(labels)} --names: each once, at most {len(COLORS)}")
+        raise ValueError(f"{len(args.paths)} paths, {len(labels)} --names: give each once, at most "
+                         f"{len(COLORS)}")
     return dict(zip(labels, args.paths))
 
 
 def print_table(heads, rows):
-    """Markdown."""
+    """Prints a Markdown table."""
     for cells in (heads, ["---"] * len(heads), *rows):
         print("| " + " | ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in cells) + " |")
 
 
 def plot_loss(args):
-    logs = {run: read_log(path) for run, path in named(args).items()}
-    columns = "loss", "val_loss", "val_loss_span", "val_mnm_loss", "val_acc", "masked"
-    columns = [column for column in columns if any(column in log for log in logs.values())]
+    logs = {run: read_log(path) for run, path in label_paths(args).items()}
+    columns = [name for name in ("loss", "val_loss", "val_loss_span", "val_mnm_loss", "val_acc", "masked")
+               if any(name in log for log in logs.values())]
     print_table(["run", "step", *columns], [
         [run, log["loss"][0][-1], *(log.get(name, ("", [""]))[1][-1] for name in columns)]
         for run, log in logs.items()])
     for run, log in logs.items():
-        before = dict(zip(*log.get("val_loss", ((), ()))))
-        for step, value in zip(*log.get("val_loss_next_phase", ((), ()))):
-            print(f"{run}: step {step}, the same weights: {before.get(step, math.nan):.3f} nats under the "
-                  f"masks of the phase, {value:.3f} under those of the next")
-    return {"": draw_loss(logs)}
+        now, later = (dict(zip(*log.get(name, ((), ())))) for name in ("val_loss", "val_loss_next_phase"))
+        for step, value in later.items():
+            print(f"{run}: step {step}, the same weights: {now.get(step, math.nan):.3f} nats with the masks "
+                  f"of the phase, {value:.3f} with those of the next")
+    lines = {run: curves(log) for run, log in logs.items()}
+    panels = [panel for panel in PANELS if any(panel[0] in found for found in lines.values())]
+    fig, axes = new_figure(len(panels), 2, 4, 2.5)
+    for ax, (title, unit, scale, styles) in zip(axes, panels):
+        for color, (run, found) in zip(COLORS, lines.items()):
+            for column, (steps, values) in found.get(title, {}).items():
+                ax.plot(steps, values, styles[column], color=color, ms=3, lw=1,
+                        label=run if styles[column] == "-" else None)
+            for step, what in events(logs[run]):
+                ax.axvline(step, color=color, lw=0.8, ls=":")
+                if ax is axes[0]:
+                    ax.annotate(what, (step, 1), xycoords=("data", "axes fraction"), color=color, fontsize=6,
+                                rotation=90, va="top", ha="right")
+        ax.set(title=title, xlabel="step", ylabel=unit, yscale=scale)
+        if scale == "log":                                   # ticks read 4, not 4 x 10^0
+            low, high = ax.get_ylim()
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter("{x:g}" if high < 20 * low else "")
+    axes[0].legend()
+    return {"": fig}
 
 
 def plot_embeddings(args):
-    found = {name: embeddings(read_bert(path)[0]) for name, path in named(args).items()}
+    found = {name: embeddings(read_bert(path)[0]) for name, path in label_paths(args).items()}
     heads = dict.fromkeys(head for _, _, scores in found.values() for head in scores)
     print_table(["silhouette", *heads], [[name, *(scores.get(head, "") for head in heads)]
                                          for name, (_, _, scores) in found.items()])
-    return {"": draw_embeddings(found)}
+    one = len(found) == 1                                    # then draw every coloring, else the center only
+    panels = [(by if one else name, xy, classes[by], scores[by])
+              for name, (xy, classes, scores) in found.items() for by in (classes if one else ["center"])]
+    columns = 3 if one else min(4, len(panels) + 1)
+    fig, (*axes, key) = new_figure(len(panels) + 1, columns, 8 / columns, 8.6 / columns)
+    for ax, (name, xy, classes, score) in zip(axes, panels):
+        ax.axis("off")
+        ax.scatter(*xy.T, s=3, lw=0, c=shades(classes), rasterized=True)
+        ax.set_title(f"{name}\nsilhouette {score:.3f}")
+    key.imshow(shades(np.arange(16)).reshape(4, 4, 3))
+    key.set(title="colors", ylabel="first or only letter", xlabel="second letter", xticks=range(4),
+            yticks=range(4), xticklabels="ATCG", yticklabels="ATCG")
+    return {"": fig}
 
 
 def plot_attention(args):
     device, *_ = training.set_up(args.device, "float32", join=False)
     genome, found, rows, places = data.Genome(args.fasta, args.cache), {}, [], {}
-    for name, path in named(args).items():
+    for name, path in label_paths(args).items():
         bert, stride = read_bert(path)
         length = (bert.config.block_size - 3) * stride + bert.config.k
         bases, place = random_windows(genome, args.windows, length)
@@ -422,57 +395,69 @@ def plot_masks(args):
     genome = data.open_genome(args.fasta, args.data_dir, args.cache)
     counts = cm_gems.count_kmers(genome.bases, genome.intervals, args.k)
     if counts[-1].sum() < 4 ** args.k:
-        raise ValueError(f"--fasta {args.fasta[0]}: {counts[-1].sum()} {args.k}-mers, too few for an NPMI; "
-                         f"give more, or a smaller --k")
+        raise ValueError(f"--fasta {args.fasta[0]}: {counts[-1].sum()} {args.k}-mers are too few for "
+                         f"an NPMI table; give more sequence or a smaller --k")
     bases, _ = random_windows(genome, 1000, 509 + args.k)    # 510 k-mers, as in pretraining
     rows = mask_rows(bases, cm_gems.npmi_rank(cm_gems.npmi(counts)), args.k)
     print_table(["masking", "masked", "bases hidden"], [
         (name, masked, float((share == 1).mean())) for name, masked, share in rows])
-    return {"": draw_masks(rows, os.path.basename(args.fasta[0]))}
+    hidden = np.stack([share == 1 for _, _, share in rows])  # (rows, n, L)
+    means = hidden.mean((1, 2))
+    n = abs(hidden[..., :SHOWN].mean(2) - means[:, None]).sum(0).argmin()      # sequence closest to the mean
+    share = np.stack([share[n, :SHOWN] for _, _, share in rows])[..., None]    # (rows, L, 1)
+    fig, [ax] = new_figure(1, 1, 8, 0.22 * len(rows) + 0.9)
+    ax.imshow(np.where(share == 1, COLORS[1], 1 - 0.75 * share * (1 - COLORS[0])), aspect="auto",
+              interpolation="nearest")
+    ax.set_yticks(range(len(rows)), [name for name, _, _ in rows])
+    ax.set_yticks(np.arange(len(rows) + 1) - 0.5, minor=True)
+    ax.grid(axis="y", which="minor", color="white", lw=3)
+    ax.tick_params(which="both", length=0)
+    for i, (_, masked, _) in enumerate(rows):
+        ax.text(share.shape[1], i, f"{masked:.1%} masked, {means[i]:.1%} hidden", va="center")
+    ax.set(xlabel=f"base of a sequence from {os.path.basename(args.fasta[0])}",
+           title="Blue: some tokens on the base are masked; orange: all are, it is hidden. Right: mean over "
+                 f"{hidden.shape[1]:,} sequences")
+    return {"": fig}
 
 
 def plot_results(args):
     ours, papers = result_points(*args.paths)
-    points = [(way, *key, *point) for way, cells in ours.items() for key, point in cells.items()]
-    print_table(["way", "task", "shots", "metric", "100 x mean", "sd", "seeds"], points)
-    figures = {"": draw_results(ours, papers)} if any(not point[2] for point in points) else {}
-    return figures | ({"_shots": draw_shots(ours)} if any(point[2] for point in points) else {})
-
-
-def write(fig, path, dpi):
-    """path.png and path.pdf, each under its name once it is whole."""
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    for kind in ("png", "pdf"):
-        fig.savefig(f"{path}.tmp", format=kind, dpi=dpi)
-        os.replace(f"{path}.tmp", f"{path}.{kind}")
-    print(f"wrote {path}.png, {path}.pdf")
+    points = [(model, *key, *point) for model, cells in ours.items() for key, point in cells.items()]
+    print_table(["model", "task", "shots", "metric", "100 x mean", "sd", "seeds"], points)
+    figures = {}
+    if any(not point[2] for point in points):
+        figures[""] = draw_results(ours, papers)
+    if any(point[2] for point in points):
+        figures["_shots"] = draw_shots(ours)
+    return figures
 
 
 def parse_args():
     layout = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser, add, models = argparse.ArgumentParser(description=__doc__, **layout), {}, "checkpoints, hf:FOLDER"
+    parser = argparse.ArgumentParser(description=__doc__, **layout)
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
-    for plot, paths, what in ((plot_loss, "+", "run folders"), (plot_embeddings, "+", models),
-                              (plot_attention, "+", models), (plot_masks, "", ""),
-                              (plot_results, 1, "folder of finetune.py's results")):
+    for plot in (plot_loss, plot_embeddings, plot_attention, plot_masks, plot_results):
         name = plot.__name__.removeprefix("plot_")
         figure = figures.add_parser(name, **layout)
-        add[name] = figure.add_argument
         figure.set_defaults(plot=plot)
-        if paths:
-            add[name]("paths", nargs=paths, help=what)
-        if paths == "+":
-            add[name]("--names", nargs="+", help="labels (the ends of the paths)")
-        add[name]("--out", default=f"out/figures/{name}", help="without .png, .pdf (%(default)s)")
-        add[name]("--dpi", type=training.number(int, 20, 2000), default=200, help="of the .png (%(default)s)")
-    add["attention"]("--fasta", nargs="+", required=True, help="sequences to look at")
-    add["attention"]("--windows", type=training.number(int, 1), default=64, help="random ones (%(default)s)")
-    add["attention"]("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add["masks"]("--fasta", nargs="+", default=["demo"], help="sequences to mask (%(default)s)")
-    add["masks"]("--data_dir", default="data", help="where the demo genome lies (%(default)s)")
-    add["masks"]("--k", type=training.number(int, 2, 9), default=6, help="of the k-mers (%(default)s)")
-    for name in ("attention", "masks"):
-        add[name]("--cache", help="folder of packed genomes (beside the FASTA)")
+        add = figure.add_argument
+        if name in ("loss", "embeddings", "attention"):
+            add("paths", nargs="+", help="run folders" if name == "loss" else "checkpoints or hf:FOLDER")
+            add("--names", nargs="+", help="their labels (default: the paths)")
+        if name == "results":
+            add("paths", nargs=1, help="output folder of finetune.py")
+        if name == "attention":
+            add("--fasta", nargs="+", required=True, help="sequences to attend to")
+            add("--windows", type=training.number(int, 1), default=64, help="random windows (%(default)s)")
+            add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
+        if name == "masks":
+            add("--fasta", nargs="+", default=["demo"], help="sequences to mask (%(default)s)")
+            add("--data_dir", default="data", help="folder of the demo genome (%(default)s)")
+            add("--k", type=training.number(int, 2, 9), default=6, help="k of the k-mers (%(default)s)")
+        if name in ("attention", "masks"):
+            add("--cache", help="folder for packed genomes (default: beside the FASTA)")
+        add("--out", default=f"out/figures/{name}", help="file without .png or .pdf (%(default)s)")
+        add("--dpi", type=training.number(int, 20, 2000), default=200, help="of the PNG (%(default)s)")
     return parser.parse_args()
 
 
@@ -480,6 +465,11 @@ if __name__ == "__main__":
     with training.user_errors():
         args = parse_args()
         if not os.path.basename(args.out):
-            raise ValueError(f"--out {args.out!r}: no name of a file")
+            raise ValueError(f"--out {args.out!r}: not a file name; give one without .png or .pdf")
         for suffix, fig in args.plot(args).items():
-            write(fig, args.out + suffix, args.dpi)
+            path = args.out + suffix
+            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+            for kind in ("png", "pdf"):                      # each appears once it is complete
+                fig.savefig(f"{path}.tmp", format=kind, dpi=args.dpi)
+                os.replace(f"{path}.tmp", f"{path}.{kind}")
+            print(f"wrote {path}.png, {path}.pdf")

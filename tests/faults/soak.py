@@ -1,8 +1,8 @@
-"""Small runs of every method under random kills and stops, on one and two ranks in turn, for half an hour:
+"""Kills and stops small runs of every method at random, on one and two ranks in turn, for half an hour:
 
     python tests/faults/soak.py --minutes 30
 
-Each must end, bit by bit, as the same run left alone. Exit code 0 if all did."""
+Each must end, bit by bit, like the same run undisturbed. Exit code 0 if all did."""
 import argparse
 import os
 import random
@@ -25,11 +25,11 @@ LONG = dict(steps=500, eval_every=50, save_every=7)
 for method, flags in METHODS.items():                        # a soak has runs of its own
     flags |= dict(protocol="strict", epochs=60, save_every=0.1) if method == "finetune" else LONG
 METHODS["randommask"] |= dict(keep=500)
-METHODS["cm_gems"] |= dict(switch_after=250)
+METHODS["cm_gems"] |= dict(switch_after=250, switch_drop=99)
 
 
 def live(method, rng, seen):
-    """Starts or goes on, on one or two ranks, until a fault; True when it has ended instead."""
+    """Starts or continues a run, on one or two ranks, until a fault; True when the run has ended instead."""
     ranks = 1 if method == "finetune" else rng.randint(1, 2)
     fault = rng.choice(["kill -9 of a rank", "kill -9 of all", "SIGTERM"])
     processes = begin(method, ranks=ranks)
@@ -54,7 +54,7 @@ def live(method, rng, seen):
 
 
 def soak(minutes, seed=0):
-    """Rounds of all methods, in the working folder, until the time is over; counts of what was seen."""
+    """Rounds of all methods in the working folder until the time is over; returns counts of what was seen."""
     rng, seen, root, alone = random.Random(seed), Counter(), Path().resolve(), {}
     for method in METHODS:
         (root / method).mkdir()

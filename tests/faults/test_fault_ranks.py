@@ -1,5 +1,6 @@
 """The fault campaign, ranks: one dies, hangs, gets a signal or a NaN; torchrun dies; their number changes.
-Forked ranks first, then real torchrun. What goes on ends as the run that one rank left alone makes."""
+
+Forked ranks first, then real torchrun. A run that goes on must end like the undisturbed one on one rank."""
 import datetime
 import os
 import resource
@@ -15,8 +16,8 @@ import torch
 
 import training
 from harness import ROOT, at_call, contents, die, equal, log_rows, refused, slow, wait, wait_rows
-from methods import (PRETRAINING, STEPS, begin, check_ending, check_goes_on, each, fault, flags_of, fresh, go,
-                     in_save, whole)                         # noqa: F401, fixtures
+from methods import (PRETRAINING, STEPS, begin, begin_slowly, check_ending, check_goes_on, each, fault,
+                     flags_of, fresh, go, in_save, whole)    # noqa: F401, fixtures
 
 stop_at_7 = at_call("training", "stop_requested", 7, lambda real: True)
 
@@ -26,42 +27,60 @@ def last_step():
 
 
 def check_sound(n_least=0):
-    """A sound checkpoint, or none yet; no log row is lost."""
+    """There is a sound checkpoint, or none yet; no log row is lost."""
     step = last_step() if Path("out/last.pt").exists() else 0
     steps = [row["step"] for row in log_rows(Path("out"))]
     assert n_least <= step < STEPS and steps[:step] == [*range(1, step + 1)]
 
 
-@each("ranks 1, 2, 1 and 2, 1, 2", [(1, 2, 1)], [(2, 1, 2)], PRETRAINING)
-def test_resume_on_other_ranks(fresh, survived, method, todo):
+@each("ranks 1, 2, 1 and 2, 1, 2", [(1, 2, 1), (2, 1, 2)], {"findna": 1}, PRETRAINING)
+def test_resume_on_other_ranks(fresh, method, case):
     """Stopped after 7 and 14 steps; two micro-batches: every bit is the same."""
-    for first, second, third in todo:
-        alone = fresh(method)
-        assert set(go(method, {0: stop_at_7}, first).codes) == {143} and last_step() == 7
-        assert set(go(method, {second - 1: stop_at_7}, second).codes) == {143} and last_step() == 14
-        check_goes_on(method, alone, third)
-        survived()
+    first, second, third = case
+    alone = fresh(method)
+    assert set(go(method, {0: stop_at_7}, first).codes) == {143} and last_step() == 7
+    assert set(go(method, {second - 1: stop_at_7}, second).codes) == {143} and last_step() == 14
+    check_goes_on(method, alone, third)
 
 
-@each("2 and 4 ranks, 4 micro-batches", (), [2, 4], PRETRAINING)
-def test_four_micro_batches(fresh, survived, method, todo):
-    """40 steps: losses within 1e-5 of those of one rank, weights within 1e-3."""
-    flags = dict(micro_batch_size=2, steps=40)
-    for ranks in todo:
-        found = []
-        for n in (1, ranks):
-            fresh(method)
-            assert go(method, ranks=n, **flags).codes == [0] * n
-            found.append((log_rows(Path("out")), training.load("out/last.pt")["model"]))
-        (rows, weights), (rows_there, weights_there) = found
-        for a, b in zip(rows, rows_there, strict=True):
-            assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["step"] == b["step"]
-        torch.testing.assert_close(weights, weights_there, rtol=0, atol=1e-3)
-        survived()
+@each("stop signal to one rank", [1], {"randommask": 1}, PRETRAINING)
+def test_stop_signal_to_one_rank(fresh, method, case):
+    """Both ranks stop after the same step."""
+    alone = fresh(method)
+    processes = begin_slowly(method, 8, ranks=2)
+    os.kill(processes[case].pid, signal.SIGTERM)
+    assert wait(*processes).codes == [143, 143]
+    assert 8 <= log_rows(Path("out"))[-1]["step"] == last_step() < STEPS
+    check_goes_on(method, alone, 2)
 
 
-@each("replicas at the end", {"findna": [2]}, {"randommask": [2], "cm_gems": [2]}, PRETRAINING)
-def test_replicas_are_equal(fresh, survived, method, todo):
+def check_ranks_agree(fresh, method, ranks, tolerance, **flags):
+    """More ranks end like one: losses within 1e-5 relative, weights within tolerance."""
+    found = []
+    for n in (1, ranks):
+        fresh(method)
+        assert go(method, ranks=n, **flags).codes == [0] * n
+        found.append((log_rows(Path("out")), training.load("out/last.pt")["model"]))
+    (rows, weights), (rows_there, weights_there) = found
+    for a, b in zip(rows, rows_there, strict=True):
+        assert a["step"] == b["step"] and a["loss"] == pytest.approx(b["loss"], rel=1e-5 * (tolerance > 0))
+    torch.testing.assert_close(weights, weights_there, rtol=0, atol=tolerance)
+
+
+@each("2 and 4 ranks, 4 micro-batches", [2, 4], {}, PRETRAINING)
+def test_four_micro_batches(fresh, method, case):
+    check_ranks_agree(fresh, method, case, 1e-3, micro_batch_size=2, steps=40)
+
+
+# 4 + 3: one micro-batch a rank, so that the order of the sums is the same; 4 + 4 + 3: it is not
+@each("uneven shares on two ranks", [(11, 1e-3), (7, 0)], {"randommask": 2}, ["randommask", "cm_gems"])
+def test_uneven_shares(fresh, method, case):
+    batch_size, tolerance = case
+    check_ranks_agree(fresh, method, 2, tolerance, batch_size=batch_size)
+
+
+@each("replicas at the end", [2], {"findna": 1}, PRETRAINING)
+def test_replicas_are_equal(fresh, method, case):
     def tell(rank):
         def finish(real, *args):
             main = sys.modules["__main__"]
@@ -70,30 +89,26 @@ def test_replicas_are_equal(fresh, survived, method, todo):
             torch.save(state | {"curriculum": getattr(main, "curriculum", None)}, f"{rank}.pt")
             real(*args)
         return at_call("training", "finish", 1, finish)
-    for ranks in todo:
-        alone = fresh(method)
-        assert go(method, {rank: tell(rank) for rank in range(ranks)}, ranks).codes == [0] * ranks
-        check_ending(method, alone)
-        states = [torch.load(f"{rank}.pt", weights_only=True) for rank in range(ranks)]
-        assert states[0].pop("curriculum") == states[1].pop("curriculum")
-        equal(*states)
-        equal(states[0]["model"], training.load("out/last.pt")["model"])
-        survived()
+    alone = fresh(method)
+    assert go(method, {rank: tell(rank) for rank in range(case)}, case).codes == [0] * case
+    check_ending(method, alone)
+    states = [torch.load(f"{rank}.pt", weights_only=True) for rank in range(case)]
+    assert states[0].pop("curriculum") == states[1].pop("curriculum")
+    equal(*states)
+    equal(states[0]["model"], training.load("out/last.pt")["model"])
 
 
-@each("fewer micro-batches than ranks", [2], methods=PRETRAINING)
-def test_too_many_ranks(fresh, survived, method, todo):
-    for ranks in todo:
-        fresh(method)
-        before = contents(Path())
-        assert "--micro_batch_size" in refused(go(method, ranks=ranks, batch_size=4))
-        assert contents(Path()).keys() <= before.keys()
-        survived()
+@each("fewer micro-batches than ranks", [2], dict.fromkeys(PRETRAINING, 1), PRETRAINING)
+def test_too_many_ranks(fresh, method, case):
+    fresh(method)
+    before = contents(Path())
+    result = go(method, ranks=case, batch_size=4)
+    assert "--micro_batch_size" in refused(result) and contents(Path()).keys() <= before.keys()
 
 
 @fault("rank that leaves while another joins")
 def test_a_rank_leaves_early(fresh):
-    """Exit code 2 of the other, too, which names no cause: that is in the message of the one that left."""
+    """The other rank exits with 2 as well; only the message of the one that left names the cause."""
     def leave(*_):
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(*where, is_master=True, wait_for_workers=False)
@@ -102,7 +117,7 @@ def test_a_rank_leaves_early(fresh):
     fresh("randommask")
     processes = begin("randommask", {0: at_call("torch.distributed", "init_process_group", 1, leave)}, 2)
     assert "all is wrong" in refused(wait(*processes))
-    last = wait(processes[1]).err.splitlines()[-1]           # torch has said much before
+    last = wait(processes[1]).err.splitlines()[-1]           # after torch's own messages
     assert last.startswith("error: rank 1 cannot join") and not Path("out").exists()
 
 
@@ -110,17 +125,16 @@ def fail(*_):
     raise RuntimeError("as of a broken GPU")
 
 
-@each("dead rank", {"findna": [(1, 16, die)], "cm_gems": [(0, 16, die)]},
-      [(0, 16, die), (0, 9, die), (1, 25, fail), (0, 25, fail)], PRETRAINING)
-def test_a_rank_dies(fresh, survived, method, todo):
-    for victim, call, how in todo:
-        alone, start = fresh(method), time.monotonic()
-        codes = go(method, {victim: at_call("training", "all_reduce", call, how)}, 2).codes
-        assert codes[victim] == (-9 if how is die else 1) and codes[1 - victim] not in (0, 143)
-        assert time.monotonic() - start < 15
-        check_sound()
-        check_goes_on(method, alone, 1 + victim)
-        survived()
+@each("dead rank", [(1, 16, die), (0, 16, die), (0, 9, die), (1, 25, fail), (0, 25, fail)], {"findna": 1},
+      PRETRAINING)
+def test_a_rank_dies(fresh, method, case):
+    victim, call, how = case
+    alone, start = fresh(method), time.monotonic()
+    codes = go(method, {victim: at_call("training", "all_reduce", call, how)}, 2).codes
+    assert codes[victim] == (-9 if how is die else 1) and codes[1 - victim] not in (0, 143)
+    assert time.monotonic() - start < 15
+    check_sound()
+    check_goes_on(method, alone, 1 + victim)
 
 
 def short_timeout():
@@ -130,64 +144,73 @@ def short_timeout():
         *args, **kwargs, timeout=datetime.timedelta(seconds=3))
 
 
-@each("hanging rank", {"randommask": [1]}, {"randommask": [0], "findna": [1], "cm_gems": [1]}, PRETRAINING)
-def test_a_rank_hangs(fresh, survived, method, todo):
-    for victim in todo:
-        alone = fresh(method)
-        processes = begin(method, dict.fromkeys((0, 1), lambda: (short_timeout(), slow())), 2)
-        wait_rows(processes[0], Path("out"), 6)
-        os.kill(processes[victim].pid, signal.SIGSTOP)
-        start = time.monotonic()
-        processes[1 - victim].join(60)
-        assert processes[1 - victim].exitcode == 1 and time.monotonic() - start < 10
-        processes[victim].kill()
-        wait(*processes)
-        check_sound(4)
-        check_goes_on(method, alone)
-        survived()
+@each("hanging rank", {"randommask": [1, 0], "findna": [1], "cm_gems": [1]}, {"randommask": 1})
+def test_a_rank_hangs(fresh, method, case):
+    alone = fresh(method)
+    processes = begin(method, dict.fromkeys((0, 1), lambda: (short_timeout(), slow())), 2)
+    wait_rows(processes[0], Path("out"), 6)
+    os.kill(processes[case].pid, signal.SIGSTOP)
+    start = time.monotonic()
+    processes[1 - case].join(60)
+    assert processes[1 - case].exitcode == 1 and time.monotonic() - start < 10
+    processes[case].kill()
+    wait(*processes)
+    check_sound(4)
+    check_goes_on(method, alone)
 
 
-# the n-th call in step 7 of rank 1: a loss of its only micro-batch there; of findna a block of the student
-NAN = {"randommask": ("cross_entropy", 7), "cm_gems": ("cross_entropy", 7), "findna": ("gelu", 7 * 6)}
+# called once for each micro-batch by a loss, six times by a student or a teacher
+NAN = {"randommask": ("cross_entropy", 1), "cm_gems": ("cross_entropy", 1), "findna": ("gelu", 6)}
 
 
-@each("NaN on one rank", {"cm_gems": [1]}, [0], PRETRAINING)
-def test_nan_on_one_rank(fresh, survived, method, todo):
-    """All stop with 3 before the weights change, log nothing of that step and keep the checkpoint."""
-    name, n = NAN[method]
-    for rank in todo:
-        alone = fresh(method)
-        nan = at_call("torch.nn.functional", name, n, only=lambda x, *_: x.requires_grad,
-                      fault=lambda real, *args, **kwargs: real(*args, **kwargs) * np.nan)
-        result = go(method, {rank: nan}, 2)
-        assert result.codes == [3, 3] and "step 7: not finite" in result.err, result
-        assert log_rows(Path("out"))[-1]["step"] == 6 and last_step() == 4
-        equal(*(training.load(path)["model"] for path in ("out/last.pt", alone / "steps/4.pt")))
-        check_goes_on(method, alone, 2)
-        survived()
+def check_nan(fresh, method, ranks, victim, in_teacher=False, log_every=1):
+    """A NaN in step 7 of a rank: all stop with 3 before the weights change, and keep log and checkpoint."""
+    (name, n), alone = NAN[method], fresh(method)
+    nan = at_call("torch.nn.functional", name, 6 * n * 2 // ranks + 1,         # 2 micro-batches a step
+                  lambda real, *args, **kwargs: real(*args, **kwargs) * np.nan,
+                  only=lambda x, *_: x.requires_grad != in_teacher)
+    flags = dict(log_every=log_every, eval_every=99 if in_teacher else 2)      # evaluations have no gradient
+    result = go(method, {victim: nan}, ranks, **flags)
+    assert result.codes == [3] * ranks and "step 7: not finite" in result.err, result
+    assert result.err.count("\n") == 1 and "out" in result.err
+    assert log_rows(Path("out"))[-1]["step"] == 6 and last_step() == 4
+    equal(*(training.load(path)["model"] for path in ("out/last.pt", alone / "steps/4.pt")))
+    return alone
 
 
-@each("full disk on two ranks", {"randommask": [2]}, {"findna": [2], "cm_gems": [2]}, PRETRAINING)
-def test_full_disk(fresh, survived, method, todo):
-    """Rank 0, which writes, says so; rank 1 does not wait for it for ever."""
-    for n in todo:
-        alone, start = fresh(method), time.monotonic()
-        full = in_save(n, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)))
-        result = go(method, full, 2)
-        assert result.code == 2 and result.err.startswith("error: cannot write") and result.codes[1], result
-        assert time.monotonic() - start < 15 and last_step() == 4
-        check_goes_on(method, alone, 2)
-        survived()
+@each("NaN on one rank", {"cm_gems": [1, 0], "randommask": [0], "findna": [0]}, {"cm_gems": 1})
+def test_nan_on_one_rank(fresh, method, case):
+    alone = check_nan(fresh, method, 2, case)
+    check_goes_on(method, alone, 2)
 
 
-@each("broken last.pt, two ranks", {"findna": [5]}, {"randommask": [13], "cm_gems": [13]}, PRETRAINING)
-def test_the_checkpoint_before(fresh, survived, method, todo):
-    for step in todo:
-        alone = fresh(method, step)
-        os.rename("out/last.pt", "out/prev.pt")
-        Path("out/last.pt").write_bytes(Path("out/prev.pt").read_bytes()[:9999])
-        check_goes_on(method, alone, 2)
-        survived()
+EVERYWHERE = [dict(ranks=ranks, **where) for where in ({}, {"log_every": 99}) for ranks in (1, 2)]
+IN_TEACHER = [dict(ranks=ranks, **where) for where in ({}, {"in_teacher": True}) for ranks in (1, 2)]
+
+
+@each("loss that is not finite", {"findna": IN_TEACHER, "randommask": EVERYWHERE, "cm_gems": EVERYWHERE},
+      {"findna": 3})
+def test_loss_is_not_finite(fresh, method, case):
+    check_nan(fresh, method, victim=case["ranks"] - 1, **case)
+
+
+@each("full disk on two ranks", [2], {"randommask": 1}, PRETRAINING)
+def test_full_disk(fresh, method, case):
+    """Rank 0, which writes, names the cause; rank 1 does not wait for it for ever."""
+    alone, start = fresh(method), time.monotonic()
+    full = in_save(case, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)))
+    result = go(method, full, 2)
+    assert result.code == 2 and result.err.startswith("error: cannot write") and result.codes[1], result
+    assert time.monotonic() - start < 15 and last_step() == 4
+    check_goes_on(method, alone, 2)
+
+
+@each("broken last.pt, two ranks", {"findna": [5], "randommask": [13], "cm_gems": [13]}, {"findna": 1})
+def test_the_checkpoint_before(fresh, method, case):
+    alone = fresh(method, case)
+    os.rename("out/last.pt", "out/prev.pt")
+    Path("out/last.pt").write_bytes(Path("out/prev.pt").read_bytes()[:9999])
+    check_goes_on(method, alone, 2)
 
 
 LAUNCH = """import os, runpy, sys
@@ -211,7 +234,7 @@ def alive(pid):
 
 @pytest.fixture
 def torchrun():
-    """torchrun(method, env): a launcher with two slow workers that have logged 6 rows: (it, their pids)."""
+    """torchrun(method, env): starts two slow workers; returns (launcher, their pids) after 6 log rows."""
     started = []
 
     def launch(method, env={}):
@@ -237,14 +260,14 @@ def torchrun():
 
 
 def send(which, *to):
-    """Fault: this signal to the launcher (L), rank 0 or rank 1."""
+    """Fault: sends a signal to the launcher (L), rank 0 or rank 1."""
     def fault(launcher, workers):
         for target in to:
             os.kill(launcher.pid if target == "L" else workers[target], which)
     return fault
 
 
-# (method, what, fault, does it stop with a checkpoint of its own, seconds in which all are gone, environment)
+# (method, what, fault, does the stop write a checkpoint, seconds until all are gone, environment)
 TORCHRUN = [
     ("randommask", "SIGTERM to torchrun", send(signal.SIGTERM, "L"), True, 20, {}),
     ("findna", "SIGTERM to torchrun and all ranks", send(signal.SIGTERM, "L", 0, 1), True, 20, {}),
@@ -269,12 +292,19 @@ def test_torchrun(fresh, torchrun, method, act, stops, seconds, env):
     act(launcher, workers)
     start = time.monotonic()
     assert launcher.wait(seconds) != 0
-    while any(map(alive, workers)):                          # nobody is orphaned
+    while any(map(alive, workers)):                          # no orphan stays
         assert time.monotonic() - start < seconds
         time.sleep(0.05)
-    said = Path("stdout").read_text()
     if stops:
         assert log_rows(Path("out"))[-1]["step"] == last_step() and 6 <= last_step() < STEPS
-        assert f"stopped  by a signal after step {last_step()};" in said
+        assert f"stopped  by a signal after step {last_step()};" in Path("stdout").read_text()
     check_sound(4)
     check_goes_on(method, alone, 2)
+
+
+@fault("torchrun: hash seed, locale, time zone")
+def test_torchrun_in_another_environment(fresh, torchrun):
+    alone = fresh("randommask")
+    launcher, _ = torchrun("randommask", dict(PYTHONHASHSEED="7", LC_ALL="C", TZ="Asia/Tokyo"))
+    assert launcher.wait(60) == 0
+    check_ending("randommask", alone)

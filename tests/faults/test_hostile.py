@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import finetune                                              # noqa: F401, its imports take long
@@ -137,7 +138,7 @@ def ran(script):
 def hostile(script):
     """The folder of the hostile files on the model of a script's checkpoint; bin: of a pytorch_model.bin."""
     if script == "bin":
-        weights = models.load_file(ROOM / "hf/model.safetensors")
+        weights = safetensors.torch.load_file(ROOM / "hf/model.safetensors")
         weights["cls.predictions.decoder.weight"] = weights["bert.embeddings.word_embeddings.weight"]
         write_hostile(ROOM / script, weights, lambda weights, note=None: (
             weights if isinstance(weights, dict) else {"a": weights}) | ({"note": note} if note else {}))
@@ -209,7 +210,7 @@ WAYS = {                                                     # folder of the fil
     **{f"finetune --{what}": ("finetune", "finetune", lambda path, what=what: [
         f"--{what}", "new" if what == "export" else "a.csv", "--init", path])
        for what in ("predict", "embed", "export")}}
-QUICK = ("load", "hf .bin", "randommask --init", "randommask resumed", "finetune --init")
+QUICK = ("load", "hf .bin", "randommask resumed", "finetune --init")
 SLOW = [pytest.param(way, marks=pytest.mark.slow) for way in WAYS if way not in QUICK]
 
 
@@ -288,7 +289,7 @@ def unsafe(source):
 
 
 @pytest.mark.fault("sources: unsafe calls")
-@pytest.mark.parametrize("path", sorted(ROOT.glob("*.py")) + sorted(ROOT.glob("tools/*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")]), ids=lambda x: x.name)
 def test_sources_call_nothing_unsafe(path):
     assert not [*unsafe(path.read_text())]
 
@@ -320,7 +321,8 @@ SHOWN = {                                                    # file: its text, a
     "strand": (f"{COORDINATES}/test/positive.csv", f"{HEAD}0,a,0,4,{LONG}\n", f"finetune {GENOMIC}"),
     "FASTA of regions": ("g.fa", f">{LONG}\nACGT\n>{ESC}2\nACGT\n", f"finetune {GENOMIC}"),
     "class folder": (f"{COORDINATES}/test/{ESC}.csv", HEAD, f"finetune {GENOMIC}"),
-    "class folder, report": (f"{COORDINATES}/test/{ESC}.csv", HEAD, f"data {GENOMIC.partition(' ')[2]}"),
+    "class folder, report": (f"{COORDINATES}/test/{ESC}.csv", HEAD,
+                             f"tools/report {GENOMIC.partition(' ')[2]}"),
     "config value": ("hf/config.json", json.dumps({"model_type": LONG}), "randommask --init hf:hf"),
     "path of a CSV": (f"{ESC}.csv", "", f"finetune --csv {ESC}.csv"),
     "path of a FASTA": (f"{ESC}.fa", "", f"randommask --genome {ESC}.fa"),

@@ -13,6 +13,7 @@ import tracemalloc
 import zipfile
 
 import pytest
+import safetensors.torch
 import torch
 
 import data
@@ -107,7 +108,7 @@ def altered(members, at, value):
 def bert_folder(path):
     """A tiny DNABERT in the released layout: old-style pickle weights."""
     models.save_hf(models.Bert(models.BertConfig(4 ** 3 + 5, 20, 1, 2, 8, 32, 0.0)), str(path))
-    weights, file = models.load_file(path / "model.safetensors"), io.BytesIO()
+    weights, file = safetensors.torch.load_file(path / "model.safetensors"), io.BytesIO()
     torch.save(weights, file)
     return {"config.json": (path / "config.json").read_bytes(), "pytorch_model.bin": file.getvalue()}
 
@@ -306,7 +307,7 @@ def test_refused(case, server, tmp_path, monkeypatch, capsys):
     rows = {f"{COHN}/{split}.csv": 2 for split in ("train", "test")} if "zip" in path else {path: 400}
     digest = hashlib.sha256(BODY).hexdigest() if "hash" in case else ""
     file = download.File(path, [server.url + "first"], len(BODY), rows, digest)
-    monkeypatch.setitem(download.SOURCES, "a", download.Source([file], "none", "none", "python data.py a {}"))
+    monkeypatch.setitem(download.SOURCES, "a", download.Source([file], "none", "none", "python report a {}"))
     folder = tmp_path / "data"
     with pytest.raises(ValueError, match="1 files not sound .a."):
         run(["a"], folder)
@@ -314,7 +315,7 @@ def test_refused(case, server, tmp_path, monkeypatch, capsys):
     assert re.search(f"^a: {re.escape(path)}: .*({word})", out, re.M), out
     place = folder / ("partial" if "zip" in path else "") / path
     assert out.count("curl ") == 1 and "\x1b" not in out
-    for said in (f"curl -fL --create-dirs -o {place} {server.url}first", f"python data.py a {folder}",
+    for said in (f"curl -fL --create-dirs -o {place} {server.url}first", f"python report a {folder}",
                  f"python -m tools.download a --check --data_dir {folder}"):
         assert said in out
     left = {name for name in harness.contents(folder) if not name.startswith("partial/")}
@@ -341,17 +342,18 @@ def test_a_zip_that_lies_takes_no_memory(tmp_path):
 def one_file(server, monkeypatch, replies):
     server.replies["/first"] = replies
     file = download.File("a.csv", [server.url + "first"], len(BODY), {"a.csv": 400}, "")
-    monkeypatch.setitem(download.SOURCES, "a", download.Source([file], "none", "none", "python data.py a"))
+    monkeypatch.setitem(download.SOURCES, "a", download.Source([file], "none", "none", "check"))
 
 
 @pytest.mark.fault("downloads", n=2)
-def test_full_disk(server, tmp_path, monkeypatch):
+def test_full_disk(server, tmp_path, monkeypatch, survived):
     one_file(server, monkeypatch, [GOOD])
     free = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda path: free._replace(free=len(BODY) - 1))
         with pytest.raises(ValueError, match="0.0 GB free, 0.0 GB needed; make room"):
             run(["a"], tmp_path)
+    survived()
     real = open
 
     def full(path, mode="r", *args):
@@ -366,12 +368,13 @@ def test_full_disk(server, tmp_path, monkeypatch):
     assert not (tmp_path / "a.csv").exists()
     run(["a"], tmp_path)
     assert (tmp_path / "a.csv").read_bytes() == BODY
+    survived()
 
 
 @pytest.mark.fault("downloads", n=1)
 def test_offline(server, tmp_path, monkeypatch, capsys):
     files = [download.File(path, ["http://127.0.0.1:1/a"], 9, {path: 1}, "") for path in ("a.csv", "b.csv")]
-    monkeypatch.setitem(download.SOURCES, "a", download.Source(files, "none", "none", "python data.py a"))
+    monkeypatch.setitem(download.SOURCES, "a", download.Source(files, "none", "none", "check"))
     with pytest.raises(ValueError, match="2 files not sound"):
         run(["a"], tmp_path)
     out = capsys.readouterr().out                            # a silent host is tried five times in all
@@ -390,7 +393,7 @@ def test_proxy(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.fault("downloads", n=2)
-def test_killed_and_resumed(server, tmp_path, monkeypatch):
+def test_killed_and_resumed(server, tmp_path, monkeypatch, survived):
     one_file(server, monkeypatch, [GOOD | {"pause": 0.05}, GOOD])
     process, part = harness.fork(lambda: run(["a"], tmp_path)), tmp_path / "partial/a.csv"
     while not part.exists() or part.stat().st_size < 2000:
@@ -398,6 +401,7 @@ def test_killed_and_resumed(server, tmp_path, monkeypatch):
         time.sleep(0.003)
     with pytest.raises(ValueError, match="another download is at work"):
         run(["a"], tmp_path)
+    survived()
     process.kill()
     process.join()
     assert "a.csv" not in harness.contents(tmp_path) and 2000 <= part.stat().st_size < len(BODY)
@@ -406,6 +410,7 @@ def test_killed_and_resumed(server, tmp_path, monkeypatch):
     assert server.requests[-1][1]["Range"] == f"bytes={n}-" and len(server.requests) == 2
     assert (tmp_path / "a.csv").read_bytes() == BODY and set(harness.contents(tmp_path)) == {
         "a.csv", "manifest.json", "partial/lock"}
+    survived()
 
 
 def test_files_that_are_there(server, tmp_path, monkeypatch, capsys):
@@ -433,7 +438,8 @@ def test_files_that_are_there(server, tmp_path, monkeypatch, capsys):
 def test_command(server, tmp_path, monkeypatch):
     """The command itself: the hub's files from HF_ENDPOINT, published numbers of rows, exit codes."""
     for split, n in data.TASKS["cpd/tata"].rows.items():
-        path = download.GUE[1].removeprefix(download.HUB).format("prom/prom_core_tata", split)
+        file, = (file for file in download.SOURCES["cpd/tata"].files if f"/{split}." in file.path)
+        path = file.urls[1].removeprefix(download.HUB)
         server.replies[path] = [{"body": csv(n, width=70, seed=n)}]
     monkeypatch.setenv("HF_ENDPOINT", server.url)            # which ends with a slash
     result = harness.run(["cpd/tata", "--data_dir", tmp_path], script="tools.download")
@@ -445,7 +451,7 @@ def test_command(server, tmp_path, monkeypatch):
     result = harness.run(["cpd", "--data_dir", tmp_path], script="tools.download")
     assert "6 files not sound (cpd/all, cpd/notata)" in harness.refused(result)
     assert result.out.count("not https, refused") == 12 and result.out.count("curl -fL") == 12
-    assert "unknown; use hg38" in harness.refused(harness.run(["hg39"], script="tools.download"))
+    assert "is unknown; use hg38" in harness.refused(harness.run(["hg39"], script="tools.download"))
     result = harness.run([], script="tools.download")
     assert result.code == 0 and all(f"{name} | " in result.out for name in download.SOURCES)
 
@@ -454,10 +460,16 @@ def test_table():
     files = {file.path: file for source in download.SOURCES.values() for file in source.files}
     assert len(download.source_names(["gue"])) == 28 and len(download.source_names(["gb"])) == 9
     assert download.source_names(["eap", "deepstarr", "mtcdna/1024"]) == ["deepstarr", "mtcdna"]
-    names = {*download.source_names([*download.GROUPS]), "hg38", "sacCer3", "dnabert6"}
+    names = {*download.source_names([*download.TASKS_OF]), *download.OTHERS}
     assert names == set(download.SOURCES) and sum(path.startswith("GUE/") for path in files) == 84
-    assert all(re.fullmatch("[0-9a-f]{32}|[0-9a-f]{64}", digest) for digest in download.DIGESTS.values())
-    assert {path for path, file in files.items() if file.digest} == set(download.DIGESTS)
+    digests = [file.digest for file in files.values() if file.digest]
+    assert len(digests) == 25 and all(re.fullmatch("[0-9a-f]{32}|[0-9a-f]{64}", digest) for digest in digests)
+    for task in data.TASKS.values():                         # the same row counts as in data.py
+        for split, n in task.rows.items() if task.suite in ("GUE", "GenomicBenchmarks") else ():
+            path = f"{task.folder}/{split}.csv"
+            assert next(file.rows[path] for file in files.values() if path in file.rows) == n
+    deepstarr = [files[f"DeepSTARR/Sequences_{name}.fa"] for name in ("Train", "Test", "Val")]
+    assert [n for file in deepstarr for n in file.rows.values()] == [*data.TASKS["eap"].rows.values()]
     assert files["fewshot/Splice-40/500/train_splice40_500.tsv"].rows == {
         "fewshot/Splice-40/500/train_splice40_500.tsv": 15000}
     urls = [url for file in files.values() for url in file.urls]

@@ -1,4 +1,4 @@
-"""figures.py: its arrays against literal loops, without matplotlib; its commands as a user types them."""
+"""tools.figures: its arrays against literal loops, without matplotlib; its commands as a user types them."""
 import json
 import math
 import shlex

@@ -1,4 +1,4 @@
-"""The benchmark part of data.py: tables, every task's reader on made files, the real files, the report."""
+"""The benchmark sets of data.py: tables, each task's reader on made and on real files; tools/report.py."""
 import csv
 import gzip
 import json
@@ -117,6 +117,16 @@ def test_task_table():
     assert "one set" in refusal(data.read_task, "emp", "data")
     emp = [sum(data.TASKS[name].rows.values()) for name in data.GROUPS["emp"]]
     assert emp == [14965, 33048, 34880, 31677, 30683, 36799, 28837, 27782, 14601, 34095]
+
+
+def test_a_set_of_your_own_is_one_row(tmp_path, monkeypatch):
+    monkeypatch.setitem(data.TASKS, "mine", data.task("own", "mine", "my/folder", 300, classes=("a", "b")))
+    assert "my/folder: no train.csv" in refusal(data.read_task, "mine", tmp_path)
+    for split in ("train", "dev", "test"):
+        put_table(tmp_path / f"my/folder/{split}.csv", ["ACGT", "GGCC"], [0, 1])
+    assert pairs(data.read_task("mine", tmp_path)["dev"]) == [("ACGT", 0), ("GGCC", 1)]
+    assert data.task_names(["mine"]) == ["mine"]
+    assert not any("mine" in names for names in data.GROUPS.values())
 
 
 def make(task, folder, layout):
@@ -263,9 +273,9 @@ def test_coordinates_give_derived_tables(name, tmp_path):
 
 
 def report(capsys, monkeypatch, *args):
-    monkeypatch.setattr(sys, "argv", ["data.py", *map(str, args)])
+    monkeypatch.setattr(sys, "argv", ["report.py", *map(str, args)])
     with pytest.raises(SystemExit) as e:
-        runpy.run_path(str(ROOT / "data.py"), run_name="__main__")
+        runpy.run_path(str(ROOT / "tools/report.py"), run_name="__main__")
     return e.value.code, *capsys.readouterr()
 
 

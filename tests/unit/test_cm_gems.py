@@ -198,6 +198,14 @@ def test_golden_curricula():
             assert share == pytest.approx(case["p_global"], abs=1e-12)
 
 
+def test_switch_and_stages_by_hand():
+    assert not cm_gems.settled([], 1) and not cm_gems.settled([5.0], 1)
+    for last, switches in ((4.1, True), (5.9, True), (4.0, False), (6.5, False), (2.0, False)):
+        assert cm_gems.settled([9.0, 5.0, last], 1) == switches
+    shares = [cm_gems.cm_step_share(step, 60, 10) for step in range(1, 61)]
+    assert shares == pytest.approx([stage / 10 for stage in range(10) for _ in range(6)])
+
+
 def test_pieces():
     windows = torch.randint(4, (20_000, 51), dtype=torch.uint8)
     torch.manual_seed(0)

@@ -1,7 +1,8 @@
-"""models.Bert and Classifier against transformers' BERT, and the two ways between their folders and ours."""
+"""Bert, its classifier and the CNN against transformers and formulas; reading and writing its folders."""
 import json
 import os
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from transformers import (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceC
 
 import data
 import models
-from harness import cases, equal, expand, random_dna
+from harness import cases, equal, expand, random_dna, refused, run, write_fasta
 
 
 def close(a, b):
@@ -72,7 +73,7 @@ def test_attention_equals_transformers_and_sdpa(hf, batch, padded):
     close(x[real], ours.encode(tokens, mask)[real])          # SDPA
     q, k, v = torch.randn(3, 1, 2, 5, 4)
     mean = sum(models.attend(q, k, v, None, 0.3, False)[0] for _ in range(4000)) / 4000
-    want = models.attend(q, k, v, None, 0.0, False)[0]       # dropout: another one, the same in the mean
+    want = models.attend(q, k, v, None, 0.0, False)[0]       # dropout: other values, the same mean
     assert 1e-4 < (mean - want).abs().max() < 0.1
 
 
@@ -204,3 +205,45 @@ def test_load_hf_reads_old_files(hf, tmp_path, capsys, zipped):
     torch.save(old, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
     equal(dict(models.load_hf(tmp_path).state_dict()), dict(ours.state_dict()))
     assert "A,T,C,G" in capsys.readouterr().out              # no vocab.txt: says which order it takes
+
+
+@pytest.mark.parametrize("sizes", [{"n_layer": 0}, {"n_head": 5}, {"n_embd": "32"}, {"vocab_size": 1e3},
+                                   {"dropout": 1.0}, {"dropout": "0.1"}])
+def test_sizes_that_are_no_network(sizes):
+    [name] = sizes
+    with pytest.raises(ValueError, match=name):
+        models.BertConfig(**sizes)
+
+
+def hide_safetensors():
+    sys.modules |= {"safetensors": None, "safetensors.torch": None}
+
+
+@pytest.mark.parametrize("script", ["randommask.py", "findna.py", "cm_gems.py", "finetune.py"])
+def test_scripts_start_without_safetensors(script):
+    result = run(["--help"], {0: hide_safetensors}, script=script)
+    assert result.code == 0 and result.out.startswith("usage: "), result
+
+
+def test_only_its_own_files_need_safetensors(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_fasta(tmp_path / "a.fa", {"a": random_dna(3000, np.random.default_rng(0))})
+    bert = models.Bert(models.BertConfig(69, 24, 1, 2, 8, 32))
+    models.save_hf(bert, "new")
+    (tmp_path / "old").mkdir()
+    shutil.copy("new/config.json", "old")
+    torch.save(load_file("new/model.safetensors"), "old/pytorch_model.bin")
+    flags = """--genome a.fa --device cpu --k 3 --block_size 24 --n_layer 1 --n_head 2 --n_embd 8
+               --batch_size 4 --micro_batch_size 4 --steps 1 --eval_windows 4"""
+    for init, out in (("hf:old", "from_bin"), ("from_bin/last.pt", "from_run"), ("hf:new", "none")):
+        result = run([*flags.split(), "--init", init, "--out", out], {0: hide_safetensors})
+        if init == "hf:new":
+            assert "pip install safetensors" in refused(result)
+        else:
+            assert result.code == 0, result
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    equal(dict(models.load_hf("old").state_dict()), dict(bert.state_dict()))
+    with pytest.raises(ValueError, match="pip install safetensors"):
+        models.save_hf(bert, "export")
+    assert not [name for name in os.listdir() if name.startswith("export")]

@@ -1,0 +1,239 @@
+"""Mutation test, by hand: each of these wrong programs must fail a quick test.
+
+    python tests/mutants.py [-k WORD] [--jobs 2]
+
+Applies one change at a time to a copy of the repository and runs the tests named beside it. Prints the test
+that kills each mutant. Exits with 1 if one survives, or if the text to change is not there exactly once.
+"""
+import argparse
+import multiprocessing
+import os
+import re
+import shutil
+import sys
+import tempfile
+from collections import namedtuple
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+LIMIT = 600                                                  # seconds for the tests of one mutant
+GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.py"
+UNIT = {name: f"tests/unit/test_{name}.py" for name in (
+    "cm_gems", "data", "defaults", "findna", "finetune", "models", "randommask")}
+Mutant = namedtuple("Mutant", "file what old new tests")
+
+
+def mutants(file, tests, changes):
+    """changes: {what is wrong: (old, new)} or (old, new, tests)."""
+    return [Mutant(file, what, *(change if len(change) == 3 else (*change, tests)))
+            for what, change in changes.items()]
+
+
+MUTANTS = mutants("randommask.py", [GOLDEN, "-k", "randommask"], {
+    "validates on training windows": ("forward(model, val, i", "forward(model, train, i"),
+    "cosine schedule": ("training.linear(step", "training.cosine(step"),
+    "ignores --lr": ("args.lr * training", "1e-4 * training"),
+    "warm-up of 5 %": ("round(0.02 * args.steps)", "round(0.05 * args.steps)"),
+    "betas of AdamW": ("(0.9, 0.98), 1e-6", "(0.9, 0.999), 1e-6"),
+    "eps of AdamW": ("(0.9, 0.98), 1e-6", "(0.9, 0.98), 1e-8"),
+    "ignores --weight_decay": ("args.lr, args.weight_decay", "args.lr, 0.01"),
+    "ignores --grad_clip": ("args.grad_clip)", "1.0)"),
+    "phase 1 throughout": ("lr = phase_at(step, edges)", "lr = phase_at(1, edges)"),
+    "mean over sequences": ("world / numbers[1].clamp(min=1)", "world / args.batch_size"),
+    "validates with dropout": ("model.eval()", "model.train()"),
+    "no dropout after a validation": ("model.train()", "model.eval()"),
+    "the same batch at every step": ("training.seed(args.seed, *key)", "training.seed(args.seed, key[-1])"),
+    "gradients pile up": ("optimizer.zero_grad()", "pass"),
+    "--seed is ignored": ("training.seed(args.seed, *key)", "training.seed(42, *key)"),
+    "other validation windows each time": ("args.eval_windows, phase, 0)", "args.eval_windows, phase, step)",
+                                           [HELD_OUT, "-k", "randommask"]),
+    "p of k = 6 for every k": ("MASK_RATE / args.k", "MASK_RATE / 6", [UNIT["defaults"]]),
+    "480,000 steps become 500,000": ("PAPER_STEPS = 480_000", "PAPER_STEPS = 500_000", [UNIT["defaults"]]),
+    "an edge belongs to the next phase": ("step > edge", "step >= edge", [UNIT["randommask"]]),
+    "spans grow to one side": ("(span - 1) // 2 + half", "(span - 1) // 2", [UNIT["randommask"]]),
+    "one span a batch": ("torch.randint(phase, (len(tokens),)", "torch.randint(phase, (1,)",
+                         [UNIT["randommask"]])})
+
+MUTANTS += mutants("findna.py", [GOLDEN, "-k", "findna"], {
+    "alpha and 1 - alpha swapped": ("(alpha * mnm + (1 - alpha) * cl).backward",
+                                    "((1 - alpha) * mnm + alpha * cl).backward"),
+    "teacher with dropout": ("copy.deepcopy(model).eval()", "copy.deepcopy(model)"),
+    "ignores --lr": ("args.lr * training", "3e-4 * training"),
+    "linear schedule": ("training.cosine(step", "training.linear(step"),
+    "warm-up of 5 %": ("round(0.3 * args.steps)", "round(0.05 * args.steps)"),
+    "betas of BERT": ("(0.9, 0.999), 1e-8", "(0.9, 0.98), 1e-8"),
+    "eps of BERT": ("(0.9, 0.999), 1e-8", "(0.9, 0.999), 1e-6"),
+    "ignores --weight_decay": ("args.lr, args.weight_decay", "args.lr, 3e-4"),
+    "lambda a step late": ("(step - 1) / steps", "step / steps"),
+    "lambda stays 0.996": ("list(model.parameters()), 1 - ema", "list(model.parameters()), 1 - EMA"),
+    "beta of the released code": ("CENTER_MOMENTUM, EMA = 0.996", "CENTER_MOMENTUM, EMA = 0.9"),
+    "temperatures swapped": ("TEMP_STUDENT, TEMP_TEACHER = 0.1, 0.04",
+                             "TEMP_STUDENT, TEMP_TEACHER = 0.04, 0.1"),
+    "q is not centered": ("(latent.float() - center)", "latent.float()"),
+    "the teacher sees view u": ("teacher(F.pad(view_v", "teacher(F.pad(view_u"),
+    "latent and projected swapped": ("(logits if projected else x)", "(x if projected else logits)"),
+    "softmax over the other axis": ('2 if args.cl_softmax == "features" else 1',
+                                    '1 if args.cl_softmax == "features" else 2'),
+    "mean over all bases": (".sum() / round(MASK_RATE * target.shape[1])", ".sum() / target.shape[1]"),
+    "center of the last micro-batch": ("numbers[4:] += latent", "numbers[4:] = latent"),
+    "alpha also without a teacher": ('"mnm": 1.0', '"mnm": args.alpha'),
+    "validates on training windows": ("draw_starts(val, n", "draw_starts(train, n"),
+    "validates with dropout": ("model.eval()", "model.train()"),
+    "no dropout after a validation": ("model.train()", "model.eval()"),
+    "ignores --fresh_windows": ("if args.fresh_windows else", "if False else", [HELD_OUT, "-k", "fresh"]),
+    "the same order in each epoch": ("default_rng((seed, epoch, 1, 1))", "default_rng((seed, 1, 1))"),
+    "masks 15 %": ("MASK_RATE = 0.3 ", "MASK_RATE = 0.15", [UNIT["findna"]]),
+    "noise of 0.1": ("EDIT, NOISE, FLIP = 20, 0.2", "EDIT, NOISE, FLIP = 20, 0.1", [UNIT["findna"]]),
+    "complement without reversal": ("one_hot[..., :4].flip(1, 2)", "one_hot[..., :4].flip(2)",
+                                    [UNIT["findna"]]),
+    "alpha of 0.9": ('"--alpha", type=number(float, 1e-9, 1), default=0.5',
+                     '"--alpha", type=number(float, 1e-9, 1), default=0.9', [UNIT["defaults"]])})
+
+MUTANTS += mutants("cm_gems.py", [GOLDEN, "-k", "cm_gems"], {
+    "padding is attended": ("mask=tokens != data.PAD", "mask=None"),
+    "ignores --lr": ("args.lr * training", "8e-4 * training"),
+    "cosine schedule": ("training.linear(step", "training.cosine(step"),
+    "warm-up of 2 %": ("round(0.05 * args.steps)", "round(0.02 * args.steps)"),
+    "betas of AdamW": ("(0.9, 0.98), 1e-6", "(0.9, 0.999), 1e-6"),
+    "eps of AdamW": ("(0.9, 0.98), 1e-6", "(0.9, 0.98), 1e-8"),
+    "ignores --weight_decay": ("args.lr, args.weight_decay", "args.lr, 0.01"),
+    "mean over sequences": ("world / numbers[1].clamp(min=1)", "world / args.batch_size"),
+    "never switches": ('{"strategy": "global", "switch_step"', '{"strategy": "genemask", "switch_step"'),
+    "ignores --p_scale": ("args.p_scale * center_probability", "center_probability"),
+    "p of spans of k for GeneMask": ('"genemask": (3 * k - 1) / 2', '"genemask": k'),
+    "validates on training windows": ("forward(model, val, i", "forward(model, train, i"),
+    "validates with dropout": ("model.eval()", "model.train()"),
+    "no dropout after a validation": ("model.train()", "model.eval()"),
+    "cm_step easy throughout": ('masker = "global" if rng.random() < share', 'masker = "global" if False'),
+    "short pieces only": ("2 * (L - k) * quantile", "(L - k) * quantile", [UNIT["cm_gems"]]),
+    "switches at a drop only": ("abs(perplexities[-1] - perplexities[-2])",
+                                "(perplexities[-2] - perplexities[-1])", [UNIT["cm_gems"]]),
+    "a stage too early": ("stages * (step - 1) // steps", "stages * step // steps", [UNIT["cm_gems"]]),
+    "floor(m / 2) high centers": ("(m + 1) // 2", "m // 2", [UNIT["cm_gems"]]),
+    "all high up to 6 centers": ("half < 5", "half < 4", [UNIT["cm_gems"]]),
+    "lr of DNABERT": ('"--lr", type=number(float, 1e-30), default=8e-4',
+                      '"--lr", type=number(float, 1e-30), default=4e-4', [UNIT["defaults"]])})
+
+MUTANTS += mutants("data.py", [UNIT["data"]], {
+    "70/10/20": ("5 - 8 * n, 5 + 2 * n", "5 - 7 * n, 5 + 3 * n"),
+    "a random k-mer of all tokens": ("masked & (draw < 5 + n)", "masked & (draw < 5 + 2 * n)"),
+    "spans one to the left": ("(at - right)", "(at - right + 1)"),
+    "A, C, G, T order": ('LETTERS = "ATCGN"', 'LETTERS = "ACTGN"'),
+    "trains on what is held out": ("np.stack([start, cut], 1)", "np.stack([start, end], 1)", [HELD_OUT]),
+    "holds out 2 %": ("sizes // 100", "sizes // 50", [HELD_OUT]),
+    "ignores --val_contigs": ("if val_contigs else sizes", "if False else sizes", [HELD_OUT]),
+    "no window at the end of an interval": ("intervals[:, 0] - length + 1", "intervals[:, 0] - length",
+                                            [GOLDEN, "-k", "randommask"])})
+
+MUTANTS += mutants("models.py", [UNIT["models"]], {
+    "no GELU in the head": ("self.ln_head(F.gelu(self.head(x)))", "self.ln_head(self.head(x))"),
+    "no scaling of attention": ("q / math.sqrt(q.shape[-1])", "q"),
+    "padding is attended where dropout is": ('masked_fill(~mask, float("-inf"))', "masked_fill(~mask, -1.0)"),
+    "positions start at 1": ("self.pos_emb.weight[:T]", "self.pos_emb.weight[-T:]"),
+    "LayerNorm eps of torch": ("EPS = 1e-12", "EPS = 1e-5"),
+    "rotates the other way": ("(at + shift) % length", "(at - shift) % length", [UNIT["findna"]])})
+
+MUTANTS += mutants("training.py", [GOLDEN], {
+    "no clipping": ("(clip / (norm + 1e-6)).clamp(max=1)", "1"),
+    "clips each gradient up": (".clamp(max=1)", ""),
+    "decays biases and LayerNorm": ('"weight_decay": 0.0}', '"weight_decay": weight_decay}'),
+    "linear to 0 at the last step": ("(steps - step + 1) / (steps - warmup + 1)",
+                                     "(steps - step) / max(steps - warmup, 1)"),
+    "cosine without warm-up": ("done = max(step - warmup, 0) / (steps - warmup + 1)", "done = step / steps"),
+    "the same draws for every key": ("torch.default_generator.manual_seed(value)",
+                                     "torch.default_generator.manual_seed(0)")})
+
+MUTANTS += mutants("finetune.py", [GOLDEN, "-k", "finetune or seed"], {
+    "ignores the weight decay": ('p["lr"], p["weight_decay"]', 'p["lr"], 0.01'),
+    "linear schedule throughout": ('SCHEDULES[p["schedule"]]', 'SCHEDULES["linear"]'),
+    "ignores the clipping": ('p["grad_clip"])', "1e9)"),
+    "ignores the lr": ('p["lr"] * SCHEDULES', "3e-5 * SCHEDULES"),
+    "warm-up of 10 % throughout": ('round(p["warmup"] * steps)', "round(0.1 * steps)"),
+    "divides by the piece": ("(loss / len(index)).backward()", "(loss / len(piece)).backward()"),
+    "the same order in each epoch": ('key["seed"], epoch)', 'key["seed"], 0)'),
+    "dev scored with dropout": ("net.eval()\n    outputs = infer.apply(net, dev",
+                                "outputs = infer.apply(net, dev"),
+    "no dropout after an evaluation": ("net.train()", "pass"),
+    "the same dev for every seed": ('(1 - p["val"], p["val"]), seed)', '(1 - p["val"], p["val"]), 42)'),
+    "betas of BERT": ("(0.9, 0.999), 1e-8", "(0.9, 0.98), 1e-8"),
+    "gradients pile up": ("optimizer.zero_grad()", "pass"),
+    "EMP for 10 epochs": ('"emp": dict(epochs=100)', '"emp": dict(epochs=10)', [UNIT["defaults"]]),
+    "flags do not win": ("| (CNN if init == \"cnn\" else {}) | flags", "| (CNN if init == \"cnn\" else {})")})
+MUTANTS += mutants("infer.py", [GOLDEN, "-k", "finetune or seed"], {
+    "the same head for every seed": ("training.seed(seed)", "training.seed(42)")})
+
+
+def copy_repository(folder):
+    """The code and its tests in folder/copy, beside the shared data if there are any."""
+    unwanted = shutil.ignore_patterns(".git", "out", "__pycache__", ".*_cache", ".venv")
+    shutil.copytree(ROOT, folder / "copy", ignore=unwanted)
+    if (ROOT.parent / "shared").exists():
+        os.symlink(ROOT.parent / "shared", folder / "shared")
+    return folder / "copy"
+
+
+def run_tests(copy, tests):
+    """(exit code, output) of pytest in a fork: what is slow to import is there already."""
+    def main():
+        for fd in (1, 2):
+            os.dup2(os.open(copy.parent / "output", os.O_CREAT | os.O_WRONLY | os.O_APPEND), fd)
+        os.chdir(copy)
+        sys.path[:] = [path for path in sys.path if path and Path(path).resolve() != ROOT / "tests"]
+        sys.dont_write_bytecode = True
+        sys.exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests]))
+    process = multiprocessing.get_context("fork").Process(target=main)
+    process.start()
+    process.join(LIMIT)
+    if process.is_alive():
+        process.kill()
+        process.join()
+    return process.exitcode, (copy.parent / "output").read_text(errors="replace")
+
+
+def kill(mutant):
+    """Name of the test that fails on the mutant; None if it survives."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = copy_repository(Path(folder)) / mutant.file
+        path.write_text(path.read_text().replace(mutant.old, mutant.new))
+        code, output = run_tests(path.parent, mutant.tests)
+    failed = re.findall(r"^(?:FAILED|ERROR) \S*?([^/\s]+::\S.*?)(?: - .*)?$", output, re.M)
+    if code not in (0, 1) or code and not failed:            # such as a mutant that is not Python
+        raise SystemExit(f"{mutant.file}: {mutant.what}: the tests ended with {code}\n{output[-3000:]}")
+    return failed[0] if code else None
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-k", metavar="WORD", default="", help="only the mutants with this word")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time (%(default)s)")
+    args = parser.parse_args()
+    chosen = [mutant for mutant in MUTANTS if args.k in f"{mutant.file} {mutant.what}"]
+    for mutant in chosen:
+        n = (ROOT / mutant.file).read_text().count(mutant.old)
+        if n != 1:
+            raise SystemExit(f"{mutant.file}: {mutant.what}: {n} times in the code: {mutant.old!r}")
+    torch.set_num_threads(1)
+    torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))])  # imports torch._dynamo, before the first fork
+    with tempfile.TemporaryDirectory() as folder:
+        files = sorted({mutant.tests[0] for mutant in chosen})
+        code, output = run_tests(copy_repository(Path(folder)), files)
+        if code:
+            raise SystemExit(f"the tests fail without a mutant\n{output[-3000:]}")
+    survivors = []
+    with ThreadPool(args.jobs) as pool:
+        for mutant, test in zip(chosen, pool.imap(kill, chosen)):
+            print(f"{mutant.file}: {mutant.what}: {f'killed by {test}' if test else 'SURVIVED'}", flush=True)
+            survivors += [] if test else [mutant]
+    print(f"{len(chosen)} mutants, {len(survivors)} survived")
+    for mutant in survivors:
+        print(f"  {mutant.file}: {mutant.what}")
+    raise SystemExit(bool(survivors))
+
+
+if __name__ == "__main__":
+    main()

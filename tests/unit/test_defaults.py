@@ -1,0 +1,173 @@
+"""What a script does without flags is what its paper did: each default beside its source.
+
+Sources. Liang: the RandomMask paper. DNABERT: its run_pretrain.py, config.json and README. GM: GeneMask's
+repository (Script-A pretraining, Script-B few-shot, Code-E models). Roy: CM-GEMS, slides and released code.
+Yu: FinDNA (pretraining: sections 3.1 to 3.4 and 4.1). Yu's code: the released one, where the paper is silent.
+"""
+import importlib
+import sys
+
+import pytest
+
+import finetune
+
+# where, how often, on what: every flag that is not here is in one of the tables below
+COMMON = {"genome", "data_dir", "cache", "val_contigs", "init", "micro_batch_size", "out", "resume",
+          "log_every", "eval_windows", "device", "dtype", "compile", "show_masks", "demo"}
+RANDOMMASK = {
+    "k": (6, "Liang: overlapping 6-mers, as DNABERT"),
+    "stride": (1, "Liang: overlapping"),
+    "block_size": (512, "Liang: sequence length of 512"),
+    "n_layer": (12, "DNABERT: BERT-base"),
+    "n_head": (12, "DNABERT"),
+    "n_embd": (768, "DNABERT"),
+    "dropout": (0.1, "DNABERT"),
+    "mask": ("randommask", "Liang, Algorithm 1"),
+    "p": (0.15 / 6, "Liang, Algorithm 1: P = 2.5 %"),
+    "batch_size": (512, "Liang"),
+    "steps": (480_000, "Liang, Algorithm 1: steps"),
+    "lr": (1e-4, "Liang"),
+    "warmup": (9600, "DNABERT: 10,000 of 500,000, 2 %"),
+    "weight_decay": (0.01, "DNABERT"),
+    "grad_clip": (1.0, "DNABERT"),
+    "keep": ([1_000, 30_000, 300_000], "Liang, Figs 2, 5 and 8"),
+    "seed": (42, "DNABERT")}
+FINDNA = {
+    "length": (1000, "Yu"),
+    "windows": (100_000, "Yu"),
+    "fresh_windows": (False, "Yu: one set"),
+    "backbone": ("chordmixer", "Yu"),
+    "n_layer": (4, "Yu's code; Yu: 25.4M parameters in two networks"),
+    "track_size": (28, "Yu's code: 308 channels, 11 tracks"),
+    "hidden": (512, "Yu's code"),
+    "dropout": (0.0, "Yu's code"),
+    "objective": ("both", "Yu, Eq. 1"),
+    "alpha": (0.5, "Yu, Eq. 1, section 4.1"),
+    "views": ("MDIT+NR", "Yu, Table 4"),
+    "translocation": (20, "EvoAug, Yu's code"),
+    "batch_size": (64, "Yu's code"),
+    "epochs": (50, "Yu"),
+    "steps": (78_125, "50 epochs of 100,000 windows in batches of 64"),
+    "lr": (3e-4, "Yu's code"),
+    "warmup": (23_438, "Yu: 30 % of the steps"),
+    "weight_decay": (3e-4, "Yu's code"),
+    "seed": (42, "ours")}
+FINDNA_OURS = {"n_head", "n_embd", "cl_softmax", "cl_space", "grad_clip", "keep", "eval_every", "save_every"}
+CM_GEMS = {
+    "k": (6, "GM: 6-mers"),
+    "block_size": (512, "GM Script-A"),
+    "model": ("dnabert", "Roy: the columns without a prefix"),
+    "n_layer": (12, "GM Code-E: DNABERT"),
+    "n_head": (12, "GM Code-E"),
+    "n_embd": (768, "GM Code-E"),
+    "n_inner": (3072, "GM Code-E"),
+    "dropout": (0.1, "GM Code-E"),
+    "strategy": ("cm_gems", "Roy"),
+    "p_scale": (1.0, "GM: 0.15 over the mean span"),
+    "switch_drop": (1.0, "Roy: threshold_perplexity_drop"),
+    "switch_after": (0, "Roy: none"),
+    "cm_step_stages": (10, "Roy: the steps divided by ten"),
+    "cm_step_easy": ("genemask", "Roy"),
+    "npmi": ("published", "GM Data-A"),
+    "npmi_contigs": (None, "GM Code-C: hg38's chr1, chr2, chr3 where the genome is hg38"),
+    "npmi_table": (None, "counted"),
+    "npmi_only": (False, "ours"),
+    "batch_size": (250, "GM Script-A: 10 x 25"),
+    "steps": (10_000, "GM Script-A"),
+    "lr": (8e-4, "GM Script-A"),
+    "warmup": (500, "GM Script-A: 5 % of the steps"),
+    "weight_decay": (0.01, "GM Script-A"),
+    "grad_clip": (1.0, "GM Script-A"),
+    "eval_every": (500, "GM Script-A: logging_steps; 5 % of the steps"),
+    "save_every": (1000, "GM Script-A"),
+    "seed": (42, "GM Script-A")}
+LOGO = {"n_layer": 2, "n_head": 8, "n_embd": 256, "n_inner": 3072, "dropout": 0.0}           # GM Code-E
+
+
+@pytest.fixture
+def defaults(monkeypatch):
+    """defaults(script, *flags): the parsed and completed flags, as a dict."""
+    def parse(script, *flags):
+        module = importlib.import_module(script)
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
+        args = module.parse_args()
+        if hasattr(module, "complete_args"):
+            module.complete_args(args)
+        return vars(args)
+    return parse
+
+
+@pytest.mark.parametrize("script, table, ours", [
+    ("randommask", RANDOMMASK, {"eval_every", "save_every"}), ("findna", FINDNA, FINDNA_OURS),
+    ("cm_gems", CM_GEMS, {"keep"})], ids=["randommask", "findna", "cm_gems"])
+def test_defaults_equal_the_paper(defaults, script, table, ours):
+    args = defaults(script)
+    for name, (value, source) in table.items():
+        assert args[name] == value and type(args[name]) is type(value), f"--{name}: {source}"
+    assert {*args} == {*table} | COMMON | ours               # a new flag belongs in one of them
+    assert args["genome"] == ["hg38"] and args["val_contigs"] == [] and not (args["init"] or args["resume"])
+
+
+@pytest.mark.parametrize("script, flags, want", [
+    ("randommask", "--mask dnabert", {"p": 0.15 / 6}),       # DNABERT: 15 % in spans of k
+    ("randommask", "--mask single --stride 6", {"p": 0.15}),
+    ("randommask", "--k 3", {"p": 0.15 / 3}), ("randommask", "--k 4", {"p": 0.15 / 4}),
+    ("randommask", "--steps 48000", {"warmup": 960, "keep": [100, 3_000, 30_000]}),
+    ("randommask", "--steps 100 --warmup 0", {"warmup": 0}),
+    ("findna", "--epochs 30", {"steps": 46_875, "warmup": 14_062}),
+    ("findna", "--steps 1000", {"steps": 1000, "warmup": 300}),
+    ("findna", "--windows 1000 --epochs 1", {"steps": 16, "warmup": 5}),       # the last batch of 40: as 64
+    ("cm_gems", "--steps 1000", {"warmup": 50, "eval_every": 50}),             # Roy: the short run
+    ("cm_gems", "--model logo", LOGO), ("cm_gems", "--model logo --dropout 0.2", LOGO | {"dropout": 0.2})],
+    ids=lambda x: x if isinstance(x, str) else "")
+def test_defaults_that_follow_other_flags(defaults, script, flags, want):
+    args = defaults(script, *flags.split())
+    assert {name: args[name] for name in want} == want
+
+
+def test_finetune_defaults(defaults):
+    args = defaults("finetune", "--task", "emp/H3")
+    want = {"init": ["random"], "mode": "finetune", "seed": 42, "shots": [10], "k": 6, "block_size": 512,
+            "n_layer": 12, "n_head": 12, "n_embd": 768, "pool": "mean", "head": "linear", "blocks": "all"}
+    assert {name: args[name] for name in want} == want
+    flags = "protocol seeds batch_size lr weight_decay epochs warmup dropout stride long eval_network".split()
+    assert {name: args[name] for name in flags} == dict.fromkeys(flags)        # the protocol's, the model's
+
+
+FEW, BINARY = "splice_40", "gb/human_enhancers_cohn"
+PROTOCOLS = [                                                # (name, tasks, shots, --init), numbers
+    # Liang, Table 4
+    (("randommask", "emp/H3 emp/H4ac", None, ""), dict(lr=3e-5, batch_size=32, epochs=100, weight_decay=0)),
+    (("randommask", "tf_h/0 tf_m/4 cpd/tata ssp/reconstructed", None, ""), dict(epochs=10, warmup=50)),
+    (("randommask", "pd/all", None, ""), dict(lr=3e-5, batch_size=32, epochs=5, weight_decay=0, warmup=50)),
+    (("randommask", "eap", None, ""), dict(lr=3e-5, batch_size=64, epochs=10, weight_decay=0, warmup=50)),
+    # DNABERT-2's run_dnabert1.sh
+    (("dnabert2", "emp/H3", None, ""), dict(lr=3e-5, batch_size=32, epochs=3, weight_decay=0.01, warmup=50,
+                                            eval_every=200, select="loss")),
+    (("dnabert2", "tf_m/0", None, ""), dict(epochs=5, warmup=30, eval_every=200, max_steps=1000)),
+    (("cmgems", "pd/tata", None, ""), dict(lr=3e-5, batch_size=32, epochs=10, warmup=50, eval_every=200)),
+    # GM Script-B
+    (("fewshot", FEW, 100, ""), dict(lr=1e-4, batch_size=5, epochs=20, warmup=0.1, weight_decay=0.01,
+                                     dropout=0.1, select="last", seeds=10)),
+    (("fewshot", FEW, 500, ""), dict(lr=5e-5, batch_size=15, epochs=5, warmup=0.1, weight_decay=0.01)),
+    # Yu 4.3 and 4.4
+    (("findna", "gb/demo_human_or_worm", None, ""), dict(lr=0.01, batch_size=1024, epochs=50, warmup=0.3,
+                                                         weight_decay=0.1, schedule="cosine")),
+    (("findna", "emp/H3", None, ""), dict(lr=5e-4, batch_size=32, epochs=20, warmup=0.3, schedule="cosine",
+                                          dropout=0.1)),
+    (("findna", "covid", None, ""), dict(lr=1e-3, batch_size=256, epochs=100, warmup=0.3, schedule="cosine")),
+    # Martinek et al.; their CNN: GenomicBenchmarks' Adam
+    (("martinek", BINARY, None, ""), dict(lr=2e-4, batch_size=48, weight_decay=0.1, warmup=0.1, patience=3,
+                                          seeds=5, select="loss")),
+    (("martinek", BINARY, None, "cnn"), dict(lr=1e-3, batch_size=32, weight_decay=0, warmup=0,
+                                             schedule="constant"))]
+
+
+@pytest.mark.parametrize("case, want", PROTOCOLS, ids=[" ".join(map(str, case)) for case, _ in PROTOCOLS])
+def test_protocols_equal_the_paper(case, want):
+    name, tasks, shots, init = case
+    want = {"schedule": "linear"} | want | ({} if init == "cnn" else {"grad_clip": 1.0})
+    for task in tasks.split():
+        got = finetune.get_protocol(name, task, shots, init, {})
+        assert {number: got[number] for number in want} == want, task
+        assert type(got["warmup"]) is type(want.get("warmup", got["warmup"]))  # steps, or a share of them

@@ -1,0 +1,154 @@
+"""Export a model for others, with a model card: a Bert in the Hugging Face layout, a FinDNA as safetensors.
+
+    python -m tools.export my-dna-bert --init out/randommask/last.pt
+    python -m tools.export my-classifier --init out/finetune/csv_my/randommask.pt
+
+Needs safetensors.
+"""
+import argparse
+import json
+import os
+
+import finetune
+import models
+import training
+
+CARD = """---
+tags: [biology, genomics, dna]
+library_name: {library}
+---
+# {title}
+
+{what} Made with nanoDNA's `{method}`.
+
+- steps: {step}; fingerprint of the data (genome, or splits): `{data}`
+- tokens: {tokens}
+- numbers: {numbers}
+
+## Use
+
+```python
+{use}
+```
+
+## Limits
+
+The model has seen only a reference sequence and, if fine-tuned, one labelled data set: results on other
+populations, species and assays may differ. Not for clinical use. Benchmarks drawn from the pretraining genome
+are not independent of it.
+
+## How it was made
+
+```json
+{args}
+```
+
+Cite {cite}, and nanoDNA.
+"""
+USE_BERT = """from transformers import {auto}, AutoTokenizer
+model, tokenizer = {auto}.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
+dna = "ACGTTGCAACGTTGCA"
+words = " ".join(dna[i:i + {k}] for i in range(0, len(dna) - {k} + 1, {stride}))
+print(model(**tokenizer(words, return_tensors="pt")).logits.shape)"""
+USE_MIXER = """import json, torch                                    # with nanoDNA's data.py and models.py
+from safetensors.torch import load_file
+import data, models
+net = models.make_backbone(json.load(open("FOLDER/config.json"))["mixer"]).eval()
+weights = load_file("FOLDER/model.safetensors")
+net.load_state_dict({name[9:]: w for name, w in weights.items() if name.startswith("backbone.")})
+bases = torch.from_numpy(data.encode("ACGTTGCAACGTTGCA"))[None]
+print(net(data.one_hot(bases)).shape)                      # (1, bases, channels)"""
+CITE = {"randommask": "Liang et al., Rethinking the BERT-like Pretraining for DNA Sequences",
+        "cm_gems": "Roy et al., GeneMask and CM-GEMS", "findna": "Yu et al., Self-Distillation Improves DNA "
+        "Sequence Inference", "finetune": "the paper of the pretrained model and of the data set"}
+
+
+def read_log(path):
+    """Rows of a log.jsonl; lines that a kill or a full disk left broken are passed over."""
+    rows = []
+    if os.path.exists(path):
+        with open(path, errors="replace") as f:
+            for line in f:
+                try:
+                    rows.append(dict(json.loads(line)))
+                except (ValueError, TypeError, RecursionError):
+                    continue
+    return rows
+
+
+def recorded(init, state):
+    """Scores of a fine-tuned checkpoint in its results.jsonl, else the last losses in the log beside it."""
+    rows = finetune.read_rows(os.path.dirname(os.path.dirname(init)))
+    numbers = [row["test"] | {"task": row["task"], "seed": row["seed"]} for row in rows
+               if "id" in row and row["id"] == state.get("id")]
+    log = [] if numbers else [row for row in read_log(os.path.join(os.path.dirname(init), "log.jsonl"))
+                              if "step" in row]
+    if not log:
+        return numbers
+    return {name: value for name, value in log[-1].items() if "val" in name or name in ("step", "loss")}
+
+
+def model_card(state, spec, folder, numbers, use):
+    """README.md of an export. state: the checkpoint; numbers: scores or losses; use: of use_bert, use_mixer."""
+    library, tokens, snippet = use
+    return CARD.format(
+        library=library, title=os.path.basename(folder.rstrip("/")), tokens=tokens,
+        what=f"A model of {', '.join(spec['classes'])}." if "classes" in spec else "A pretrained DNA model.",
+        method=state["method"], step=state["step"], data=state["data"],
+        numbers=json.dumps(numbers) if numbers else "none recorded", use=snippet.replace("FOLDER", folder),
+        args=json.dumps(state["args"], indent=1), cite=CITE.get(state["method"], "the model's own paper"))
+
+
+def use_bert(spec):
+    """(library, tokens, Python snippet) for the card."""
+    auto = "AutoModelForSequenceClassification" if "classes" in spec else "AutoModelForMaskedLM"
+    return ("transformers", f"{spec['k']}-mers, stride {spec['stride']}, upper case, separated by blanks",
+            USE_BERT.format(auto=auto, k=spec["k"], stride=spec["stride"]))
+
+
+def use_mixer(spec):
+    return "safetensors", "single bases, one-hot A, C, G, T, N", USE_MIXER
+
+
+def write_bert(net, folder, card):
+    if "classes" in net.spec:
+        models.save_hf(net, folder, net.spec["classes"], net.spec["regression"], card)
+    else:
+        models.save_hf(net.bert, folder, card=card)
+
+
+def write_mixer(net, folder, card):
+    """Weights, spec and card; without the untrained head of a pretrained network."""
+    weights = {name: tensor for name, tensor in net.state_dict().items()
+               if "classes" in net.spec or name.startswith("backbone.")}
+    models.save_folder(folder, weights, {"config.json": net.spec, "README.md": card})
+
+
+EXPORTS = {"bert": (use_bert, write_bert), "mixer": (use_mixer, write_mixer)}  # by kind of network
+
+
+def export(folder, init, eval_network=None):
+    """Writes a folder with the weights of --init and a model card."""
+    if not folder:
+        raise ValueError("FOLDER '': is empty; name a new folder")
+    net = finetune.load_model(init, eval_network=eval_network).net
+    if net.spec["kind"] not in EXPORTS:
+        raise ValueError(f"--init {init}: a {net.spec['kind']} is not exported; use a Bert or a ChordMixer")
+    use, write = EXPORTS[net.spec["kind"]]
+    state = {"method": "hf", "step": "unknown", "data": "unknown", "args": {"init": init}}
+    if not init.startswith("hf:"):
+        state = training.load(init)
+    write(net, folder, model_card(state, net.spec, folder, recorded(init, state), use(net.spec)))
+    print(f"{init} -> {folder}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="FOLDER", help="new folder to write")
+    parser.add_argument("--init", required=True, help="checkpoint, or hf:FOLDER")
+    parser.add_argument("--eval_network", choices=("teacher", "student"),
+                        help="FinDNA: network to export (teacher if there)")
+    with training.user_errors():
+        args = parser.parse_args()
+        export(args.folder, args.init, args.eval_network)
