@@ -79,10 +79,10 @@ def augment(bases, letters, reach):
     return bases
 
 
-def draw_masked(shape, mask_rate, device):
-    """Draws exactly round(mask_rate x L) positions of each row: bool (B, L, 1)."""
+def draw_masked(shape, device, mask_rate=MASK_RATE):
+    """Draws exactly round(mask_rate x L) positions of each row: bool (B, L)."""
     chosen = torch.rand(shape, device=device).topk(round(mask_rate * shape[1]), sorted=False).indices
-    return torch.zeros(shape, dtype=torch.bool, device=device).scatter_(1, chosen, True)[..., None]
+    return torch.zeros(shape, dtype=torch.bool, device=device).scatter_(1, chosen, True)
 
 
 def other_strand(one_hot):
@@ -108,10 +108,10 @@ def make_views(bases, views, reach, mask_rate=MASK_RATE, noise=NOISE, flip=FLIP)
     """
     letters_u, letters_v = views.split("+")
     view_u, clean = make_view(bases, letters_u, reach, noise, flip)
-    masked = draw_masked(bases.shape, mask_rate, bases.device)
+    masked = draw_masked(bases.shape, bases.device, mask_rate)[..., None]
     view_v, _ = make_view(bases, letters_v, reach, noise, flip)
     if "M" in letters_v:
-        view_v = view_v.masked_fill(draw_masked(bases.shape, mask_rate, bases.device), 0)
+        view_v = view_v.masked_fill(draw_masked(bases.shape, bases.device, mask_rate)[..., None], 0)
     return view_u.masked_fill(masked, 0), clean.masked_fill(~masked, 0), view_v
 
 
@@ -138,12 +138,12 @@ def mnm_loss(logits, target):
     return -(logits.float().log_softmax(-1) * target).sum()
 
 
-def teacher_outputs(outputs, center, dim, temp):
+def teacher_outputs(outputs, center, dim, temp=TEMP_TEACHER):
     """Returns q: the teacher's [CLS] (B, K, C), centered and sharpened (Eq. 5)."""
     return ((outputs.float() - center) / temp).softmax(dim)
 
 
-def cl_loss(outputs, q, dim, temp):
+def cl_loss(outputs, q, dim, temp=TEMP_STUDENT):
     """Returns Eq. 7 over sequences: the sum of cross-entropies of the student's [CLS] (B, K, C) with q."""
     return -(q * (outputs.float() / temp).log_softmax(dim)).sum()
 
