@@ -10,6 +10,7 @@ for the whole sequence (Yu et al., "Self-Distillation Improves DNA Sequence Infe
     python findna.py --objective mnm                         ablation CM-MNM: masked bases only, no teacher
     python findna.py --backbone transformer                  ablation FinDNA-T
 """
+import argparse
 import copy
 import functools
 import math
@@ -28,10 +29,13 @@ N_CLS = 10                                                   # K, blank tokens a
 TEMP_STUDENT, TEMP_TEACHER = 0.1, 0.04                       # Eqs 4, 5
 CENTER_MOMENTUM, EMA = 0.996, 0.996                          # beta; lambda, which rises to 1
 EDIT, NOISE, FLIP = 20, 0.2, 0.5                             # EvoAug's; the paper's; the released code's
-VIEWS = ("MDIT+NR", "M+none", "M+DIT", "MDT+DIT")            # of student + teacher; Table 4
+VIEWS = "MDIT+NR"                                            # of student + teacher: the method, Table 4
+PLAIN = "M+none"                                             # masked but not edited, for validation
 BETAS, EPS = (0.9, 0.999), 1e-8                              # AdamW's own: the paper gives none
 COLLAPSED = 0.01                                             # collapse threshold on q_information (nats)
-DEMO = dict(genome=["demo"], length=118, windows=9600, n_layer=1, track_size=8, hidden=64, alpha=0.97,
+# The released code's choices that flags can express; docs/findna.md lists the rest
+RELEASED = dict(views="MNR+T", center_momentum=0.9, epochs=30)
+DEMO = dict(genome=["demo"], length=118, windows=9600, n_layer=1, track_size=8, hidden=64,
             lr=1e-2, micro_batch_size=32, epochs=4, out="out/demo_findna", log_every=50, eval_every=200)
 
 
@@ -75,9 +79,9 @@ def augment(bases, letters, reach):
     return bases
 
 
-def draw_masked(shape, device):
-    """Draws exactly round(0.3 L) positions of each row: bool (B, L)."""
-    chosen = torch.rand(shape, device=device).topk(round(MASK_RATE * shape[1]), sorted=False).indices
+def draw_masked(shape, device, mask_rate=MASK_RATE):
+    """Draws exactly round(mask_rate x L) positions of each row: bool (B, L)."""
+    chosen = torch.rand(shape, device=device).topk(round(mask_rate * shape[1]), sorted=False).indices
     return torch.zeros(shape, dtype=torch.bool, device=device).scatter_(1, chosen, True)
 
 
@@ -86,22 +90,41 @@ def other_strand(one_hot):
     return torch.cat([one_hot[..., :4].flip(1, 2), one_hot[..., 4:].flip(1)], -1)
 
 
-def make_views(bases, views, reach):
+def make_view(bases, letters, reach, noise, flip):
+    """Edits base codes (B, L), adds noise, flips strands; returns the view with and without noise."""
+    clean = data.one_hot(augment(bases, letters, reach))
+    view = clean + noise * torch.randn_like(clean) if "N" in letters else clean
+    if "R" in letters:
+        flipped = torch.rand(len(bases), 1, 1, device=bases.device) < flip
+        view, clean = (torch.where(flipped, other_strand(x), x) for x in (view, clean))
+    return view, clean
+
+
+def make_views(bases, views, reach, mask_rate=MASK_RATE, noise=NOISE, flip=FLIP):
     """Makes the two views of base codes (B, L): view_u, target, view_v, one-hot floats (B, L, 5).
 
     view_u (student) has zeros where a base is masked; target has these bases and zeros elsewhere.
+    views: STUDENT+TEACHER, each some of M D I T N R (mask, the edits, noise, reverse complement), or none.
     """
-    of_u, of_v = views.split("+")
-    bases_u = augment(bases, of_u, reach)
-    masked = draw_masked(bases.shape, bases.device)
-    view_u, target = (data.one_hot(bases_u.masked_fill(m, data.BLANK)) for m in (masked, ~masked))
-    view_v = data.one_hot(augment(bases, of_v, reach))
-    if "N" in of_v:
-        view_v = view_v + NOISE * torch.randn_like(view_v)
-    if "R" in of_v:
-        flipped = torch.rand(len(bases), 1, 1, device=bases.device) < FLIP
-        view_v = torch.where(flipped, other_strand(view_v), view_v)
-    return view_u, target, view_v
+    letters_u, letters_v = views.split("+")
+    view_u, clean = make_view(bases, letters_u, reach, noise, flip)
+    masked = draw_masked(bases.shape, bases.device, mask_rate)[..., None]
+    view_v, _ = make_view(bases, letters_v, reach, noise, flip)
+    if "M" in letters_v:
+        view_v = view_v.masked_fill(draw_masked(bases.shape, bases.device, mask_rate)[..., None], 0)
+    return view_u.masked_fill(masked, 0), clean.masked_fill(~masked, 0), view_v
+
+
+def view_pair(text):
+    """An argparse type: STUDENT+TEACHER of the letters that make_views knows; the student needs M."""
+    student, plus, teacher = text.partition("+")
+    for letters in (student, teacher):
+        if letters != "none" and (set(letters) - set("MDITNR") or len(set(letters)) < len(letters)):
+            plus = ""
+    if not plus or not teacher or "M" not in student:
+        raise argparse.ArgumentTypeError(f"{text!r}: give STUDENT+TEACHER, each some of M D I T N R or none; "
+                                         f"the student needs M, as {VIEWS}")
+    return text
 
 
 def dissimilarity(view_u, view_v):
@@ -111,29 +134,34 @@ def dissimilarity(view_u, view_v):
 
 
 def mnm_loss(logits, target):
-    """Returns the cross-entropy at the masked bases: mean over those of a sequence, sum over sequences."""
-    return -(logits.float().log_softmax(-1) * target).sum() / round(MASK_RATE * target.shape[1])
+    """Returns Eq. 2 over sequences: the sum of the cross-entropies at the masked bases of target."""
+    return -(logits.float().log_softmax(-1) * target).sum()
 
 
-def teacher_outputs(latent, center, dim):
+def teacher_outputs(outputs, center, dim, temp=TEMP_TEACHER):
     """Returns q: the teacher's [CLS] (B, K, C), centered and sharpened (Eq. 5)."""
-    return ((latent.float() - center) / TEMP_TEACHER).softmax(dim)
+    return ((outputs.float() - center) / temp).softmax(dim)
 
 
-def cl_loss(latent, q, dim):
-    """Returns the cross-entropy of the student's [CLS] (B, K, C) with q: mean over K, sum over sequences."""
-    return -(q * (latent.float() / TEMP_STUDENT).log_softmax(dim)).sum() / q.shape[1]
+def cl_loss(outputs, q, dim, temp=TEMP_STUDENT):
+    """Returns Eq. 7 over sequences: the sum of cross-entropies of the student's [CLS] (B, K, C) with q."""
+    return -(q * (outputs.float() / temp).log_softmax(dim)).sum()
 
 
-def ema_at(step, steps):
-    """Returns lambda at step 1..steps: half a cosine from 0.996 towards 1."""
-    return 1 - (1 - EMA) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
+def ema_at(step, steps, ema=EMA):
+    """Returns lambda at step 1..steps: half a cosine from `ema` towards 1."""
+    return 1 - (1 - ema) * (1 + math.cos(math.pi * (step - 1) / steps)) / 2
 
 
-def teacher_sums(latent, q, dim):
+def initial_share(step, steps, ema):
+    """Returns the share of the initial weights that is left in the teacher after `step` of `steps` steps."""
+    return math.prod(ema_at(i, steps, ema) for i in range(1, step + 1))
+
+
+def teacher_sums(outputs, q, dim):
     """Returns the sums over sequences (1 + 2 K C,) of the teacher's [CLS] and their q for `collapse`."""
     return torch.cat([torch.special.entr(q).sum(dim).mean(1).sum()[None], q.sum(0).flatten(),
-                      F.normalize(latent.float(), dim=-1).sum(0).flatten()])
+                      F.normalize(outputs.float(), dim=-1).sum(0).flatten()])
 
 
 def collapse(sums, n, shape, dim):
@@ -172,7 +200,8 @@ def pass_over(windows, seed, first, n):
 
 
 def parse_args():
-    parser, positive = training.new_parser(__doc__), number(int, 1)
+    parser, positive, share = training.new_parser(__doc__), number(int, 1), number(float, 0, 1.0001)
+    positive_float = number(float, 1e-9)
     add = parser.add_argument_group("model").add_argument
     add("--length", type=number(int, EDIT + 1), default=1000, help="bases of a window (%(default)s)")
     add("--backbone", choices=("chordmixer", "transformer"), default="chordmixer", help="(%(default)s)")
@@ -184,16 +213,25 @@ def parse_args():
     add("--dropout", type=number(float, 0, 1), default=0.0, help="dropout (%(default)s)")
     add("--init", help="start from the weights of this checkpoint")
     add = parser.add_argument_group("method").add_argument
+    add("--preset", choices=("released",), help="the choices of the released code: views, momentum, epochs")
     add("--windows", type=positive, default=100_000, help="windows of an epoch (%(default)s)")
     add("--fresh_windows", action="store_true", help="draw new windows at each step, not one set for all")
     add("--objective", choices=("both", "mnm", "cl"), default="both", help="mnm: no teacher (%(default)s)")
     add("--alpha", type=number(float, 1e-9, 1), default=0.5,
         help="weight of the masked-base loss; 1 - alpha weighs the contrastive loss (%(default)s)")
     add("--cl_softmax", choices=("features", "tokens"), default="features", help="softmax axis (%(default)s)")
-    add("--cl_space", choices=("latent", "projected"), default="latent",
+    add("--cl_space", choices=("latent", "projected"), default="projected",
         help="[CLS] outputs before or after the projection to bases (%(default)s)")
-    add("--views", choices=VIEWS, default=VIEWS[0],
-        help="student+teacher: Mask, Delete, Insert, Translocate, Noise, Reverse complement (%(default)s)")
+    add("--temp_student", type=positive_float, default=TEMP_STUDENT, help="tau_s (%(default)s)")
+    add("--temp_teacher", type=positive_float, default=TEMP_TEACHER, help="tau_t (%(default)s)")
+    add("--ema", type=share, default=EMA, help="lambda at the start; it rises to 1 (%(default)s)")
+    add("--center_momentum", type=share, default=CENTER_MOMENTUM, help="beta (%(default)s)")
+    add("--n_cls", type=positive, default=N_CLS, help="blank [CLS] tokens after the bases (%(default)s)")
+    add("--views", type=view_pair, default=VIEWS, metavar="STUDENT+TEACHER",
+        help="Mask, Delete, Insert, Translocate, Noise, Reverse complement, none (%(default)s)")
+    add("--mask_rate", type=number(float, 1e-9, 1), default=MASK_RATE, help="masked bases (%(default)s)")
+    add("--noise", type=number(float, 0), default=NOISE, help="standard deviation of the noise (%(default)s)")
+    add("--flip", type=share, default=FLIP, help="probability of the other strand (%(default)s)")
     add("--translocation", type=number(int, 0), default=EDIT, metavar="SHIFT",
         help="largest shift of a translocation; the --length allows any breakpoint (%(default)s)")
     add = training.add_optimization_flags(parser, batch_size=64, micro_batch_size=8, lr=3e-4, warmup="30 %%",
@@ -201,6 +239,8 @@ def parse_args():
     add("--epochs", type=positive, default=50, help="passes over the windows (%(default)s)")
     add("--steps", type=positive, help="steps, instead of --epochs")
     training.add_run_flags(parser, "out/findna", eval_windows=512, eval_every=2000)
+    if parser.parse_args().preset:
+        parser.set_defaults(**RELEASED)
     return training.parse_flags(parser, DEMO)
 
 
@@ -208,13 +248,15 @@ def complete_args(args):
     """Fills in the defaults that depend on other flags. ValueError for flags that contradict each other."""
     if args.steps is None:
         args.steps = math.ceil(args.epochs * args.windows / args.batch_size)
+    if not 0 < round(args.mask_rate * args.length) < args.length:
+        raise ValueError(f"--mask_rate {args.mask_rate}: masks none or all of {args.length} bases; change it")
     training.complete_warmup(args, 0.3)                      # the paper's
 
 
 def build_model(args):
     """Returns the network of the flags, started from --init where given: the student of a checkpoint."""
     training.seed(args.seed)
-    size = args.length + N_CLS, args.n_layer
+    size = args.length + args.n_cls, args.n_layer
     if args.backbone == "chordmixer":
         config = models.ChordMixerConfig(*size, args.track_size, args.hidden, args.dropout)
         model = models.BaseModel(models.ChordMixer(config))
@@ -255,7 +297,7 @@ Next: see what it is good for, by a probe or fine-tuning from these weights and 
       --lr 1e-2 --epochs 20
 Or train on your own DNA, at a size for a laptop (--help lists every flag)
   python findna.py --genome YOUR.fa.gz --out out/mine --length 246 --n_layer 2 --track_size 8 --hidden 64 \\
-      --windows 20000 --steps 2000 --alpha 0.97 --lr 1e-2 --micro_batch_size 32""")
+      --windows 20000 --steps 3000 --lr 1e-2 --micro_batch_size 32""")
 
 
 if __name__ == "__main__":
@@ -270,7 +312,8 @@ if __name__ == "__main__":
         alpha = {"both": args.alpha, "mnm": 1.0, "cl": 0.0}[args.objective]
         projected, dim = args.cl_space == "projected", 2 if args.cl_softmax == "features" else 1
         width = 5 if projected else model.config.n_embd
-        center = torch.zeros(N_CLS, width if teacher else 0, device=device)
+        center = torch.zeros(args.n_cls, width if teacher else 0, device=device)
+        n_masked, n_q = round(args.mask_rate * args.length), center.shape[2 - dim]     # terms of the two sums
         parts = {"model": model, "optimizer": optimizer}
         if teacher:
             parts |= {"teacher": teacher, "center": center}
@@ -286,14 +329,13 @@ if __name__ == "__main__":
     def get_views(starts):
         """view_u, target, view_v of the windows at `starts`; their draws are of the last training.seed."""
         return make_views(data.take_windows(bases, starts, args.length).to(device), args.views,
-                          args.translocation)
+                          args.translocation, args.mask_rate, args.noise, args.flip)
 
     if args.show_masks:
         starts = data.draw_starts(train, args.show_masks, training.seed(args.seed, 0, 0))
         show_views(get_views(starts), run.say)
         training.finish()
 
-    n_masked = round(MASK_RATE * args.length)                # of a window
     guessed = (constant, order0), (flanked, order1) = guesses(genome.bases[:10 ** 7])
     run.describe(model, genome, args.batch_size * args.length, "bases")
     epochs = args.steps * args.batch_size / args.windows
@@ -302,27 +344,36 @@ if __name__ == "__main__":
     run.say(f"guesses  of a base: {constant:.1%} are right from its frequency ({order0:.3f} nats), "
             f"{flanked:.1%} from the base on either side ({order1:.3f} nats)")
 
+    if teacher:
+        left = initial_share(args.steps, args.steps, args.ema)
+        run.say(f"teacher  keeps {left:.2g} of its initial weights to the end; above 0.01 finetune.py uses "
+                f"the student")
+
     net = training.wrap(model, args.compile, device, run.world)
     if teacher:
         training.wrap(teacher, args.compile, device, 1)      # the teacher has no gradients to share
 
+    def loss_of(mnm, cl):
+        """Eq. 1 with the sums of Eqs 2 and 7, divided by M to keep the numbers readable."""
+        return (alpha * mnm + (1 - alpha) * cl) / n_masked
+
     def cls_of(x, logits):
         """The outputs (B, K, C or 5) at the [CLS] of what the network returns."""
-        return (logits if projected else x)[:, -N_CLS:]
+        return (logits if projected else x)[:, -args.n_cls:]
 
     def forward(network, view_u, target, view_v):
         """Loss sums over sequences, mnm and cl; the student's logits; the teacher's [CLS] and their q."""
-        latent, q, cl = center[None], None, torch.zeros((), device=device)
+        outputs, q, cl = center[None], None, torch.zeros((), device=device)
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
             if teacher:
                 with torch.no_grad():
-                    latent = cls_of(*teacher(F.pad(view_v, (0, 0, 0, N_CLS))))
-                    q = teacher_outputs(latent, center, dim)
-            x, logits = network(F.pad(view_u, (0, 0, 0, N_CLS)))
+                    outputs = cls_of(*teacher(F.pad(view_v, (0, 0, 0, args.n_cls))))
+                    q = teacher_outputs(outputs, center, dim, args.temp_teacher)
+            x, logits = network(F.pad(view_u, (0, 0, 0, args.n_cls)))
             if teacher:
-                cl = cl_loss(cls_of(x, logits), q, dim)
-            logits = logits[:, :-N_CLS]
-            return mnm_loss(logits, target), cl, logits, latent, q
+                cl = cl_loss(cls_of(x, logits), q, dim, args.temp_student)
+            logits = logits[:, :-args.n_cls]
+            return mnm_loss(logits, target), cl, logits, outputs, q
 
     @torch.no_grad()
     def validate():
@@ -332,39 +383,40 @@ if __name__ == "__main__":
         for i, n in run.micro_batches(args.eval_windows):
             starts = data.draw_starts(val, n, training.seed(args.seed, 0, i))
             view_u, target, view_v = get_views(starts)
-            mnm, cl, _, latent, q = forward(model, view_u, target, view_v)
+            mnm, cl, _, outputs, q = forward(model, view_u, target, view_v)
             kl = n * dissimilarity(view_u, view_v)
             # masked, but not edited: comparable with guesses and between --views
             view_u, target, view_v = make_views(data.take_windows(bases, starts, args.length).to(device),
-                                                VIEWS[1], 0)
+                                                PLAIN, 0, args.mask_rate)
             plain, _, logits, *_ = forward(model, view_u, target, view_v)
             right = target.gather(-1, logits.argmax(-1, keepdim=True)).sum()
             total[:5] += torch.stack([mnm, cl, right, kl, plain])
             if teacher:
-                total[5:] += teacher_sums(latent, q, dim)
+                total[5:] += teacher_sums(outputs, q, dim)
         model.train()
         total, n = training.all_reduce(total), args.eval_windows
         mnm, cl, right, kl, plain = (total[:5] / n).tolist()
-        row = {"val_loss": alpha * mnm + (1 - alpha) * cl, "val_mnm_loss": plain, "val_acc": right / n_masked}
+        row = {"val_loss": loss_of(mnm, cl), "val_mnm_loss": plain / n_masked, "val_acc": right / n_masked}
         if teacher:
-            row |= {"val_cl_loss": cl, "view_kl": kl, "view_kl_sum": kl * args.length,
+            row |= {"val_cl_loss": cl / n_q, "view_kl": kl, "view_kl_sum": kl * args.length,
                     "center_norm": center.norm().item()} | collapse(total[5:], n, center.shape, dim)
         return row
 
     warned = False
     with training.user_errors(OSError, torch.OutOfMemoryError):
         for step in run.steps():
-            lr, ema = args.lr * training.cosine(step, args.steps, args.warmup), ema_at(step, args.steps)
+            lr = args.lr * training.cosine(step, args.steps, args.warmup)
+            ema = ema_at(step, args.steps, args.ema)
             sums = run.new_sums(2 + center.numel())          # losses mnm, cl; then of the teacher's [CLS]
             for i, n in run.micro_batches(args.batch_size):
                 first, rng = i * args.micro_batch_size, training.seed(args.seed, step, i)
                 starts = (data.draw_starts(train, n, rng) if args.fresh_windows else
                           pass_over(windows, args.seed, (step - 1) * args.batch_size + first, n))
                 with run.sync_at_last(net, i):
-                    mnm, cl, _, latent, _ = forward(net, *get_views(starts))
-                    (alpha * mnm + (1 - alpha) * cl).backward()
+                    mnm, cl, _, outputs, _ = forward(net, *get_views(starts))
+                    loss_of(mnm, cl).backward()
                 sums[:2] += torch.stack([mnm.detach(), cl.detach()])
-                sums[2:] += latent.float().sum(0).flatten()
+                sums[2:] += outputs.float().sum(0).flatten()
             run.sum_over_ranks()
             # from DDP's average over ranks of sums to the mean over all sequences of the batch
             scale = sums.new_full((), run.world / args.batch_size)
@@ -373,13 +425,14 @@ if __name__ == "__main__":
             if teacher:
                 with torch.no_grad():
                     torch._foreach_lerp_(list(teacher.parameters()), list(model.parameters()), 1 - ema)
-                    center.lerp_((sums[2:] / args.batch_size).float().view_as(center), 1 - CENTER_MOMENTUM)
+                    center.lerp_((sums[2:] / args.batch_size).float().view_as(center),
+                                 1 - args.center_momentum)
 
             run.read()
             if run.to_log:
                 mnm, cl = (loss_sum / args.batch_size for loss_sum in run.sums[:2])
-                row = {"loss": alpha * mnm + (1 - alpha) * cl, "mnm_loss": mnm}
-                row |= {"cl_loss": cl, "ema": ema} if teacher else {}
+                row = {"loss": loss_of(mnm, cl), "mnm_loss": mnm / n_masked}
+                row |= {"cl_loss": cl / n_q, "ema": ema} if teacher else {}
                 row |= {"lr": lr, "grad_norm": run.norm, "masked": n_masked / args.length,
                         "tokens_per_s": run.speed}
                 row |= validate() if run.to_evaluate else {}
@@ -389,7 +442,7 @@ if __name__ == "__main__":
                     run.say(f"warning: step {step}: collapsed, the teacher's outputs hardly tell sequences "
                             f"apart ({row['q_information']:.2g} nats); try another --seed or --lr")
             if run.to_save:
-                run.save(parts)
+                run.save(parts, initial_share=initial_share(step, args.steps, args.ema))
             run.end_step()
 
     run.say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")

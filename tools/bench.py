@@ -499,17 +499,17 @@ def findna_step(student, views, bf16, plain):
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = (torch.optim.AdamW(student.parameters(), 3e-4) if plain else
                  training.make_optimizer(student, 3e-4, 3e-4, findna.BETAS, findna.EPS))
-    center, K, ema = torch.zeros(findna.N_CLS, MIXER.n_embd), findna.N_CLS, 0.996
+    center, K, ema = torch.zeros(findna.N_CLS, 5), findna.N_CLS, 0.996
 
     def step():
         view_u, target, view_v = (F.pad(view, (0, 0, 0, K)) for view in views())
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             with torch.no_grad():
-                latent = teacher(view_v)[0][:, -K:]
-                q = findna.teacher_outputs(latent, center, 2)
-            x, logits = student(view_u)
-            loss = findna.mnm_loss(logits[:, :-K], target[:, :-K]) + findna.cl_loss(x[:, -K:], q, 2)
-            loss = loss / 2 / N_SEQUENCES
+                outputs = teacher(view_v)[1][:, -K:]
+                q = findna.teacher_outputs(outputs, center, 2)
+            _, logits = student(view_u)
+            loss = findna.mnm_loss(logits[:, :-K], target[:, :-K]) + findna.cl_loss(logits[:, -K:], q, 2)
+            loss = loss / 2 / 300 / N_SEQUENCES                  # 300 masked bases
         loss.backward()
         if plain:
             torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
@@ -523,7 +523,7 @@ def findna_step(student, views, bf16, plain):
                     p.data = ema * p.data + (1 - ema) * s.data
             else:
                 torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - ema)
-            center.lerp_(latent.float().mean(0), 0.004)
+            center.lerp_(outputs.float().mean(0), 0.004)
         return loss.detach()
     return step
 

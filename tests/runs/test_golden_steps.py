@@ -264,8 +264,8 @@ def mixer(weights, one_hot):
 
 
 def findna_loss(mnm, cl, alpha):
-    """Eq. 1 of one sequence. mnm: cross-entropies of the 9 masked bases; cl: of the 10 [CLS]."""
-    return alpha * mnm.sum(1) / 9 + (1 - alpha) * cl.sum(1) / 10
+    """Eq. 1 of one sequence over its 9 masked bases. mnm, cl: the cross-entropies that Eqs 2 and 7 sum."""
+    return (alpha * mnm.sum(1) + (1 - alpha) * cl.sum(1)) / 9
 
 
 def findna_views(step):
@@ -300,7 +300,7 @@ def terms(weights, views, q, space, dim):
     mnm = -(target * log_softmax(logits)).sum(2)[target.sum(2) > 0].view(len(target), 9)
     cl = torch.zeros(len(target), 10)
     if q is not None:
-        cl = -(q * log_softmax(P / 0.1, dim)).sum(2)
+        cl = -(q * log_softmax(P / 0.1, dim)).sum(dim)       # (B, 10), or over the tokens (B, 5)
     return mnm, cl, logits
 
 
@@ -324,7 +324,7 @@ def test_findna(out, flags):
         def loss_of(weights):
             each = [terms(weights, views, q, space, dim)[:2] for views, (_, q) in zip(batch, asked)]
             mnm, cl = map(torch.cat, zip(*each))
-            parts.update(mnm_loss=mnm.mean().item(), cl_loss=cl.sum(1).mean().item() / 10)
+            parts.update(mnm_loss=mnm.mean().item(), cl_loss=cl.mean().item())
             return findna_loss(mnm, cl, alpha).mean()
         loss, norm = check_step(step, kept(step), loss_of, TORCH_ADAM | dict(lr=lr, clip=1, decay=0.2))
         assert [row["loss"], row["grad_norm"], row["lr"]] == pytest.approx([loss, norm, lr], rel=1e-5)
@@ -401,7 +401,7 @@ def test_findna_with_dropout(out):
     plain_mnm, _, logits, _ = losses(state, plain)
     target = torch.cat([target for _, target, _ in plain])
     right = (logits.argmax(2) == target.argmax(2))[target.sum(2) > 0]
-    want = {"val_loss": findna_loss(mnm, cl, 0.3).mean(), "val_cl_loss": cl.sum(1).mean() / 10,
+    want = {"val_loss": findna_loss(mnm, cl, 0.3).mean(), "val_cl_loss": cl.mean(),
             "val_mnm_loss": plain_mnm.mean(), "val_acc": right.double().mean(),
             "center_norm": state["center"].norm()}
     assert {name: row[name] for name in want} == pytest.approx(

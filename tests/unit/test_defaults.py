@@ -43,6 +43,16 @@ FINDNA = {
     "dropout": (0.0, "Yu's code"),
     "objective": ("both", "Yu, Eq. 1"),
     "alpha": (0.5, "Yu, Eq. 1, section 4.1"),
+    "cl_space": ("projected", "Yu, section 3.4, Eq. 6: xi in R^{K x D}, D = 5"),
+    "temp_student": (0.1, "Yu, section 4.1"),
+    "temp_teacher": (0.04, "Yu, section 4.1"),
+    "ema": (0.996, "Yu, section 3.4"),
+    "center_momentum": (0.996, "Yu, Eq. 6"),
+    "n_cls": (10, "Yu, section 4.1"),
+    "mask_rate": (0.3, "Yu, section 4.1"),
+    "noise": (0.2, "Yu, section 4.1"),
+    "flip": (0.5, "Yu's code"),
+    "preset": (None, "ours"),
     "views": ("MDIT+NR", "Yu, Table 4"),
     "translocation": (20, "EvoAug, Yu's code"),
     "batch_size": (64, "Yu's code"),
@@ -52,7 +62,7 @@ FINDNA = {
     "warmup": (23_438, "Yu: 30 % of the steps"),
     "weight_decay": (3e-4, "Yu's code"),
     "seed": (42, "ours")}
-FINDNA_OURS = {"n_head", "n_embd", "cl_softmax", "cl_space", "grad_clip", "keep", "eval_every", "save_every"}
+FINDNA_OURS = {"n_head", "n_embd", "cl_softmax", "grad_clip", "keep", "eval_every", "save_every"}
 CM_GEMS = {
     "k": (6, "GM: 6-mers"),
     "block_size": (512, "GM Script-A"),
