@@ -34,22 +34,21 @@ def mutants(file, tests, changes):
 
 
 MUTANTS = mutants("randommask.py", [GOLDEN, "-k", "randommask"], {
-    "validates on training windows": ("forward(model, val, i", "forward(model, train, i"),
+    "validates on training windows": ("forward(model, val, n", "forward(model, train, n"),
     "cosine schedule": ("training.linear(step", "training.cosine(step"),
     "ignores --lr": ("args.lr * training", "1e-4 * training"),
-    "warm-up of 5 %": ("round(0.02 * args.steps)", "round(0.05 * args.steps)"),
+    "warm-up of 5 %": ("complete_warmup(args, 0.02)", "complete_warmup(args, 0.05)"),
     "betas of AdamW": ("(0.9, 0.98), 1e-6", "(0.9, 0.999), 1e-6"),
     "eps of AdamW": ("(0.9, 0.98), 1e-6", "(0.9, 0.98), 1e-8"),
     "ignores --weight_decay": ("args.lr, args.weight_decay", "args.lr, 0.01"),
     "ignores --grad_clip": ("args.grad_clip)", "1.0)"),
     "phase 1 throughout": ("lr = phase_at(step, edges)", "lr = phase_at(1, edges)"),
-    "mean over sequences": ("world / numbers[1].clamp(min=1)", "world / args.batch_size"),
+    "mean over sequences": ("run.world / sums[1].clamp(min=1)", "sums.new_full((), run.world / args.batch_size)"),
     "validates with dropout": ("model.eval()", "model.train()"),
     "no dropout after a validation": ("model.train()", "model.eval()"),
     "the same batch at every step": ("training.seed(args.seed, *key)", "training.seed(args.seed, key[-1])"),
-    "gradients pile up": ("optimizer.zero_grad()", "pass"),
     "--seed is ignored": ("training.seed(args.seed, *key)", "training.seed(42, *key)"),
-    "other validation windows each time": ("args.eval_windows, phase, 0)", "args.eval_windows, phase, step)",
+    "other validation windows each time": ("forward(model, val, n, phase, 0, i)", "forward(model, val, n, phase, step, i)",
                                            [HELD_OUT, "-k", "randommask"]),
     "p of k = 6 for every k": ("MASK_RATE / args.k", "MASK_RATE / 6", [UNIT["defaults"]]),
     "480,000 steps become 500,000": ("PAPER_STEPS = 480_000", "PAPER_STEPS = 500_000", [UNIT["defaults"]]),
@@ -59,27 +58,27 @@ MUTANTS = mutants("randommask.py", [GOLDEN, "-k", "randommask"], {
                          [UNIT["randommask"]])})
 
 MUTANTS += mutants("findna.py", [GOLDEN, "-k", "findna"], {
-    "alpha and 1 - alpha swapped": ("(alpha * mnm + (1 - alpha) * cl).backward",
-                                    "((1 - alpha) * mnm + alpha * cl).backward"),
+    "alpha and 1 - alpha swapped": ("(alpha * mnm + (1 - alpha) * cl)", "((1 - alpha) * mnm + alpha * cl)"),
     "teacher with dropout": ("copy.deepcopy(model).eval()", "copy.deepcopy(model)"),
     "ignores --lr": ("args.lr * training", "3e-4 * training"),
     "linear schedule": ("training.cosine(step", "training.linear(step"),
-    "warm-up of 5 %": ("round(0.3 * args.steps)", "round(0.05 * args.steps)"),
+    "warm-up of 5 %": ("complete_warmup(args, 0.3)", "complete_warmup(args, 0.05)"),
     "betas of BERT": ("(0.9, 0.999), 1e-8", "(0.9, 0.98), 1e-8"),
     "eps of BERT": ("(0.9, 0.999), 1e-8", "(0.9, 0.999), 1e-6"),
     "ignores --weight_decay": ("args.lr, args.weight_decay", "args.lr, 3e-4"),
     "lambda a step late": ("(step - 1) / steps", "step / steps"),
-    "lambda stays 0.996": ("list(model.parameters()), 1 - ema", "list(model.parameters()), 1 - EMA"),
+    "lambda stays 0.996": ("list(model.parameters()), 1 - ema", "list(model.parameters()), 1 - args.ema"),
     "beta of the released code": ("CENTER_MOMENTUM, EMA = 0.996", "CENTER_MOMENTUM, EMA = 0.9"),
     "temperatures swapped": ("TEMP_STUDENT, TEMP_TEACHER = 0.1, 0.04",
                              "TEMP_STUDENT, TEMP_TEACHER = 0.04, 0.1"),
-    "q is not centered": ("(latent.float() - center)", "latent.float()"),
+    "q is not centered": ("(outputs.float() - center)", "outputs.float()"),
     "the teacher sees view u": ("teacher(F.pad(view_v", "teacher(F.pad(view_u"),
     "latent and projected swapped": ("(logits if projected else x)", "(x if projected else logits)"),
     "softmax over the other axis": ('2 if args.cl_softmax == "features" else 1',
                                     '1 if args.cl_softmax == "features" else 2'),
-    "mean over all bases": (".sum() / round(MASK_RATE * target.shape[1])", ".sum() / target.shape[1]"),
-    "center of the last micro-batch": ("numbers[4:] += latent", "numbers[4:] = latent"),
+    "means in place of sums": ("(1 - alpha) * cl) / n_masked", "(1 - alpha) * cl * n_masked / n_q) / n_masked"),
+    "contrastive loss of the latent outputs": ('default="projected"', 'default="latent"', [UNIT["defaults"]]),
+    "center of the last micro-batch": ("sums[2:] += outputs", "sums[2:] = outputs"),
     "alpha also without a teacher": ('"mnm": 1.0', '"mnm": args.alpha'),
     "validates on training windows": ("draw_starts(val, n", "draw_starts(train, n"),
     "validates with dropout": ("model.eval()", "model.train()"),
@@ -97,15 +96,15 @@ MUTANTS += mutants("cm_gems.py", [GOLDEN, "-k", "cm_gems"], {
     "padding is attended": ("mask=tokens != data.PAD", "mask=None"),
     "ignores --lr": ("args.lr * training", "8e-4 * training"),
     "cosine schedule": ("training.linear(step", "training.cosine(step"),
-    "warm-up of 2 %": ("round(0.05 * args.steps)", "round(0.02 * args.steps)"),
+    "warm-up of 2 %": ("complete_warmup(args, 0.05)", "complete_warmup(args, 0.02)"),
     "betas of AdamW": ("(0.9, 0.98), 1e-6", "(0.9, 0.999), 1e-6"),
     "eps of AdamW": ("(0.9, 0.98), 1e-6", "(0.9, 0.98), 1e-8"),
     "ignores --weight_decay": ("args.lr, args.weight_decay", "args.lr, 0.01"),
-    "mean over sequences": ("world / numbers[1].clamp(min=1)", "world / args.batch_size"),
-    "never switches": ('{"strategy": "global", "switch_step"', '{"strategy": "genemask", "switch_step"'),
+    "mean over sequences": ("run.world / sums[1].clamp(min=1)", "sums.new_full((), run.world / args.batch_size)"),
+    "never switches": ('update(strategy="global", switch_step', 'update(strategy="genemask", switch_step'),
     "ignores --p_scale": ("args.p_scale * center_probability", "center_probability"),
     "p of spans of k for GeneMask": ('"genemask": (3 * k - 1) / 2', '"genemask": k'),
-    "validates on training windows": ("forward(model, val, i", "forward(model, train, i"),
+    "validates on training windows": ("forward(model, val, n", "forward(model, train, n"),
     "validates with dropout": ("model.eval()", "model.train()"),
     "no dropout after a validation": ("model.train()", "model.eval()"),
     "cm_step easy throughout": ('masker = "global" if rng.random() < share', 'masker = "global" if False'),
@@ -115,14 +114,14 @@ MUTANTS += mutants("cm_gems.py", [GOLDEN, "-k", "cm_gems"], {
     "a stage too early": ("stages * (step - 1) // steps", "stages * step // steps", [UNIT["cm_gems"]]),
     "floor(m / 2) high centers": ("(m + 1) // 2", "m // 2", [UNIT["cm_gems"]]),
     "all high up to 6 centers": ("half < 5", "half < 4", [UNIT["cm_gems"]]),
-    "lr of DNABERT": ('"--lr", type=number(float, 1e-30), default=8e-4',
-                      '"--lr", type=number(float, 1e-30), default=4e-4', [UNIT["defaults"]])})
+    "lr of DNABERT": ("lr=8e-4",
+                      "lr=4e-4", [UNIT["defaults"]])})
 
 MUTANTS += mutants("data.py", [UNIT["data"]], {
     "70/10/20": ("5 - 8 * n, 5 + 2 * n", "5 - 7 * n, 5 + 3 * n"),
     "a random k-mer of all tokens": ("masked & (draw < 5 + n)", "masked & (draw < 5 + 2 * n)"),
     "spans one to the left": ("(at - right)", "(at - right + 1)"),
-    "A, C, G, T order": ('LETTERS = "ATCGN"', 'LETTERS = "ACTGN"'),
+    "A, C, G, T order": ('b"ATCGN"', 'b"ACTGN"'),
     "trains on what is held out": ("np.stack([start, cut], 1)", "np.stack([start, end], 1)", [HELD_OUT]),
     "holds out 2 %": ("sizes // 100", "sizes // 50", [HELD_OUT]),
     "ignores --val_contigs": ("if val_contigs else sizes", "if False else sizes", [HELD_OUT]),
@@ -138,6 +137,8 @@ MUTANTS += mutants("models.py", [UNIT["models"]], {
     "rotates the other way": ("(at + shift) % length", "(at - shift) % length", [UNIT["findna"]])})
 
 MUTANTS += mutants("training.py", [GOLDEN], {
+    "gradients pile up": ("optimizer.zero_grad()", "pass"),
+    "the lr is never set": ('group["lr"] = lr', "pass"),
     "no clipping": ("(clip / (norm + 1e-6)).clamp(max=1)", "1"),
     "clips each gradient up": (".clamp(max=1)", ""),
     "decays biases and LayerNorm": ('"weight_decay": 0.0}', '"weight_decay": weight_decay}'),
@@ -155,15 +156,14 @@ MUTANTS += mutants("finetune.py", [GOLDEN, "-k", "finetune or seed"], {
     "warm-up of 10 % throughout": ('round(p["warmup"] * steps)', "round(0.1 * steps)"),
     "divides by the piece": ("(loss / len(index)).backward()", "(loss / len(piece)).backward()"),
     "the same order in each epoch": ('key["seed"], epoch)', 'key["seed"], 0)'),
-    "dev scored with dropout": ("net.eval()\n    outputs = infer.apply(net, dev",
-                                "outputs = infer.apply(net, dev"),
+    "dev scored with dropout": ("net.eval()\n    outputs = apply(net, dev", "outputs = apply(net, dev"),
     "no dropout after an evaluation": ("net.train()", "pass"),
     "the same dev for every seed": ('(1 - p["val"], p["val"]), seed)', '(1 - p["val"], p["val"]), 42)'),
     "betas of BERT": ("(0.9, 0.999), 1e-8", "(0.9, 0.98), 1e-8"),
     "gradients pile up": ("optimizer.zero_grad()", "pass"),
     "EMP for 10 epochs": ('"emp": dict(epochs=100)', '"emp": dict(epochs=10)', [UNIT["defaults"]]),
     "flags do not win": ("| (CNN if init == \"cnn\" else {}) | flags", "| (CNN if init == \"cnn\" else {})")})
-MUTANTS += mutants("infer.py", [GOLDEN, "-k", "finetune or seed"], {
+MUTANTS += mutants("finetune.py", [GOLDEN, "-k", "finetune or seed"], {
     "the same head for every seed": ("training.seed(seed)", "training.seed(42)")})
 
 

@@ -25,20 +25,37 @@ METRICS = {"mcc": "MCC", "acc": "accuracy", "f1_macro": "macro F1", "f1_binary":
 FIELDS = "pool", "protocol", "stride", "long", "overrides"    # of a setup, named where they differ
 PARTS = "key", "init", "weights", "data", "mode", *FIELDS, "seed"              # tell runs apart
 PROBE = " (linear probe)"                                    # after a metric of paper.csv
+UNLIKE = "§"                                                 # on other rows than the published split
 LEGEND = ("100 x mean ± sd (seeds); the best of ours is bold; † a run collapsed (one prediction for all); "
-          "‡ without runs of undefined score.")
+          f"‡ without runs of undefined score; {UNLIKE} other rows than published (see the footnote): not in "
+          "means, not compared with papers.")
 
 Key = namedtuple("Key", "task shots metric")                 # of a row of the table
 Cell = namedtuple("Cell", "mean sd n text note")
 Table = namedtuple("Table", "lines rows columns")            # Markdown; [(Key, label)]; {name: {Key: Cell}}
+NO_CELL = Cell(np.nan, "", "", "", "")
+
+
+def difference(row):
+    """How the rows of a run differ from the published split, in words; "" if they do not or it is unknown."""
+    task, rows = data.TASKS.get(row["task"]), row.get("rows")
+    tested_on, _, own_dev = row.get("tested_on", "test").partition("; ")       # "dev is 10% of train"
+    if not task or not task.rows or not rows:
+        return ""
+    sizes = {"train": rows["train"] + (rows["dev"] if own_dev else 0), "test": rows["test"]}
+    if tested_on == "test" and all(task.rows.get(split, n) == n for split, n in sizes.items()):
+        return ""
+    published = ", ".join(f"{split} {n:,}" for split, n in task.rows.items())
+    return (f"{task.name}: trained on {sizes['train']:,} rows, tested on {sizes['test']:,} of {tested_on}; "
+            f"published: {published}")
 
 
 def check_run(row):
     """A row of results.jsonl with its fields as text for the table. An exception if it is not a run."""
-    return row | {
-        "key": Key(row["task"], row["shots"], row["metric"]), "stride": f"stride {row['stride']}",
-        "protocol": f"protocol {row['protocol']}", "collapsed": bool(row["collapsed"]),
-        "pool": f"pool {row['pool']}" if row["pool"] else "", "long": f"long {row['long']}",
+    key = Key(row["task"], row["shots"], row["metric"])
+    named = {field: f"{field} {row[field]}" if row[field] else "" for field in FIELDS[:-1]}
+    return row | named | {
+        "key": key, "collapsed": bool(row["collapsed"]), "difference": difference(row),
         "overrides": ", ".join(f"{name} {value}" for name, value in sorted(row["overrides"].items())),
         "score": np.nan if row["score"] is None else 100 * float(row["score"])}
 
@@ -62,16 +79,13 @@ def read_runs(out, ids=None):
 
 def name_versions(runs):
     """Adds a fingerprint to --init where its checkpoint, or the table of a task, changed between runs."""
-    weights, tables = {}, {}
-    for run in runs:
-        weights.setdefault(run["init"], set()).add(run["weights"])
-        tables.setdefault((run["key"], run["seed"]), set()).add(run["data"])
-    for run in runs:
-        init = run["init"]
-        if len(weights[init]) > 1:
-            run["init"] += f" ({run['weights']})"
-        if len(tables[run["key"], run["seed"]]) > 1:
-            run["init"] += f" (data {run['data']})"
+    for part, same in (("weights", ("init",)), ("data", ("key", "seed"))):
+        versions, label = {}, "" if part == "weights" else "data "
+        for run in runs:
+            versions.setdefault(tuple(run[field] for field in same), set()).add(run[part])
+        for run in runs:
+            if len(versions[tuple(run[field] for field in same)]) > 1:
+                run["init"] += f" ({label}{run[part]})"
     return runs
 
 
@@ -91,15 +105,16 @@ def our_columns(runs):
 
 
 def our_cell(runs):
-    """Mean and sd over seeds. † a run collapsed; ‡ a run's score is undefined, and left out."""
+    """Mean and sd over seeds, with the marks of LEGEND. The note says how the rows differ."""
     scores = [run["score"] for run in runs if np.isfinite(run["score"])]
-    marks = "†" if any(run["collapsed"] for run in runs) else ""
-    marks += "‡" if len(scores) < len(runs) else ""
+    note = "; ".join(dict.fromkeys(run["difference"] for run in runs if run["difference"]))
+    marks = {"†": any(run["collapsed"] for run in runs), "‡": len(scores) < len(runs), UNLIKE: note}
+    marks = "".join(mark for mark, applies in marks.items() if applies)
     if not scores:
-        return Cell(np.nan, "", 0, "undefined" + marks, "")
+        return Cell(np.nan, "", 0, "undefined" + marks, note)
     mean, sd = np.mean(scores), np.std(scores, ddof=1) if len(scores) > 1 else ""
     seeds = f" ± {sd:.2f} ({len(scores)})" if len(scores) > 1 else " (1 seed)"
-    return Cell(mean, sd, len(scores), f"{mean:.2f}{seeds}{marks}", "")
+    return Cell(mean, sd, len(scores), f"{mean:.2f}{seeds}{marks}", note)
 
 
 def paper_columns(path, runs):
@@ -108,20 +123,20 @@ def paper_columns(path, runs):
     columns, caveats, used, other = {}, {}, [], {}
     have = {(run["task"], run["metric"] + (PROBE if run["mode"] == "probe" else "")) for run in runs}
     with open(path, newline="", encoding="utf-8") as f:
-        rows = list(csv.DictReader(f))
+        rows = [row for row in csv.DictReader(f) if row["metric"].split(" ")[0] in {"", *METRICS}]
     for row in rows:
-        tasks, metric = data.GROUPS.get(row["task"], [row["task"]]), row["metric"].removesuffix(PROBE)
-        probe, note = row["metric"][len(metric):], row["note"] and f"{row['paper']}: {row['note']}"
+        tasks, metric = data.GROUPS.get(row["task"], [row["task"]]), row["metric"].split(" ")[0]
+        mode, note = row["metric"][len(metric):], row["note"] and f"{row['paper']}: {row['note']}"
         if not row["value"]:                                 # a caveat; it follows the values it is about
             if any(is_about(row, tasks, value) for value in used):
                 caveats.setdefault(row["paper"], []).append(note)
         elif all((task, row["metric"]) in have for task in tasks):
             text = row["value"] + (f" ± {row['sd']}" if row["sd"] else "")
-            column = columns.setdefault(f"{row['paper']}: {row['method']}{probe}", {})
+            column = columns.setdefault(f"{row['paper']}: {row['method']}{mode}", {})
             column[Key(row["task"], None, metric)] = Cell(float(row["value"]), row["sd"], "", text, note)
             used.append(row)
         elif row["task"] in dict(have):
-            other.setdefault(f"{row['paper']}, {METRICS[metric]}{probe}", {})[row["task"]] = None
+            other.setdefault(f"{row['paper']}, {METRICS[metric]}{mode}", {})[row["task"]] = None
     return columns, caveats, [f"not shown, as ours has another metric or mode: {name} of {', '.join(tasks)}"
                               for name, tasks in other.items()]
 
@@ -132,26 +147,27 @@ def is_about(caveat, tasks, value):
     return same and (caveat["task"] in ("", value["task"]) or value["task"] in tasks)
 
 
-def means_of(columns, key):
-    return np.array([column[key].mean if key in column else np.nan for column in columns])
+def means_of(columns, key, ours=False):
+    """Means of a row; nan where there is none, or a § unless all of ours are on the same rows."""
+    cells = [column.get(key, NO_CELL) for column in columns]
+    same = ours and len({cell.note for cell in cells if cell is not NO_CELL}) == 1
+    return np.array([cell.mean if same or UNLIKE not in cell.text else np.nan for cell in cells])
 
 
-def group_mean(sets, metric, ours, columns):
-    """Adds the mean over sets to columns, where they have all; returns its (key, label), None if of one set.
-
-    Only sets count that all of ours have which have any.
-    """
-    present = [column for column in ours if any(key in column for key in sets)]
-    sets = [key for key in sets if np.isfinite(means_of(present, key)).all()]
+def group_mean(sets, ours, columns):
+    """Adds the mean over the sets that all of ours have which have any. Its (key, label); None if of one."""
+    has = np.isfinite([means_of(ours, key) for key in sets])                   # (sets, columns)
+    has = has[:, has.any(0)]
+    sets = [key for key, row in zip(sets, has) if len(row) and row.all()]
     if len(sets) < 2:
         return None
     tasks, label = {key.task for key in sets}, f"mean of the {len(sets)} {sets[0].task.split('/')[0]} sets"
     names = [name for name in data.GROUPS if set(data.GROUPS[name]) == tasks]
-    mean = Key(names[0] if names else label, None, metric)
+    mean = Key(names[0] if names else label, None, sets[0].metric)
     for column in columns:
         value = sum(means_of([column], key)[0] for key in sets) / len(sets)
-        if np.isfinite(value):                               # otherwise there may be a published average
-            column[mean] = Cell(value, "", "", f"{value:.2f}", "")
+        if np.isfinite(value):                               # a published average stays as it is
+            column.setdefault(mean, Cell(value, "", "", f"{value:.2f}", ""))
     return mean, label
 
 
@@ -163,7 +179,7 @@ def add_means(keys, ours, columns):
         rows += [(key, f"{key.task} {key.shots}-shot" if key.shots else key.task) for key in group]
         for metric in dict.fromkeys(key.metric for key in group if "/" in key.task):
             sets = [key for key in group if key.metric == metric]
-            rows += filter(None, [group_mean(sets, metric, ours, columns)])
+            rows += filter(None, [group_mean(sets, ours, columns)])
     return rows
 
 
@@ -174,12 +190,13 @@ def table_lines(rows, ours, others, notes):
                if any(key in column for key, _ in rows)}
     table = [["task", "metric", *columns]]
     for key, label in rows:
-        means = means_of(ours.values(), key)
+        means = means_of(ours.values(), key, ours=not others)
         best = np.nanmax(means) if np.isfinite(means).sum() > 1 else None
+        best = {name for name, mean in zip(ours, means) if mean == best}
         table.append([label, METRICS.get(key.metric, key.metric)])
         for name, column in columns.items():
-            cell = column.get(key, Cell("", "", "", "", ""))
-            text = f"**{cell.text}**" if name in ours and cell.mean == best else cell.text
+            cell = column.get(key, NO_CELL)
+            text = f"**{cell.text}**" if name in best else cell.text
             number = f" [{notes.setdefault(cell.note, len(notes) + 1)}]" if cell.note else ""
             table[-1].append(text + number)
     widths = [max(map(len, cells)) for cells in zip(*table)]
@@ -189,10 +206,10 @@ def table_lines(rows, ours, others, notes):
 
 def comparison_lines(keys, ours):
     """Wins of each setup of ours, and a signed-rank test over the tasks for each pair of setups."""
-    table, lines = np.array([means_of(ours.values(), key) for key in keys]), []
-    table = table[np.isfinite(table).sum(1) > 1]
+    table = np.array([means_of(ours.values(), key, ours=True) for key in keys])
+    table, lines = table[np.isfinite(table).sum(1) > 1], []
     for name, scores in zip(ours, table.T):
-        wins = sum(score == np.nanmax(row) for score, row in zip(scores, table))
+        wins = (scores == np.nanmax(table, 1)).sum()
         lines.append(f"- {name}: best of ours on {wins} of {np.isfinite(scores).sum()} tasks")
     for (a, x), (b, y) in itertools.combinations(zip(ours, table.T), 2):
         gap = np.round((x - y)[np.isfinite(x - y)], 8)       # equal gaps must stay equal
@@ -204,40 +221,57 @@ def comparison_lines(keys, ours):
     return lines
 
 
+def win_lines(paper, keys, ours, others):
+    """On how many tasks each setup of ours is above all columns of a paper in its mode, and above each."""
+    lines = []
+    for name, column in ours.items():
+        same = {head: other for head, other in others.items() if (PROBE in head) == (", probe" in name)}
+        gaps = np.array([means_of([column], key) - means_of(same.values(), key) for key in keys])
+        gaps = gaps[np.isfinite(gaps).any(1)]                # (tasks, columns)
+        if len(gaps) > 1:
+            each = [f"{head.removeprefix(paper + ': ')} {(gap > 0).sum()} of {np.isfinite(gap).sum()}"
+                    for head, gap in zip(same, gaps.T) if np.isfinite(gap).any()]
+            wins = f"above all columns on {(np.nanmin(gaps, 1) > 0).sum()} of {len(gaps)} tasks"
+            lines.append(f"- {name}: {wins} ({'; '.join(each)})")
+    return lines
+
+
 def make_table(runs, paper_csv=PAPER):
     """Runs of read_runs -> Table: all of ours, then ours beside each paper, wins, footnotes."""
-    notes, order = {}, [*data.TASKS]
+    notes, order = {}, {task: i for i, task in enumerate(data.TASKS)}
     ours, rest = our_columns(runs)
     papers, caveats, other = paper_columns(paper_csv, runs)
     keys = sorted({run["key"] for run in runs}, key=lambda key: (
-        order.index(key.task) if key.task in order else len(order), key.task, key.shots or 0, key.metric))
+        order.get(key.task, len(order)), key.task, key.shots or 0, key.metric))
     columns = ours | papers
     rows = add_means(keys, ours.values(), columns.values())
-    legend = LEGEND + (f" All runs of a task: {'; '.join(rest)}." if rest else "")
-    lines = [legend, "", *table_lines(rows, ours, {}, notes)]
+    parts = [[LEGEND + (f" All runs of a task: {'; '.join(rest)}." if rest else "")],
+             table_lines(rows, ours, {}, notes)]
     for paper in dict.fromkeys(name.split(":")[0] for name in papers):
         marks = "".join(f" [{notes.setdefault(text, len(notes) + 1)}]" for text in caveats.get(paper, ()))
         others = {name: column for name, column in papers.items() if name.startswith(f"{paper}:")}
-        lines += ["", f"Beside {paper}{marks}:", "", *table_lines(rows, ours, others, notes)]
+        parts += [[f"Beside {paper}{marks}:"], table_lines(rows, ours, others, notes),
+                  win_lines(paper, keys, ours, others)]
     if len(ours) > 1 and len(keys) > 1:
-        lines += ["", "Wins; Wilcoxon's signed-rank test (two-sided, paired over n tasks, p not corrected):",
-                  "", *comparison_lines(keys, ours)]
-    lines += ["", *(f"- [{n}] {text}" for text, n in notes.items()), *(f"- {text}" for text in other)]
-    return Table(lines, rows, columns)
+        parts += [["Among ours, wins and Wilcoxon's signed-rank test (two-sided, paired over n tasks, p not "
+                   "corrected):"], comparison_lines(keys, ours)]
+    parts.append([f"- [{n}] {text}" for text, n in notes.items()] + [f"- {text}" for text in other])
+    return Table([line for part in parts if part for line in (*part, "")][:-1], rows, columns)
 
 
 def write_table(out, paper_csv=PAPER):
     """Prints the table of out/results.jsonl; writes it to out/table.md, its values to out/table.csv."""
     table = make_table(read_runs(out), paper_csv)
-    with open(os.path.join(out, "table.md.tmp"), "w", encoding="utf-8") as f:
-        f.write("\n".join(table.lines) + "\n")
-    with open(os.path.join(out, "table.csv.tmp"), "w", encoding="utf-8", newline="") as f:
-        csv.writer(f).writerows([["column", *Key._fields, *Cell._fields]] + [
-            [name, *key, *column[key]] for name, column in table.columns.items()
-            for key, _ in table.rows if key in column])
-    for name in ("table.md", "table.csv"):
-        os.replace(os.path.join(out, f"{name}.tmp"), os.path.join(out, name))
-    print("\n".join(table.lines))
+    values = [[name, *key, *column[key]] for name, column in table.columns.items()
+              for key, _ in table.rows if key in column]
+    paths = [os.path.join(out, name) for name in ("table.md", "table.csv")]
+    with open(f"{paths[0]}.tmp", "w", encoding="utf-8") as f:
+        print(*table.lines, sep="\n", file=f)
+    with open(f"{paths[1]}.tmp", "w", encoding="utf-8", newline="") as f:
+        csv.writer(f).writerows([["column", *Key._fields, *Cell._fields], *values])
+    for path in paths:
+        os.replace(f"{path}.tmp", path)
+    print(*table.lines, sep="\n")
 
 
 if __name__ == "__main__":

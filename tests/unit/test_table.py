@@ -9,7 +9,7 @@ from harness import ROOT
 from scipy import stats
 
 import data
-from tools.table import METRICS, PROBE, write_table
+from tools.table import METRICS, PROBE, UNLIKE, write_table
 
 PAPER = ROOT / "results" / "paper.csv"
 ROWS = list(csv.DictReader(PAPER.open(newline="", encoding="utf-8")))
@@ -21,6 +21,11 @@ def run(task, init, score, seed=42, **fields):
             "data": "", "long": "chunk", "pool": None, "mode": "finetune", "protocol": "randommask",
             "stride": 1, "overrides": {}, "metric": data.TASKS[task].metric,
             "score": score, "collapsed": False, "test": {}} | fields
+
+
+def split(train, test, dev=None, tested_on="test"):
+    """The fields of a run that tell its rows."""
+    return {"rows": {"train": train, "test": test} | ({"dev": dev} if dev else {}), "tested_on": tested_on}
 
 
 @pytest.fixture
@@ -84,6 +89,80 @@ def test_means_are_over_the_sets_in_common(table):
     assert cells(text, "mean of the 5 gb sets", 1)["Martinek: CNN"] == "74.20"
 
 
+OWN_DEV = "test; dev is 10% of train"
+NO_TEST = "dev (there is no test); dev is 10% of train"
+
+
+@pytest.mark.parametrize("task, fields, words", [
+    ("emp/H3", split(1347, 1497, 150),
+     "trained on 1,347 rows, tested on 1,497 of test; published: train 11,971, test 1,497, dev 1,497"),
+    ("emp/H3", split(11971, 1496, 1497), "tested on 1,496 of test"),
+    ("eap", split(900, 1000, 100, NO_TEST),
+     "trained on 1,000 rows, tested on 1,000 of dev (there is no test); published: train 402,296, "
+     "test 41,186"),
+    ("eap", split(402296, 41186, tested_on="dev (there is no test)"), "tested on 41,186 of dev"),
+    ("gb/human_enhancers_cohn", split(18759, 6948, 2085, OWN_DEV), "trained on 20,844 rows"),
+    ("gb/human_enhancers_cohn", split(18759, 6948, 2084, OWN_DEV), ""),
+    ("emp/H3", split(11971, 1497, 1497), ""), ("emp/H3", split(11971, 1497), ""),    # a probe has no dev
+    ("prom_core", split(20, 5920), ""), ("prom_core", split(20, 592), "trained on 20 rows, tested on 592"),
+    ("mtcdna/1024", split(60, 20, 20), ""), ("emp/H3", {}, "")])                     # nothing to compare with
+def test_other_rows_than_published_are_marked(table, task, fields, words):
+    text = table([run(task, "a", 0.5, **fields)])
+    assert cells(text, task)["a"] == ("50.00 (1 seed)§ [1]" if words else "50.00 (1 seed)")
+    assert not words or words in re.search(rf"^- \[1\] {task}: (.*)$", text, re.M)[1]
+
+
+def test_other_rows_are_kept_apart(table):
+    less = {"emp/H3": split(1347, 1497, 150), "eap": split(900, 1000, 100, NO_TEST)}
+    runs = [run(task, init, score, **less.get(task, {})) for task in [*EMP, "eap"]
+            for init, score in (("a", 0.9), ("b", 0.8))]
+    text = table(runs)
+    ours, beside = (cells(text, "emp/H3", n)["a"] for n in (0, 1))
+    assert ours == "**90.00 (1 seed)§** [1]" and beside == "90.00 (1 seed)§ [1]"     # the best of ours only
+    assert cells(text, "eap", 1)["a"] == "90.00 (1 seed)§ [2]"
+    assert cells(text, "emp/H3K14ac", 1)["a"] == "**90.00 (1 seed)**"
+    mean = cells(text, "mean of the 9 emp sets", 1)
+    assert (mean["a"], mean["b"]) == ("**90.00**", "80.00") and "10 emp sets" not in text
+    values = [float(r["value"]) for r in ROWS if (r["paper"], r["table"], r["method"]) == (
+        "RandomMask", "3", "NT*") and r["task"] in EMP[1:]]
+    assert mean["RandomMask: NT*"] == f"{np.mean(values):.2f}"
+    assert "- a: above all columns on 9 of 9 tasks (NT 9 of 9;" in text
+    assert "- a: best of ours on 11 of 11 tasks" in text                 # on the same rows as b
+    text = table([*runs[1:], run("emp/H3", "a", 0.9, **split(11971, 1497, 1497))])       # unlike b's rows
+    for n in (0, 1):
+        assert [cells(text, "emp/H3", n)[init] for init in "ab"] == ["90.00 (1 seed)", "80.00 (1 seed)§ [1]"]
+    assert "mean of the 9 emp sets" in text and "- a: best of ours on 10 of 10 tasks" in text
+    assert "- a: above all columns on 10 of 10 tasks (NT 10 of 10;" in text
+    assert "- b: above all columns on 9 of 9 tasks (NT 9 of 9;" in text and UNLIKE in text.splitlines()[0]
+
+
+def test_wins_over_a_paper_are_counted_as_the_paper_counts(table):
+    columns = {}
+    for r in ROWS:
+        if (r["paper"], r["table"]) == ("RandomMask", "3") and r["value"]:
+            columns.setdefault(r["method"], {})[r["task"]] = float(r["value"])
+    best = columns["DNABERT+RandomMask"]
+    assert len(best) == 28
+    wins = {name: sum(best[task] > column[task] for task in best) for name, column in columns.items()}
+    text = table([run(task, "a", (value + 0.001) / 100) for task, value in best.items()])
+    line = re.search(r"^- a: (above all columns on 25 of 28 tasks .*)$", text, re.M)[1]
+    for name in ("NT", "NT*", "HyenaDNA", "DNABERT"):
+        assert f"{name} {wins[name]} of 28" in line
+    assert "DNABERT+RandomMask 28 of 28" in line and "DNABERT, stride 6 (Table 2) 2 of 2" in line
+    rivals = [column for name, column in columns.items() if name not in ("NT*", "DNABERT+RandomMask")]
+    assert sum(all(best[task] > column[task] for column in rivals) for task in best) == 26  # the text's count
+    assert "above all" not in table([run("pd/tata", "a", 0.9)])
+
+
+def test_wins_are_within_a_mode(table):
+    gb = data.GROUPS["gb8"]
+    runs = [run(task, "a", 0.9, mode="probe") for task in gb] + [run(task, "a", 0.99) for task in gb[:2]]
+    text = table(runs)
+    assert re.search(r"^- a: above all columns on 2 of 2 tasks \(DNABERT 2 of 2; (?!.*probe)", text, re.M)
+    line = re.search(r"^- a, probe: above all columns on 7 of 8 tasks \((.*)\)$", text, re.M)[1]
+    assert "FinDNA (linear probe) 7 of 8" in line and line.count("(linear probe)") == line.count(" of 8")
+
+
 def test_wins_and_wilcoxon(table):
     a = np.array([0.5, 0.62, 0.71, 0.4, 0.55, 0.66, 0.8, 0.3])
     b = a + [0.01, -0.02, 0.03, 0.05, 0.04, -0.005, 0.06, 0]
@@ -121,7 +200,9 @@ def test_only_the_same_metric_and_mode_is_shown(table):
 
 @pytest.mark.parametrize("line, what", {
     "{": "not a run", "[1]": "not a run", "": "not a run", '{"task": "emp/H3"}': "no 'shots'",
-    json.dumps(run("eap", "a", "high")): "not a run", json.dumps(run("eap", ["a"], 1)): "not a run"}.items())
+    json.dumps(run("eap", "a", "high")): "not a run", json.dumps(run("eap", ["a"], 1)): "not a run",
+    json.dumps(run("eap", "a", 1, rows={"test": 5})): "no 'train'",
+    json.dumps(run("eap", "a", 1, rows=5)): "not a run"}.items())
 def test_a_broken_line_is_named(tmp_path, line, what):
     path = tmp_path / "results.jsonl"
     for text in (None, ""):
@@ -133,23 +214,51 @@ def test_a_broken_line_is_named(tmp_path, line, what):
         write_table(tmp_path, PAPER)
 
 
+def test_values_of_unknown_mode_and_costs_are_beside_nothing(table):
+    task = "gb/demo_human_or_worm"
+    for mode in ("finetune", "probe"):
+        text = table([run(task, "a", 0.7, mode=mode)])
+        assert f"another metric or mode: FinDNA, accuracy (mode unknown) of {task}\n" in text
+        assert "69.24" not in text and "student" not in text
+    text = table([run("mtcdna/1024", "a", 0.7)])
+    assert cells(text, "mtcdna/1024", 1)["FinDNA: FinDNA"] == "95.26" and "95.97" not in text
+    text = table([run(task, "a", 0.7, mode="probe") for task in data.GROUPS["gb8"]])
+    mean = cells(text, "mean of the 8 gb sets", 1)                       # as published; its values give 76.60
+    assert mean["FinDNA: M+NoAug (linear probe)"].startswith("76.59 [")
+    assert mean["FinDNA: FinDNA (linear probe)"] == "78.24"
+
+
 def test_paper_csv():
-    values = {(r["paper"], r["table"], r["method"], r["task"]): float(r["value"]) for r in ROWS if r["value"]}
-    assert len(values) == sum(r["value"] != "" for r in ROWS) == 688                # no two of one cell
-    groups = {r["task"] for r in ROWS if r["value"]} - set(data.TASKS)              # RandomMask's Table 2
-    assert groups == {"emp", "tf_m", "tf_h", "pd", "cpd"} and all(0 < x < 100 for x in values.values())
-    assert {r["metric"].removesuffix(PROBE) for r in ROWS if r["value"]} == set(METRICS)
-    assert all(r["note"] and r["task"] in {"", *data.TASKS, *data.GROUPS} for r in ROWS if not r["value"])
-    assert values["CM-GEMS", "GUE", "CMGEMS_10K", "cpd/tata"] == 83.5
-    assert values["FinDNA", "5", "FinDNA", "mtcdna/8192"] == 98.82
+    values = [r for r in ROWS if r["value"]]
+    scores = [r for r in values if r["metric"].split(" ")[0] in METRICS]
+    facts = {(r["table"], r["method"], r["metric"]): r["value"] for r in values if r not in scores}
+    cell = {(r["paper"], r["table"], r["method"], r["task"]): float(r["value"]) for r in scores}
+    assert len(scores) == len(cell) == 692 and len(values) - 692 == len(facts) == 27         # each cell once
+    assert {r["task"] for r in scores} - set(data.TASKS) == {"emp", "tf_m", "tf_h", "pd", "cpd", "gb8"}
+    assert all(0 < x < 100 for x in cell.values())
+    assert {r["metric"].split(" ")[0] for r in scores} == set(METRICS)
+    modes = {r["table"]: r["metric"].removeprefix("acc") for r in scores if r["paper"] == "FinDNA"}
+    assert modes == {"1": PROBE, "2": "", "3": "f1_micro", "4": PROBE, "5": "", "9": " (mode unknown)"}
+    assert all(r["note"] for r in ROWS if not r["value"])
+    assert {r["task"] for r in ROWS if r not in scores} <= {"", *data.TASKS, *data.GROUPS}
+    assert cell["CM-GEMS", "GUE", "CMGEMS_10K", "cpd/tata"] == 83.5
+    assert cell["FinDNA", "5", "FinDNA", "mtcdna/8192"] == 98.82
+    assert [facts["4", views, "kl"] for views in ("M+NoAug", "M+DIT", "MDT+DIT", "MDT+NR")] == [
+        "0.025", "0.149", "0.152", "0.175"]
+    assert facts["6", "NT-500m-human", "flops_ratio"] == "8.35"
+    assert facts["8", "CM-MNM", "gb_per_batch"] == "4.52"
+    assert sorted(value for (at, *_), value in facts.items() if at == "slides") == ["1.79", "4.71"]
     human = [task for task in data.GROUPS["cmgems27"] if task.split("/")[0] not in ("emp", "tf_m")]
+    averages = [("FinDNA", at, method, EMP + ["covid"], float(value))
+                for (at, method, metric), value in facts.items() if metric == "average"]
+    averages += [("FinDNA", "4", method, data.GROUPS["gb8"], value)
+                 for (_, _, method, task), value in cell.items() if task == "gb8"]
+    assert len(averages) == 10
     for paper, at, method, tasks, mean in (                  # means that the papers print
             ("RandomMask", "3", "DNABERT+RandomMask", EMP, 65.83), ("RandomMask", "3", "NT*", EMP, 46.47),
             ("RandomMask", "3", "DNABERT+RandomMask", data.GROUPS["tf_m"], 67.96),
             ("RandomMask", "3", "DNABERT", data.GROUPS["tf_h"], 64.10),
-            ("FinDNA", "3", "FinDNA", EMP + ["covid"], 66.49),
-            ("FinDNA", "3", "DNABERT-2", EMP + ["covid"], 57.34),
-            ("FinDNA", "4", "MDT+NR", data.GROUPS["gb8"], 78.31),
+            ("RandomMask", "3", "DNABERT", ["pd/all", "pd/notata"], 91.765), *averages,
             ("CM-GEMS", "GUE", "CMGEMS_10K", human, 73.81),
             ("CM-GEMS", "GUE", "DNABERT_120K", EMP + data.GROUPS["tf_m"], 51.55)):
-        assert np.mean([values[paper, at, method, task] for task in tasks]) == pytest.approx(mean, abs=0.011)
+        assert np.mean([cell[paper, at, method, task] for task in tasks]) == pytest.approx(mean, abs=0.011)
