@@ -347,11 +347,24 @@ def check_spec(spec, weights):
         build_net(spec, weights)
 
 
+def choose_network(path, state):
+    """Returns FinDNA's "teacher", or "student" if the teacher still has over 1 % of its initial weights."""
+    if "teacher" not in state:
+        return "student"
+    if "mask_rate" not in state["args"]:
+        print(f"{path}: made before version 0.2, with means of both losses (docs/findna.md, choice 9)")
+    left = state.get("initial_share", math.exp(-0.002 * state["step"]))        # older ones: lambda 0.996
+    if type(left) is not float or left <= 0.01:
+        return "teacher"
+    print(f"{path}: the teacher has {left:.1%} of its initial weights: using the student (--eval_network)")
+    return "student"
+
+
 def read_checkpoint(path, eval_network=None):
-    """A checkpoint of ours -> (spec, weights). FinDNA has two networks: eval_network, else the teacher."""
+    """A checkpoint of ours -> (spec, weights). FinDNA has two networks: eval_network, else choose_network."""
     state = training.load(path)
     spec, weights, method = state["config"], state["model"], state["method"]
-    network = eval_network or ("teacher" if "teacher" in state else "student")
+    network = eval_network or choose_network(path, state)
     if method == "findna" and network not in ("student", *state):
         raise ValueError(f"--eval_network teacher: {path} was pretrained without one; use student")
     try:
@@ -974,7 +987,8 @@ def parse_args():
     add("--n_head", type=positive, default=12, help="random: attention heads (%(default)s)")
     add("--n_embd", type=positive, default=768, help="random: width (%(default)s)")
     add("--pool", choices=("mean", "cls"), default="mean", help="probe, FinDNA: pooling (%(default)s)")
-    add("--eval_network", choices=("teacher", "student"), help="FinDNA: network to use (teacher if there)")
+    add("--eval_network", choices=("teacher", "student"),
+        help="FinDNA: network to use (the teacher, unless it is still close to its initial weights)")
     add("--head", choices=("linear", "mlp"), default="linear", help="FinDNA: its head (%(default)s)")
     add("--blocks", choices=("all", "log2"), default="all",
         help="FinDNA: blocks per layer, all or log2 of the longest training sequence (%(default)s)")

@@ -84,7 +84,7 @@ def add_flags(parser):
     add("--step", type=positive, help="bases between the starts of windows (--window)")
     add("--long", choices=("chunk", "truncate"), help="beyond block_size: windows, or cut (as fine-tuned)")
     add("--stride", type=positive, help="1: overlapping k-mers, k: non-overlapping (as trained)")
-    add("--eval_network", choices=("teacher", "student"), help="FinDNA: network to use (teacher if there)")
+    add("--eval_network", choices=("teacher", "student"), help="FinDNA: network to use (as finetune.py)")
     add("--micro_batch_size", type=positive, default=128, help="windows per forward pass (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")

@@ -1,4 +1,5 @@
 """FinDNA: ChordMixer, views, losses and measures against literal readings of the paper."""
+import argparse
 import collections
 import itertools
 import math
@@ -188,6 +189,31 @@ def test_losses(dim):
         want -= q / sum(math.exp((Q[b][at] - center[at]) / 0.04) for at in over) * math.log(p)
     q = findna.teacher_outputs(Q, center, dim)
     assert findna.cl_loss(P, q, dim).item() == pytest.approx(want, rel=1e-4)
+
+
+@pytest.mark.parametrize("steps", [600, 1000, 3000])
+def test_what_is_left_of_the_initial_weights(steps):
+    assert findna.initial_share(steps, steps, 0.996) == pytest.approx(math.exp(-0.004 * steps / 2), rel=0.02)
+    assert findna.initial_share(2, steps, 0.996) == pytest.approx(0.996 ** 2, abs=1e-6)
+
+
+@pytest.mark.parametrize("text", ["MDIT", "NR+M", "M+", "+M", "MM+N", "M+X", "none+M", "m+n"])
+def test_pairs_of_views_that_are_refused(text):
+    with pytest.raises(argparse.ArgumentTypeError, match="the student needs M"):
+        findna.view_pair(text)
+    assert findna.view_pair("MNR+T") == "MNR+T" and findna.view_pair("MDT+NR") == "MDT+NR"
+
+
+def test_views_with_noise_and_mask_on_the_other_side():
+    """MNR+MT: noise and flip for the student, whose targets are the flipped bases; a masked teacher."""
+    bases = torch.randint(4, (200, 40), dtype=torch.uint8)
+    view_u, target, view_v = findna.make_views(bases, "MNR+MT", 0, 0.25, 0.1, 1.0)
+    masked = target.any(-1)
+    assert (masked.sum(1) == 10).all() and not view_u[masked].any()
+    flipped = data.one_hot(data.reverse_complement(bases))
+    equal(target[masked], flipped[masked])
+    assert abs((view_u - flipped)[~masked].std() - 0.1) < 0.005
+    assert ((view_v == 0).all(-1).sum(1) == 10).all()
 
 
 def test_collapse_measures():
