@@ -148,7 +148,7 @@ def is_about(caveat, tasks, value):
 
 
 def means_of(columns, key, ours=False):
-    """Means of a row; nan where there is none, or a § unless all of ours are on the same rows."""
+    """Means of a row, nan where there is none or a §. ours=True: § counts where all are on the same rows."""
     cells = [column.get(key, NO_CELL) for column in columns]
     same = ours and len({cell.note for cell in cells if cell is not NO_CELL}) == 1
     return np.array([cell.mean if same or UNLIKE not in cell.text else np.nan for cell in cells])

@@ -74,6 +74,14 @@ def test_setups_are_named_by_what_differs_in_a_task(table):
     assert tasks == ["emp/H3", "gb/demo_human_or_worm", "prom_core 10-shot", "prom_core 50-shot", "mine"]
 
 
+def test_changed_weights_and_tables_are_columns_of_their_own(table):
+    text = table([run("emp/H3", "a", 0.5, weights="w1", data="d1"), run("emp/H4", "a", 0.6, weights="w2"),
+                  run("emp/H3", "b", 0.5, data="d1"), run("emp/H3", "b", 0.6, data="d2"),
+                  run("emp/H4", "c", 0.7)])
+    assert {*cells(text, "emp/H4")} - {"", "task", "metric"} == {
+        "a (w1) (data d1)", "a (w2)", "b (data d1)", "b (data d2)", "c"}
+
+
 def test_means_are_over_the_sets_in_common(table):
     runs = [run(task, "a", i / 10) for i, task in enumerate(EMP)]
     text = table([*runs, *(run(task, "b", 0.5) for task in EMP[2:5]), run("tf_m/0", "c", 0.5)])
@@ -98,8 +106,7 @@ NO_TEST = "dev (there is no test); dev is 10% of train"
      "trained on 1,347 rows, tested on 1,497 of test; published: train 11,971, test 1,497, dev 1,497"),
     ("emp/H3", split(11971, 1496, 1497), "tested on 1,496 of test"),
     ("eap", split(900, 1000, 100, NO_TEST),
-     "trained on 1,000 rows, tested on 1,000 of dev (there is no test); published: train 402,296, "
-     "test 41,186"),
+     "trained on 1,000 rows, tested on 1,000 of dev (there is no test); published: train 402,296, test"),
     ("eap", split(402296, 41186, tested_on="dev (there is no test)"), "tested on 41,186 of dev"),
     ("gb/human_enhancers_cohn", split(18759, 6948, 2085, OWN_DEV), "trained on 20,844 rows"),
     ("gb/human_enhancers_cohn", split(18759, 6948, 2084, OWN_DEV), ""),
@@ -134,6 +141,8 @@ def test_other_rows_are_kept_apart(table):
     assert "mean of the 9 emp sets" in text and "- a: best of ours on 10 of 10 tasks" in text
     assert "- a: above all columns on 10 of 10 tasks (NT 10 of 10;" in text
     assert "- b: above all columns on 9 of 9 tasks (NT 9 of 9;" in text and UNLIKE in text.splitlines()[0]
+    text = table([run(task, "a", 0.9, **split(100, 100)) for task in EMP])
+    assert "Beside RandomMask" in text and "emp sets" not in text and "above all" not in text
 
 
 def test_wins_over_a_paper_are_counted_as_the_paper_counts(table):
