@@ -73,7 +73,7 @@ PROTOCOLS = {                                                # name: (numbers, c
     "martinek": (BASE | dict(batch_size=48, weight_decay=0.1, lr=2e-4, select="loss", patience=3, seeds=5),
                  {}),
     "strict": (BASE, {})}                                    # ours: dev from train, test once, MCC
-CNN = dict(batch_size=32, lr=1e-3, weight_decay=0.0, warmup=0, schedule="constant",   # GB's Adam
+CNN = dict(batch_size=32, lr=1e-3, weight_decay=0.0, warmup=0, schedule="constant",   # both CNNs' Adam
            grad_clip=1e9)
 DEFAULT_PROTOCOL = {"GUE": "randommask", "DeepSTARR": "randommask", "GenomicBenchmarks": "martinek",
                     "MTcDNA": "findna", "few-shot": "fewshot"}                         # others: strict
@@ -95,7 +95,7 @@ def get_protocol(name, task, shots, init, flags):
             dict(batch_size=15, lr=5e-5, epochs=5)
     if "epochs" in flags:
         p |= {"max_steps": 0}
-    return p | (CNN if init == "cnn" else {}) | flags
+    return p | (CNN if init in ("cnn", "penguinn") else {}) | flags
 
 
 def main_metric(protocol, task):
@@ -111,7 +111,8 @@ def main_metric(protocol, task):
 # with the weights and rebuilds it; spec[kind] holds the sizes of the pretrained part.
 #   BODY                  attribute that takes the pretrained weights; None: trained from scratch only
 #   FLAGS                 command-line flags that only this kind has, with their defaults
-#   complete(spec, args, longest)   its part of a run's spec; longest: bases of the longest training sequence
+#   complete(spec, args, longest)   its part of a run's spec, given that of --init, the task's n_out and
+#                         regression, and the bases of the longest training sequence
 #   inputs(rows, index)   arguments of forward and embed for these sequences (bases already on the device)
 #   forward(*inputs)      outputs (B, n_out), through the linear layer `out`
 #   embed(*inputs)        one vector a sequence (B, C), pooled as spec["pool"] says
@@ -297,7 +298,7 @@ class MixerHead(nn.Module):
 
 
 class CnnHead(models.Cnn):
-    """The CNN baseline: the first `length` bases, shorter sequences filled with N."""
+    """GenomicBenchmarks' CNN on the first `length` bases; shorter sequences are filled with N."""
     BODY, FLAGS = None, {}
 
     @staticmethod
@@ -318,7 +319,21 @@ class CnnHead(models.Cnn):
         return (padded(rows, index, self.length, 4),)
 
 
-HEADS = {"bert": BertHead, "mixer": MixerHead, "cnn": CnnHead}
+class PenguinnHead(models.Penguinn):
+    """Martinek et al.'s CNN, with the inputs of the other one."""
+    BODY, FLAGS = None, {}
+    n_windows, count, inputs = CnnHead.n_windows, CnnHead.count, CnnHead.inputs
+
+    @staticmethod
+    def complete(spec, args, longest):
+        return {"length": longest, "binary": spec["n_out"] == 2 and not spec["regression"]}
+
+    def __init__(self, spec):
+        super().__init__(spec["length"], spec["n_out"], spec["binary"])
+        self.spec = spec
+
+
+HEADS = {"bert": BertHead, "mixer": MixerHead, "cnn": CnnHead, "penguinn": PenguinnHead}
 DEFAULTS = {"long": "chunk", "dtype": "float32", "n_out": 1, "pool": "mean", "head": "linear",
             "n_blocks": None}                                # what a spec may leave out
 
@@ -396,7 +411,7 @@ def read_start(init, args):
         name = f"random {args.n_layer}x{args.n_embd} h{args.n_head} k{args.k}"
     elif init.startswith("random:"):                         # the architecture of a checkpoint, no weights
         spec, _ = read_checkpoint(init[7:], args.eval_network)
-    elif init not in ("cnn", "kmer"):
+    elif init not in ("cnn", "penguinn", "kmer"):
         spec, weights = read_network(init, args.eval_network)
     if args.stride:
         spec["stride"] = args.stride
@@ -724,7 +739,8 @@ def rows_in(rows, others):
 def complete(spec, key, args, task, longest):
     """The spec of a run: of its pretrained part, of the flags, of the task. It is stored with the model."""
     kind, dropout = spec["kind"], key["numbers"].get("dropout")
-    own = HEADS[kind].complete(spec, args, longest) if kind in HEADS else {}
+    given = spec | {"n_out": len(task.classes), "regression": task.regression}
+    own = HEADS[kind].complete(given, args, longest) if kind in HEADS else {}
     if kind in own and dropout is not None:
         own[kind] = own[kind] | {"dropout": dropout}
     return {"kind": kind, "long": args.long or "chunk", "dtype": args.dtype, "n_out": len(task.classes)} | own
@@ -979,7 +995,7 @@ def parse_args():
     add("--targets", nargs="+", metavar="COLUMN", help="--csv: regression on these columns")
     add = parser.add_argument_group("model").add_argument
     add("--init", nargs="+", default=["random"],
-        help="checkpoint, random:CHECKPOINT (its architecture), hf:FOLDER, random, cnn or kmer (random)")
+        help="checkpoint, random:CHECKPOINT (its architecture), hf:FOLDER, random, cnn, penguinn, kmer")
     add("--stride", type=positive, help="1: overlapping k-mers, k: non-overlapping (default: as pretrained)")
     add("--k", type=number(int, 1, 9), default=6, help="random: k-mer length (%(default)s)")
     add("--block_size", type=number(int, 3), default=512, help="random: positions (%(default)s)")

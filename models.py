@@ -2,8 +2,8 @@
 
 Bert (post-LN) over k-mers is the network of DNABERT, RandomMask and GeneMask. Its size is set by the config:
 12 layers of 768 are DNABERT (89,196,549 parameters), 4 of 256 RandomMask's BERT-mini, 2 of 256 with n_head 8
-and n_inner 3072 LOGO (GeneMask). ChordMixer (FinDNA) and Encoder read one-hot bases; Cnn is a baseline.
-load_hf and save_hf read and write a Bert in the layout of transformers.
+and n_inner 3072 LOGO (GeneMask). ChordMixer (FinDNA) and Encoder read one-hot bases; Cnn and Penguinn are
+baselines. load_hf and save_hf read and write a Bert in the layout of transformers.
 """
 import dataclasses
 import itertools
@@ -304,9 +304,10 @@ class BaseModel(nn.Module):
 
 
 class Cnn(nn.Module):
-    """GenomicBenchmarks' CNN (baseline of Martinek et al.): bases (B, length) uint8 -> (B, n_out).
+    """GenomicBenchmarks' CNN: bases (B, length) uint8 -> (B, n_out).
 
-    As published, it has no non-linearity after the second and third convolution or between the linear layers.
+    As published since June 2022, it has no non-linearity after the second and third convolution (before, each
+    had a ReLU) or between the linear layers.
     """
 
     def __init__(self, length, n_out):
@@ -329,6 +330,40 @@ class Cnn(nn.Module):
         x = self.hidden(x.flatten(1))
         with torch.autocast(x.device.type, enabled=False):
             return self.out(x.float())
+
+
+class Penguinn(nn.Module):
+    """PENGUINN (Klimentova et al. 2020), the CNN of Martinek et al.: bases (B, length) uint8 -> (B, n_out).
+
+    binary: as published, one logit z, here as two outputs (0, z), whose cross-entropy is that of sigmoid(z).
+    Batch norm and initial weights are Keras's.
+    """
+
+    def __init__(self, length, n_out, binary):
+        super().__init__()
+        self.length, self.binary = length, binary            # shorter sequences end in N, which is all zeros
+        if length < 16:
+            raise ValueError(f"--init penguinn: {length} bases are too few; use another --init")
+        layers, widths = [], (4, 16, 8, 4, 3)
+        for C, D in itertools.pairwise(widths):              # padding "same"
+            layers += [nn.ZeroPad1d((3, 4)), nn.Conv1d(C, D, 8), nn.ReLU(), nn.BatchNorm1d(D, 1e-3, 0.01),
+                       nn.MaxPool1d(2), nn.Dropout(0.3)]
+        self.convs, self.hidden = nn.Sequential(*layers), nn.Linear(3 * (length // 16), 512)
+        self.norm, self.out = nn.BatchNorm1d(512, 1e-3, 0.01), nn.Linear(512, 1 if binary else n_out)
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv1d, nn.Linear)):
+                nn.init.xavier_uniform_(layer.weight)
+                nn.init.zeros_(layer.bias)
+
+    def forward(self, bases):
+        x = self.convs(F.one_hot(bases.long(), 5)[..., :4].float().transpose(1, 2))
+        x, norm = F.relu(self.hidden(x.flatten(1))), self.norm                 # x was (B, 3, width)
+        alone = len(x) == 1                                  # has no variance: takes the running one
+        x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
+                         self.training and not alone, norm.momentum, norm.eps)
+        with torch.autocast(x.device.type, enabled=False):
+            x = self.out(F.dropout(x.float(), 0.2, self.training))
+        return F.pad(x, (1, 0)) if self.binary else x
 
 
 def copy_weights(model, init, load):

@@ -8,6 +8,7 @@ the BERT-like Pretraining for DNA Sequences"). Longer spans hide more bases: the
         --micro_batch_size 32                                two nodes: 16 micro-batches for 16 GPUs
     python randommask.py --mask dnabert                      baseline: six-token spans throughout
     python randommask.py --mask single --stride 6            baseline: non-overlapping 6-mers
+    python randommask.py --mask dnabert --stride 2           in between (Fig 6): spans of three tokens
 """
 import math
 
@@ -38,6 +39,11 @@ def phase_at(step, edges):
     return 1 + sum(step > edge for edge in edges)
 
 
+def first_span(k, stride):
+    """Returns the number of tokens that a span has at first: as many as can contain the same base."""
+    return math.ceil(k / stride)
+
+
 def random_mask(tokens, phase, p, span=6):
     """Draws the mask of Algorithm 1: tokens (B, T) -> masked bool (B, T).
 
@@ -53,7 +59,8 @@ def parse_args():
     parser, positive = training.new_parser(__doc__), number(int, 1)
     add = parser.add_argument_group("model").add_argument
     add("--k", type=number(int, 1, 9), default=6, help="k-mer length, 1 to 8 (%(default)s)")
-    add("--stride", type=positive, default=1, help="1: overlapping k-mers; k: non-overlapping (%(default)s)")
+    add("--stride", type=positive, default=1,
+        help="bases from a k-mer to the next, 1 to k; k: non-overlapping (%(default)s)")
     add("--block_size", type=number(int, 3), default=512, help="tokens with [CLS] and [SEP] (%(default)s)")
     add("--n_layer", type=positive, default=12, help="layers (%(default)s)")
     add("--n_head", type=positive, default=12, help="attention heads (%(default)s)")
@@ -62,7 +69,7 @@ def parse_args():
     add("--init", help="start from these weights: a checkpoint, or hf:FOLDER")
     add = parser.add_argument_group("method").add_argument
     add("--mask", choices=("randommask", "dnabert", "single"), default="randommask", help="(%(default)s)")
-    add("--p", type=number(float, 1e-9, 1), help="probability of a center (0.15 / k; single: 0.15)")
+    add("--p", type=number(float, 1e-9, 1), help="probability of a center (0.15 / tokens of the first span)")
     add = training.add_optimization_flags(parser, batch_size=512, micro_batch_size=64, lr=1e-4, warmup="2 %%",
                                           weight_decay=0.01)
     add("--steps", type=positive, default=PAPER_STEPS, help="steps; phase edges scale with it (%(default)s)")
@@ -73,11 +80,12 @@ def parse_args():
 
 def complete_args(args):
     """Fills in the defaults that depend on other flags. ValueError for flags that contradict each other."""
-    single = args.mask == "single"
-    if args.stride != (args.k if single else 1):
-        raise ValueError(f"--stride {args.stride}: --mask {args.mask} needs {args.k if single else 1}")
+    if args.stride > args.k:
+        raise ValueError(f"--stride {args.stride}: skips bases between the {args.k}-mers; use 1 to {args.k}")
+    if args.mask == "single" and args.stride < args.k:
+        raise ValueError(f"--stride {args.stride}: --mask single needs {args.k}; or use --mask dnabert")
     if args.p is None:
-        args.p = MASK_RATE if single else MASK_RATE / args.k
+        args.p = MASK_RATE / first_span(args.k, args.stride)
     training.complete_warmup(args, 0.02)                     # DNABERT: 10,000 of 500,000
     if not args.keep:
         args.keep = [max(1, round(step * args.steps / PAPER_STEPS)) for step in MILESTONES]
@@ -122,7 +130,7 @@ if __name__ == "__main__":
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
         parts = {"model": model, "optimizer": optimizer}
 
-        span = 1 if args.mask == "single" else args.k
+        span = first_span(args.k, args.stride)               # 1 for non-overlapping k-mers
         edges = phase_edges(args.steps) if args.mask == "randommask" else []
         length = (args.block_size - 3) * args.stride + args.k                  # bases of a window
         genome = data.open_genome(args.genome, args.data_dir, args.cache)
@@ -181,7 +189,7 @@ if __name__ == "__main__":
         """Loss under this phase's masks, under DNABERT's (comparable), at an edge under the next phase's."""
         row = {"val_loss": evaluate(phase)}
         if args.mask != "single":
-            row[f"val_loss_span{args.k}"] = evaluate(1) if phase > 1 else row["val_loss"]
+            row[f"val_loss_span{span}"] = evaluate(1) if phase > 1 else row["val_loss"]
         return row | ({"val_loss_next_phase": evaluate(phase + 1)} if step in edges else {})
 
     with training.user_errors(OSError, torch.OutOfMemoryError):
@@ -211,7 +219,7 @@ if __name__ == "__main__":
             run.end_step()
 
     run.say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
-    if args.demo and args.mask != "single":
+    if args.demo and args.mask != "single" and args.stride == 1:                # then a span hides one base
         loss = evaluate(1)                                   # on all ranks
         if run.rank == 0:
             say_what_it_learnt(args, genome, loss)

@@ -18,11 +18,13 @@ import numpy as np
 import torch
 from sklearn.manifold import TSNE
 from sklearn.metrics import silhouette_score
+from sklearn.neighbors import NearestNeighbors
 
 import cm_gems
 import data
 import findna
 import finetune
+import models
 import randommask
 import training
 from tools import table
@@ -31,6 +33,7 @@ COLORS = np.array([[*bytes.fromhex(rgb)] for rgb in (        # Okabe and Ito's p
     "0072B2", "D55E00", "009E73", "CC79A7", "E69F00", "56B4E9", "000000", "999999")]) / 255
 REACH = 6                                                    # tokens on either side that count as neighbours
 SHOWN = 120                                                  # bases shown in the figure of the masks
+LISTED = 32                                                  # k-mers of a cluster that are listed
 PANELS = (                                                   # title, unit, scale, {column of the log: style}
     ("Loss; dots: held out; triangles: masks of the next phase", "nats", "log", {
         "loss": "-", "val_loss": "o", "val_loss_next_phase": "^"}),
@@ -130,6 +133,22 @@ def embeddings(bert):
                          for name, ids in (classes | shuffled).items()}
 
 
+def draw_cluster(ax, ax_list, xy, k):
+    """Marks the densest cluster of the t-SNE xy (4**k, 2), a k-mer and its neighbours, and lists them."""
+    distances, neighbours = NearestNeighbors(n_neighbors=min(LISTED, len(xy) // 4)).fit(xy).kneighbors(xy)
+    cluster = sorted(neighbours[distances[:, -1].argmin()])
+    words = [models.vocabulary(k)[5 + i] for i in cluster]
+    print(f"densest cluster (black): {' '.join(words)}")
+    ax.scatter(*xy[cluster].T, s=3, lw=0, c="black")
+    rows = -(-len(words) // 3)                               # in three columns
+    for i, word in enumerate(words):
+        for j, letter in enumerate(word):
+            ax_list.text(i // rows * (k + 1) + j, i % rows, letter, color=COLORS["ATCG".index(letter)],
+                         weight="bold", ha="center", va="center")
+    ax_list.set(xlim=(-1, 3 * k + 2), ylim=(rows, -1), title="k-mers of the cluster in black")
+    ax_list.axis("off")
+
+
 def shades(classes):
     """Colors (n, 3): the hue is the first or only letter, the lightness the second letter."""
     if classes.max() < 4:
@@ -162,42 +181,50 @@ def over_bases(of_kmers, k, stride):
 def attention(bert, tokens, stride):
     """Attention of a Bert on tokens (n, T), [CLS] k-mers [SEP] -> {name: array}.
 
-    maps (layer, H, T, T): mean over sequences. shares (layer, 4): the share of a k-mer's attention to [CLS],
-    to [SEP] and to k-mers at most REACH tokens away, and its entropy in nats. uniform (4,): the same for
-    uniform attention. profile (2, L): attention in the last layer to each base of the first sequence, from
+    maps (layer, H, T, T): mean over sequences. numbers (layer, 5): the share of a k-mer's attention to [CLS],
+    to [SEP] and to k-mers at most REACH tokens away; its entropy in nats; contrast, what the most attended
+    k-mer of a sequence receives / what its k-mers receive on average. uniform (5,): of equal attention.
+    profiles (2, 2, L): attention to each base of the first sequence, in the middle and the last layer, from
     [CLS] and from a k-mer; mean over heads and over the k-mers that contain the base.
     """
-    (n, T), total, entropy = tokens.shape, 0, 0
+    (n, T), total, entropy, contrast = tokens.shape, 0, 0, 0
     for i, row in enumerate(tokens):                         # (layer, H, T, T) is large
         weights = torch.stack(bert.encode(row[None], need_weights=True)[1])[:, 0]
         total, entropy = total + weights, entropy - weights.xlogy(weights)[:, :, 1:-1].sum(-1).mean((1, 2))
+        received = weights[:, :, 1:-1, 1:-1].mean((1, 2))    # (layer, T - 2)
+        contrast = contrast + received.amax(1) / received.mean(1)
         if i == 0:
-            first = weights[-1].mean(0)                      # (T, T)
+            first = weights[[(len(weights) - 1) // 2, -1]].mean(1)             # (2, T, T)
     maps, at = total / n, torch.arange(T - 2, device=tokens.device)
     given, near = maps[:, :, 1:-1].mean(1), (at[:, None] - at).abs() <= REACH  # (layer, T - 2, T)
-    shares = torch.stack([given[..., 0].mean(1), given[..., -1].mean(1),
-                          (given[..., 1:-1] * near).sum(-1).mean(1), entropy / n], 1)
-    uniform = torch.tensor([1 / T, 1 / T, near.sum() / (T - 2) / T, math.log(T)])
-    profile = over_bases(torch.stack([first[0], first[1:-1].mean(0)])[:, 1:-1].cpu(), bert.config.k, stride)
-    return {"maps": maps.cpu().numpy(), "shares": shares.cpu().numpy(), "uniform": uniform.numpy(),
-            "profile": profile.numpy()}
+    to_near = (given[..., 1:-1] * near).sum(-1)
+    numbers = torch.stack([given[..., 0].mean(1), given[..., -1].mean(1), to_near.mean(1), entropy / n,
+                           contrast / n], 1)
+    uniform = torch.tensor([1 / T, 1 / T, near.sum() / (T - 2) / T, math.log(T), 1])
+    profiles = [over_bases(torch.stack([x[0], x[1:-1].mean(0)])[:, 1:-1].cpu(), bert.config.k, stride)
+                for x in first]
+    return {"maps": maps.cpu().numpy(), "numbers": numbers.cpu().numpy(), "uniform": uniform.numpy(),
+            "profiles": torch.stack(profiles).numpy()}
 
 
-def draw_attention(found, places):
-    """found: {checkpoint: result of attention}; places: where the sequences of the profiles are from."""
-    fig, axes = new_figure(4, 2, 4, 2.5)
-    titles = {0: "Attention to [CLS]", 2: f"To k-mers at most {REACH} tokens away", 3: "Entropy of attention"}
+def draw_attention(found, place):
+    """found: {checkpoint: result of attention}; place: where the sequence of the profiles is from."""
+    fig, axes = new_figure(6, 2, 4, 2.5)
+    titles = {0: "Attention to [CLS]", 2: f"To k-mers at most {REACH} tokens away", 3: "Entropy of attention",
+              4: "Most attended k-mer / mean of the k-mers"}
     for color, (name, a) in zip(COLORS, found.items()):
-        layers = range(1, len(a["shares"]) + 1)
+        layers = range(1, len(a["numbers"]) + 1)
         for ax, (i, title) in zip(axes, titles.items()):
-            ax.plot(layers, a["shares"][:, i], "o-", color=color, ms=3, lw=1, label=name)
+            ax.plot(layers, a["numbers"][:, i], "o-", color=color, ms=3, lw=1, label=name)
             ax.axhline(a["uniform"][i], color=color, lw=0.8, ls=":")
             ax.set(title=f"{title}; dotted: uniform", xlabel="layer", xticks=layers,
-                   ylabel="nats" if i == 3 else "share")
-        for received, style in zip(a["profile"], ("--", "-")):
-            axes[3].plot(received * a["maps"].shape[-1], style, color=color, lw=1)
-    axes[3].set(title="Last layer, from k-mers to a base; dashed: from [CLS]",
-                xlabel=f"base of {' or '.join(places)}", ylabel="1 = uniform")
+                   ylabel=("share", "", "share", "nats", "ratio")[i])
+        for ax, profile in zip(axes[4:], a["profiles"]):
+            for received, style in zip(profile, ("--", "-")):
+                ax.plot(received * a["maps"].shape[-1], style, color=color, lw=1)
+    for ax, layer in zip(axes[4:], ("Middle", "Last")):
+        ax.set(title=f"{layer} layer, from k-mers to a base; dashed: from [CLS]", xlabel=f"base of {place}",
+               ylabel="1 = uniform")
     for ax in axes:
         ax.set_ylim(bottom=0)                                # last, because it ends the autoscaling
     axes[0].legend()
@@ -362,11 +389,14 @@ def plot_embeddings(args):
     panels = [(by if one else name, xy, classes[by], scores[by])
               for name, (xy, classes, scores) in found.items() for by in (classes if one else ["center"])]
     columns = 3 if one else min(4, len(panels) + 1)
-    fig, (*axes, key) = new_figure(len(panels) + 1, columns, 8 / columns, 8.6 / columns)
+    fig, (*axes, key) = new_figure(len(panels) + 1 + one, columns, 8 / columns, 8.6 / columns)
     for ax, (name, xy, classes, score) in zip(axes, panels):
         ax.axis("off")
         ax.scatter(*xy.T, s=3, lw=0, c=shades(classes), rasterized=True)
         ax.set_title(f"{name}\nsilhouette {score:.3f}")
+    if one:
+        [(xy, classes, _)] = found.values()
+        draw_cluster(axes[0], axes[-1], xy, len(classes) - 2)
     key.imshow(shades(np.arange(16)).reshape(4, 4, 3))
     key.set(title="colors", ylabel="first or only letter", xlabel="second letter", xticks=range(4),
             yticks=range(4), xticklabels="ATCG", yticklabels="ATCG")
@@ -375,20 +405,21 @@ def plot_embeddings(args):
 
 def plot_attention(args):
     device, *_ = training.set_up(args.device, "float32", join=False)
-    genome, found, rows, places = data.Genome(args.fasta, args.cache), {}, [], {}
-    for name, path in label_paths(args).items():
-        bert, stride = read_bert(path)
-        length = (bert.config.block_size - 3) * stride + bert.config.k
-        bases, place = random_windows(genome, args.windows, length)
-        if bases.shape[1] < bert.config.k:
-            raise ValueError(f"--fasta {args.fasta[0]}: no {bert.config.k} bases without N; give more")
-        places[place] = None
+    nets, found, rows = {name: read_bert(path) for name, path in label_paths(args).items()}, {}, []
+    length = min((bert.config.block_size - 3) * stride + bert.config.k for bert, stride in nets.values())
+    bases, place = random_windows(data.Genome(args.fasta, args.cache), args.windows, length)
+    longest = max(bert.config.k for bert, _ in nets.values())
+    if bases.shape[1] < longest:
+        raise ValueError(f"--fasta {args.fasta[0]}: no {longest} bases without N for a window; give more")
+    for name, (bert, stride) in nets.items():
         tokens = data.kmer_tokens(bases.to(device), bert.config.k, stride, specials=True)
         a = found[name] = attention(bert.to(device), tokens, stride)
-        rows += [(name, i, *numbers) for i, numbers in enumerate(a["shares"].tolist(), 1)]
+        rows += [(name, i, *numbers) for i, numbers in enumerate(a["numbers"].tolist(), 1)]
         rows.append((name, f"uniform, {tokens.shape[1]} tokens", *a["uniform"].tolist()))
-    print_table(["checkpoint", "layer", "to [CLS]", "to [SEP]", f"to +-{REACH} k-mers", "entropy"], rows)
-    return {"": draw_attention(found, places), "_maps": draw_maps(found)}
+    print(f"{len(bases)} windows of {bases.shape[1]} bases, the same for all")
+    columns = ["to [CLS]", "to [SEP]", f"to +-{REACH} k-mers", "entropy", "contrast"]
+    print_table(["checkpoint", "layer", *columns], rows)
+    return {"": draw_attention(found, place), "_maps": draw_maps(found)}
 
 
 def plot_masks(args):

@@ -95,16 +95,33 @@ def test_attention_equals_literal_loops_and_sdpa():
         want = [np.mean([row[0] for row in given]), np.mean([row[-1] for row in given]),
                 np.mean([sum(row[j] for j in range(1, 21) if abs(i - j) <= 6) for i, row in zip(at, given)]),
                 np.mean([-(row * np.log(row)).sum() for row in given])]
-        np.testing.assert_allclose(found["shares"][layer], want, atol=1e-5)
+        received = [[np.mean([w[n, h, i, j] for h in range(2) for i in range(1, 21)]) for j in range(1, 21)]
+                    for n in range(3)]                       # by each k-mer of each sequence
+        want.append(np.mean([max(row) / np.mean(row) for row in received]))
+        np.testing.assert_allclose(found["numbers"][layer], want, atol=1e-5)
+        assert want[-1] > 1.001
     near = np.mean([sum(abs(i - j) <= 6 for j in range(1, 21)) for i in range(1, 21)])
-    np.testing.assert_allclose(found["uniform"], [1 / 22, 1 / 22, near / 22, math.log(22)], rtol=1e-6)
-    last = weights[-1][0].detach().mean(0)
-    for row, received in zip(found["profile"], (last[0, 1:-1], last[1:-1, 1:-1].mean(0))):
-        want = [np.mean([received[t] for t in range(20) if t <= base < t + 3]) for base in range(22)]
-        np.testing.assert_allclose(row, want, atol=1e-6)
+    np.testing.assert_allclose(found["uniform"], [1 / 22, 1 / 22, near / 22, math.log(22), 1], rtol=1e-6)
+    for layer, profile in zip((1, 2), found["profiles"]):    # middle and last of three
+        w = weights[layer][0].detach().mean(0)
+        for row, received in zip(profile, (w[0, 1:-1], w[1:-1, 1:-1].mean(0))):
+            want = [np.mean([received[t] for t in range(20) if t <= base < t + 3]) for base in range(22)]
+            np.testing.assert_allclose(row, want, atol=1e-6)
 
 
-@pytest.mark.parametrize("k, stride", [(6, 1), (6, 6), (3, 1)])
+def test_the_densest_cluster_is_listed(capsys):
+    xy = np.random.default_rng(0).normal(size=(256, 2))
+    planted = np.random.default_rng(1).choice(256, figures.LISTED, replace=False)
+    xy[planted] = 5 + 0.01 * xy[planted]
+    fig, (ax, ax_list) = figures.new_figure(2, 2, 3, 3)
+    figures.draw_cluster(ax, ax_list, xy, 4)
+    words = [models.vocabulary(4)[5 + i] for i in sorted(planted)]
+    assert capsys.readouterr().out == f"densest cluster (black): {' '.join(words)}\n"
+    assert sorted(map(tuple, ax.collections[0].get_offsets())) == sorted(map(tuple, xy[planted]))
+    assert "".join(text.get_text() for text in ax_list.texts) == "".join(words)
+
+
+@pytest.mark.parametrize("k, stride", [(6, 1), (6, 6), (6, 4), (3, 1)])
 def test_over_bases(k, stride):
     of_kmers = torch.rand(2, 9)
     found = figures.over_bases(of_kmers, k, stride)
@@ -158,9 +175,10 @@ def test_result_points(tmp_path):
 
 
 def test_every_curve_is_in_the_picture():
-    a = {"maps": np.ones((2, 1, 4, 4)) / 4, "profile": np.ones((2, 9)) / 4, "uniform": np.full(4, 0.2)}
-    shares = [np.full((2, 4), 0.1), np.full((2, 4), 0.9)]
-    fig = figures.draw_attention({str(i): a | {"shares": s} for i, s in enumerate(shares)}, ["x"])
+    a = {"maps": np.ones((2, 1, 4, 4)) / 4, "profiles": np.ones((2, 2, 9)) / 4, "uniform": np.full(5, 0.2)}
+    numbers = [np.full((2, 5), 0.1), np.full((2, 5), 0.9)]
+    fig = figures.draw_attention({str(i): a | {"numbers": x} for i, x in enumerate(numbers)}, "x")
+    assert len(fig.axes) == 6
     for ax in fig.axes:
         low, high = ax.get_ylim()
         assert all(low <= y <= high for line in ax.lines for y in np.asarray(line.get_ydata(), float)), ax
@@ -192,7 +210,7 @@ def test_commands_on_real_runs(tmp_path, monkeypatch):
     assert result.code == 0 and result.out.count("the same weights") == 2, result          # phases 1, 3 end
     last = log_rows(tmp_path / "db")[-1]
     assert f"| db | 6 | {last['loss']:.3f} | {last['val_loss']:.3f} |" in result.out
-    assert figure("embeddings", "rm/last.pt", "--dpi", 50, "--out", "f/one").code == 0
+    assert "densest cluster" in figure("embeddings", "rm/last.pt", "--dpi", 50, "--out", "f/one").out
     two = ["rm/last.pt", "cm/last.pt", "--names", "a", "b"]
     result = figure("embeddings", *two, "--dpi", 50, "--out", "f/two")
     assert result.code == 0 and "| a | " in result.out and "shuffled" in result.out
@@ -200,11 +218,30 @@ def test_commands_on_real_runs(tmp_path, monkeypatch):
         inits += ["--fasta", fasta, "--windows", 3]
         result = figure("attention", *inits, "--dpi", 50, "--out", f"f/{name}")
         assert result.code == 0 and "| 2 | 0." in result.out and "uniform, 22 tokens" in result.out, result
+        assert "3 windows of 22 bases, the same for all" in result.out, result
     assert figure("masks", "--fasta", fasta, "--k", 3, "--dpi", 50, "--out", "f/masks").code == 0
     result = figure("results", results(tmp_path), "--dpi", 50, "--out", "f/results")
     assert result.code == 0 and "| x.pt | prom_core | 50 | acc | 80.000 | nan | 1 |" in result.out, result
     assert pictures(tmp_path / "f") == [f"{name}.png" for name in (
         "att1", "att1_maps", "att2", "att2_maps", "loss", "masks", "one", "results", "results_shots", "two")]
+
+
+def test_strides_side_by_side(tmp_path, monkeypatch):
+    """Fig 6: pretraining at each stride, then its embeddings; attention on the same bases for all."""
+    monkeypatch.chdir(tmp_path)
+    fasta = write_fasta(tmp_path / "a.fa", {"a": random_dna(6000, np.random.default_rng(0))})
+    for stride in (1, 2, 3):
+        flags = [*TINY.format(fasta).split(), "--steps", 2, "--mask", "dnabert", "--stride", stride]
+        assert run([*flags, "--out", f"s{stride}"]).code == 0
+        assert figures.read_bert(f"s{stride}/last.pt")[1] == stride
+    paths = ["s1/last.pt", "s2/last.pt", "s3/last.pt", "--names", "1", "2", "3", "--dpi", 50]
+    result = figure("embeddings", *paths, "--out", "f/strides")
+    assert result.code == 0 and all(f"| {stride} | " in result.out for stride in (1, 2, 3)), result
+    result = figure("attention", *paths, "--fasta", fasta, "--windows", 2, "--out", "f/att")
+    assert result.code == 0 and "2 windows of 22 bases, the same for all" in result.out, result
+    tokens = [f"uniform, {n} tokens" for n in (22, 12, 9)]   # (22 - 3) // stride + 1 k-mers, and two more
+    assert all(text in result.out for text in tokens), result
+    assert pictures(tmp_path / "f") == ["att.png", "att_maps.png", "strides.png"]
 
 
 def test_a_classifier_and_an_export(tmp_path):

@@ -1,4 +1,5 @@
 """randommask.py as a user runs it: phases, maskings, starting weights, demo. Its faults: tests/faults."""
+import math
 import os
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ import pytest
 
 import models
 import training
-from harness import cases, log_rows, refused, run, write_case, write_fasta
+from harness import cases, equal, log_rows, refused, run, write_case, write_fasta
 from methods import STEPS, fresh, go, whole                  # noqa: F401, fixtures
 
 
@@ -59,7 +60,8 @@ def test_show_masks(fresh, mask, phases):
 
 
 @pytest.mark.parametrize("mask, stride, p, share", [
-    ("dnabert", 1, False, 0.125), ("single", 6, False, 0.15),
+    ("dnabert", 1, False, 0.125), ("single", 6, False, 0.15), ("dnabert", 2, False, 0.13),
+    ("dnabert", 6, False, 0.15),
     pytest.param("randommask", 1, 1e-9, 0, marks=pytest.mark.fault("numerics: nothing masked"))])
 def test_maskings(fresh, mask, stride, p, share):
     fresh("randommask")
@@ -69,7 +71,20 @@ def test_maskings(fresh, mask, stride, p, share):
     assert np.mean([row["masked"] for row in rows]) == pytest.approx(share, abs=0.03)
     assert {row["phase"] for row in rows} == ({1, 2, 3, 4, 5} if mask == "randommask" else {1})
     assert share or {row["loss"] for row in rows} == {row["grad_norm"] for row in rows} == {0}
-    assert ("val_loss_span6" in rows[-1]) == (mask != "single") and (rows[-1]["val_loss"] > 3) == (share > 0)
+    spans = {name for name in rows[-1] if name.startswith("val_loss_span")}
+    assert spans == {f"val_loss_span{math.ceil(6 / stride)}" for _ in range(mask != "single")}
+    assert (rows[-1]["val_loss"] > 3) == (share > 0)
+
+
+def test_non_overlapping_by_either_name(fresh):
+    """Spans of one token are single tokens: the same run, bit for bit."""
+    fresh("randommask")
+    flags = dict(k=6, stride=6, block_size=14, steps=2, val_contigs="b")
+    for mask in ("single", "dnabert"):
+        assert go("randommask", mask=mask, out=mask, **flags).code == 0
+    one, two = (training.load(f"{mask}/last.pt") for mask in ("single", "dnabert"))
+    assert one["args"]["p"] == two["args"]["p"] == 0.15
+    equal(one["model"], two["model"])
 
 
 def test_it_learns(fresh):

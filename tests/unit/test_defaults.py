@@ -166,17 +166,19 @@ PROTOCOLS = [                                                # (name, tasks, sho
     (("findna", "emp/H3", None, ""), dict(lr=5e-4, batch_size=32, epochs=20, warmup=0.3, schedule="cosine",
                                           dropout=0.1)),
     (("findna", "covid", None, ""), dict(lr=1e-3, batch_size=256, epochs=100, warmup=0.3, schedule="cosine")),
-    # Martinek et al.; their CNN: GenomicBenchmarks' Adam
+    # Martinek et al.; both CNNs: Adam
     (("martinek", BINARY, None, ""), dict(lr=2e-4, batch_size=48, weight_decay=0.1, warmup=0.1, patience=3,
                                           seeds=5, select="loss")),
     (("martinek", BINARY, None, "cnn"), dict(lr=1e-3, batch_size=32, weight_decay=0, warmup=0,
-                                             schedule="constant"))]
+                                             schedule="constant")),
+    (("martinek", BINARY, None, "penguinn"), dict(lr=1e-3, batch_size=32, weight_decay=0, warmup=0, seeds=5,
+                                                  schedule="constant", select="loss", patience=3))]
 
 
 @pytest.mark.parametrize("case, want", PROTOCOLS, ids=[" ".join(map(str, case)) for case, _ in PROTOCOLS])
 def test_protocols_equal_the_paper(case, want):
     name, tasks, shots, init = case
-    want = {"schedule": "linear"} | want | ({} if init == "cnn" else {"grad_clip": 1.0})
+    want = {"schedule": "linear"} | want | ({} if init in ("cnn", "penguinn") else {"grad_clip": 1.0})
     for task in tasks.split():
         got = finetune.get_protocol(name, task, shots, init, {})
         assert {number: got[number] for number in want} == want, task

@@ -149,6 +149,62 @@ def test_cnn_equals_its_formula():
         models.Cnn(56, 2)
 
 
+def test_penguinn_has_the_published_layers():
+    """Klimentova et al. 2020, for the paper's 200 bases: shapes and parameters counted by hand."""
+    net, shapes = models.Penguinn(200, 2, binary=True), []
+    for layer in net.modules():
+        if isinstance(layer, (torch.nn.Conv1d, torch.nn.MaxPool1d, torch.nn.Linear)):
+            layer.register_forward_hook(lambda layer, given, x: shapes.append(tuple(x.shape[1:])))
+    assert net(torch.randint(5, (4, 200), dtype=torch.uint8)).shape == (4, 2)
+    assert shapes == [(16, 200), (16, 100), (8, 100), (8, 50), (4, 50), (4, 25), (3, 25), (3, 12),
+                      (512,), (1,)]
+    convs = (4 * 8 * 16 + 16) + (16 * 8 * 8 + 8) + (8 * 8 * 4 + 4) + (4 * 8 * 3 + 3)
+    norms, dense = 2 * (16 + 8 + 4 + 3 + 512), 3 * 12 * 512 + 512 + 512 + 1
+    assert sum(p.numel() for p in net.parameters()) == convs + norms + dense == 22_462
+    assert [layer.p for layer in net.modules() if isinstance(layer, torch.nn.Dropout)] == [0.3] * 4
+    assert models.Penguinn(16, 3, binary=False)(torch.zeros(2, 16, dtype=torch.uint8)).shape == (2, 3)
+    with pytest.raises(ValueError, match="15 bases are too few"):
+        models.Penguinn(15, 2, binary=True)
+
+
+def test_penguinn_equals_a_literal_forward_pass():
+    torch.manual_seed(0)
+    net, bases = models.Penguinn(45, 2, binary=True), torch.randint(5, (6, 45), dtype=torch.uint8)
+    for _ in range(9):
+        net(bases)                                           # running means and variances
+    w = {name: p.detach().double().numpy() for name, p in net.eval().state_dict().items()}
+    got, labels = net(bases), torch.tensor([0, 1, 1, 0, 1, 0])
+
+    def norm(x, name):
+        return (x - w[f"{name}.running_mean"]) / np.sqrt(w[f"{name}.running_var"] + 1e-3) * w[
+            f"{name}.weight"] + w[f"{name}.bias"]
+    for row, outputs in zip(bases.tolist(), got):
+        x = np.array([[float(base == code) for code in range(4)] for base in row])         # N: zeros
+        for layer in range(1, 24, 6):                        # pad, conv, ReLU, norm, pool, dropout
+            weight, bias = w[f"convs.{layer}.weight"], w[f"convs.{layer}.bias"]            # (D, C, 8)
+            y = np.zeros((len(x), len(bias)))
+            for at in range(len(x)):                         # Keras's "same": 3 on the left, 4 on the right
+                for j in range(8):
+                    if 0 <= at + j - 3 < len(x):
+                        y[at] += weight[:, :, j] @ x[at + j - 3]
+            y = norm(np.maximum(y + bias, 0), f"convs.{layer + 2}")
+            x = np.array([np.maximum(y[2 * i], y[2 * i + 1]) for i in range(len(y) // 2)])
+        x = norm(np.maximum(w["hidden.weight"] @ x.T.flatten() + w["hidden.bias"], 0), "norm")
+        [z] = w["out.weight"] @ x + w["out.bias"]
+        np.testing.assert_allclose(outputs.tolist(), [0, z], atol=1e-5)
+    bce = torch.nn.functional.binary_cross_entropy(got[:, 1].sigmoid(), labels.float())
+    close(torch.nn.functional.cross_entropy(got, labels), bce)
+    close(got.softmax(1)[:, 1], got[:, 1].sigmoid())
+
+
+def test_penguinn_takes_a_lone_sequence_and_drops_out():
+    torch.manual_seed(0)
+    net, bases = models.Penguinn(40, 3, binary=False), torch.randint(4, (5, 40), dtype=torch.uint8)
+    assert net(bases[:1]).isfinite().all() and not torch.equal(net(bases), net(bases))
+    assert torch.equal(net.eval()(bases), net(bases))
+    close(net(bases)[:1], net(bases[:1]))
+
+
 def test_capacity(hf, batch):
     (_, ours, _), (inputs, labels, _) = hf, batch
     flat = labels.flatten()

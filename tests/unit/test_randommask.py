@@ -1,4 +1,6 @@
 """Algorithm 1 of the RandomMask paper against a literal reading of its pseudo-code."""
+import math
+
 import pytest
 import torch
 
@@ -57,3 +59,43 @@ def test_masked_share(phase, p, span, share):
     assert not masked[tokens < 5].any()
     torch.manual_seed(phase)                                 # span 1: the centers alone
     assert span > 1 or torch.equal(masked, data.draw_centers(tokens.shape, p, "cpu") & (tokens > 4))
+
+
+def tokens_over(base, k, stride, T):
+    """The tokens that contain a base."""
+    return {t for t in range(T) if t * stride <= base < t * stride + k}
+
+
+@pytest.mark.parametrize("k, stride", [(k, stride) for k in (1, 3, 5, 6) for stride in range(1, k + 1)])
+def test_a_span_hides_the_bases_under_its_middle(k, stride):
+    """The base, or the two, in the middle of what a span covers is in no token that is visible."""
+    T, span = 60, randommask.first_span(k, stride)
+    inner = range(k, T * stride - k)                         # bases that all their tokens cover
+    assert span == max(len(tokens_over(base, k, stride, T)) for base in inner)
+    for phase in range(1, 6):
+        for half in range(phase):                            # one sequence for each length of the span
+            length = span + 2 * half
+            centers = torch.zeros(1, T, dtype=torch.bool)
+            centers[0, T // 2] = True
+            masked = data.span_mask(centers, torch.ones(1, T, dtype=torch.bool), (span - 1) // 2 + half,
+                                    span // 2 + half)[0].nonzero().flatten().tolist()
+            assert len(masked) == length
+            first, last = masked[0] * stride, masked[-1] * stride + k - 1
+            middle = {(first + last) // 2, math.ceil((first + last) / 2)}
+            assert all(tokens_over(base, k, stride, T) <= {*masked} for base in middle)
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 4, 6])
+def test_random_masks_hide_bases_at_every_stride(stride):
+    """About 15 % of the tokens in phase 1, and each center hides at least one base, as all strides should."""
+    k, span = 6, randommask.first_span(6, stride)
+    tokens = torch.full((300, 200), 7)
+    torch.manual_seed(stride)
+    masked = randommask.random_mask(tokens, 1, 0.15 / span, span)
+    assert masked.float().mean() == pytest.approx(1 - (1 - 0.15 / span) ** span, abs=0.01)
+    row = {t for t in range(200) if masked[0, t]}
+    runs = [t for t in row if 10 < t < 150 and {*range(t, t + span)} <= row]   # wherever a span begins
+    for t in runs:
+        middle = (t * stride + (t + span - 1) * stride + k - 1) // 2
+        assert tokens_over(middle, k, stride, 200) <= row
+    assert len(runs) > 3
