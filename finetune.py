@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import fcntl
+import functools
 import hashlib
 import itertools
 import json
@@ -55,11 +56,13 @@ DNABERT2 = {group: dict(epochs=epochs, warmup=warmup, eval_every=every) for grou
     ("pd/tata", 10, 50, 200), ("ssp", 5, 50, 200), ("covid", 9, 50, 200), ("tf_m", 5, 30, 200),
     ("tf_h", 3, 30, 200))}
 DNABERT2["tf_m"]["max_steps"] = 1000                         # replaces the epochs there
+LIANG = {"emp": dict(epochs=100), "tf_m": dict(epochs=10), "tf_h": dict(epochs=10), "cpd": dict(epochs=10),
+         "pd": dict(epochs=5), "ssp": dict(epochs=10), "eap": dict(epochs=10, batch_size=64)}
 PROTOCOLS = {                                                # name: (numbers, changes for a group or task)
     # Liang et al. Table 4; unstated, so DNABERT-2's: warm-up, decay, clipping, choice by dev score
-    "randommask": (BASE | dict(weight_decay=0.0, warmup=50), {
-        "emp": dict(epochs=100), "tf_m": dict(epochs=10), "tf_h": dict(epochs=10), "cpd": dict(epochs=10),
-        "pd": dict(epochs=5), "ssp": dict(epochs=10), "eap": dict(epochs=10, batch_size=64)}),
+    "randommask": (BASE | dict(weight_decay=0.0, warmup=50), LIANG),
+    # Their Table 5, for Nucleotide Transformer: another lr, but for EMP
+    "nt": (BASE | dict(weight_decay=0.0, warmup=50, lr=1e-4), LIANG | {"emp": dict(epochs=100, lr=3e-5)}),
     "dnabert2": (BASE | dict(select="loss"), DNABERT2),
     "cmgems": (BASE | dict(select="loss"), DNABERT2),        # Roy et al.: the same; 2 GPUs x 8 x 2 = 32
     # GeneMask Script-B: no dev set, the last epoch is tested; by shots, see get_protocol; ten draws
@@ -140,6 +143,23 @@ def covered(x, starts, n, k=1, stride=1):
     return x.float().cpu()[real], first[:, None] + torch.arange(k)
 
 
+def over_windows(x, owner):
+    """Mean of x (windows, C) over the windows of each sequence; owner None: one window each."""
+    if owner is None:
+        return x
+    n = owner.bincount()
+    return x.new_zeros(len(n), x.shape[1]).index_add(0, owner, x) / n[:, None]
+
+
+def pooled(x, real, owner=None):
+    """Mean of x (B, T, C) where real (B, T), over all windows of a sequence."""
+    total, n = (x * real[..., None]).sum(1), real.sum(1).float()
+    if owner is not None:
+        empty = total.new_zeros(int(owner[-1]) + 1, total.shape[1])
+        total, n = empty.index_add(0, owner, total.float()), empty[:, 0].float().index_add(0, owner, n)
+    return total / n.clamp(min=1)[:, None]
+
+
 class BertHead(nn.Module):
     """A Bert with transformers' classification head on [CLS]: dense, tanh, dropout, linear.
 
@@ -212,9 +232,7 @@ class BertHead(nn.Module):
 
     def forward(self, tokens, mask=None, owner=None):
         x = torch.tanh(self.pooler(self.bert.encode(tokens, mask, first=1)[:, 0]))                 # (B, C)
-        if owner is not None:
-            n = owner.bincount()
-            x = x.new_zeros(len(n), x.shape[1]).index_add(0, owner, x) / n[:, None]
+        x = over_windows(x, owner)
         with torch.autocast(x.device.type, enabled=False):   # bf16 is too coarse for a large target
             return self.out(F.dropout(x.float(), self.bert.config.dropout, self.training))
 
@@ -223,17 +241,95 @@ class BertHead(nn.Module):
         x = self.bert.encode(tokens, mask)                   # (B, T, C)
         kmers = (tokens == data.UNK) | (tokens > data.MASK)
         real = kmers if self.spec["pool"] == "mean" else tokens == data.CLS
-        total, n = (x * real[..., None]).sum(1), real.sum(1).float()
-        if owner is not None:
-            empty = total.new_zeros(int(owner[-1]) + 1, total.shape[1])
-            total, n = empty.index_add(0, owner, total.float()), empty[:, 0].float().index_add(0, owner, n)
-        return total / n.clamp(min=1)[:, None]
+        return pooled(x, real, owner)
 
     def per_base(self, rows, index):
         owner, first, n = self.windows(lengths_of(rows, index))
         starts = rows.offsets[index][owner] + first
         x = self.bert.encode(*self.tokens(rows.bases, starts, n))[:, 1:-1]
         return covered(x, starts, n, self.spec["k"], self.spec["stride"])
+
+
+class HfHead(nn.Module):
+    """An encoder of transformers, and dense, tanh, dropout, linear on [CLS], or on the mean without a [CLS].
+
+    Its own tokenizer reads the sequences; with a stride, they become overlapping k-mers of its vocabulary. A
+    sequence of more tokens than positions takes several windows, whose pooled vectors are averaged.
+    """
+    BODY, FLAGS = "hf", {}
+
+    @staticmethod
+    def complete(spec, args, longest):
+        return {name: spec[name] for name in ("hf", "files", "stride")}
+
+    def __init__(self, spec):
+        super().__init__()
+        self.spec, self.hf = spec, models.make_other(**spec["hf"])             # config, dropout
+        self.tokenizer = models.make_tokenizer(spec["files"])
+        self.first, self.last, self.k, self.room = models.tokenizer_facts(self.hf, self.tokenizer)
+        if spec["stride"] and not 1 <= spec["stride"] <= self.k:
+            raise ValueError(f"--stride {spec['stride']}: {self.k or 'no '}-mers in its vocabulary; drop it")
+        self.has_cls = self.first[:1] == [self.tokenizer.cls_token_id]
+        if spec["pool"] == "cls" and not self.has_cls:
+            raise ValueError("--pool cls: its tokenizer adds no [CLS]; use --pool mean")
+        C, self.p = self.hf.config.hidden_size, getattr(self.hf.config, "hidden_dropout_prob", 0.0)
+        self.pooler, self.out = nn.Linear(C, C), nn.Linear(C, spec["n_out"])
+        self.tokenize = functools.partial(models.tokens_of, self.tokenizer, k=self.k, stride=spec["stride"])
+        sample = data.decode(np.random.default_rng(0).integers(4, size=4096))
+        self.bases_in_room = self.room * 4096 / self.tokenize(sample).shape[1]
+
+    def windows(self, rows, index):
+        """The sequence of each window (n,), and its tokens, with first bases in rows: arrays (3, <= room)."""
+        lengths, owner, parts = lengths_of(rows, index), [], []
+        bases = padded(rows, index, int(lengths.max()), 4).cpu().numpy()
+        for i, length in enumerate(lengths):
+            tokens = self.tokenize(data.decode(bases[i, :length]))
+            tokens[1] += rows.offsets[index[i]]
+            windows = np.split(tokens, range(self.room, tokens.shape[1], self.room), 1)
+            parts += windows[:1] if self.spec["long"] == "truncate" else windows
+            owner += [i] * (len(parts) - len(owner))
+        return torch.tensor(owner), parts
+
+    def n_windows(self, lengths):
+        n = np.ceil(lengths / self.bases_in_room).astype(int)                  # about: as the letters are
+        return np.ones_like(n) if self.spec["long"] == "truncate" else n
+
+    def count(self, lengths):
+        name = "truncated_about" if self.spec["long"] == "truncate" else "in_windows_about"
+        return {name: int((lengths > self.bases_in_room).sum())}
+
+    def inputs(self, rows, index):
+        """Tokens (B, T), which belong to the sequence, mask, and the sequence of each window, or None."""
+        owner, parts = self.windows(rows, index)
+        rows_of_ids = [[*self.first, *ids, *self.last] for ids, *_ in parts]
+        n, at = torch.tensor(list(map(len, rows_of_ids)))[:, None], torch.arange(max(map(len, rows_of_ids)))
+        tokens = torch.full((len(parts), len(at)), models.pad_id(self.hf))
+        tokens[at < n] = torch.tensor(np.concatenate(rows_of_ids))
+        real = (at >= len(self.first)) & (at < n - len(self.last))
+        device, owner = rows.bases.device, None if len(owner) == len(index) else owner.to(rows.bases.device)
+        return tokens.to(device), real.to(device), (at < n).to(device), owner
+
+    def states(self, tokens, mask):
+        return self.hf(input_ids=tokens, attention_mask=mask.long()).last_hidden_state             # (B, T, C)
+
+    def forward(self, tokens, real, mask, owner=None):
+        x = self.states(tokens, mask)
+        x = torch.tanh(self.pooler(x[:, 0] if self.has_cls else pooled(x, real)))                  # (B, C)
+        x = over_windows(x, owner)
+        with torch.autocast(x.device.type, enabled=False):
+            return self.out(F.dropout(x.float(), self.p, self.training))
+
+    def embed(self, tokens, real, mask, owner=None):
+        if self.spec["pool"] == "cls":
+            real = (torch.arange(tokens.shape[1], device=tokens.device) == 0).expand_as(real)
+        return pooled(self.states(tokens, mask), real, owner)
+
+    def per_base(self, rows, index):
+        _, starts, widths = np.concatenate(self.windows(rows, index)[1], 1)
+        tokens, real, mask, _ = self.inputs(rows, index)
+        bases = np.repeat(starts - widths.cumsum() + widths, widths) + np.arange(widths.sum())
+        x = self.states(tokens, mask)[real].float().cpu().repeat_interleave(torch.from_numpy(widths), 0)
+        return x, torch.from_numpy(bases)[:, None]
 
 
 class MixerHead(nn.Module):
@@ -333,7 +429,7 @@ class PenguinnHead(models.Penguinn):
         self.spec = spec
 
 
-HEADS = {"bert": BertHead, "mixer": MixerHead, "cnn": CnnHead, "penguinn": PenguinnHead}
+HEADS = {"bert": BertHead, "mixer": MixerHead, "cnn": CnnHead, "penguinn": PenguinnHead, "hf": HfHead}
 DEFAULTS = {"long": "chunk", "dtype": "float32", "n_out": 1, "pool": "mean", "head": "linear",
             "n_blocks": None}                                # what a spec may leave out
 
@@ -395,11 +491,38 @@ def read_checkpoint(path, eval_network=None):
 
 
 def read_network(init, eval_network=None):
-    """A checkpoint of ours or hf:FOLDER -> (spec, weights)."""
-    if not init.startswith("hf:"):
+    """A checkpoint of ours, hf:FOLDER or findna:FILE -> (spec, weights)."""
+    if init.startswith("hf:"):
+        return read_folder(init[3:])
+    if not init.startswith("findna:"):
         return read_checkpoint(init, eval_network)
-    bert = models.load_hf(init[3:])
-    return BertHead.body_spec(bert.config), bert.state_dict()
+    config, weights = models.load_findna(init[7:], eval_network)
+    weights = {name: tensor for name, tensor in weights.items() if name.startswith("backbone.")}
+    return {"kind": "mixer", "mixer": config, "n_cls": 10}, weights
+
+
+def read_folder(folder):
+    """A folder of transformers -> (spec, weights): a BERT over k-mers becomes ours, others are theirs."""
+    path = os.path.join(folder, "config.json")
+    try:
+        is_ours = models.is_kmer_bert(models.read_json(path))
+    except (OSError, ValueError, TypeError, RecursionError) as e:
+        raise ValueError(f"{path}: {str(e):.200}; give a folder with a model of transformers") from None
+    if not is_ours:
+        config, files, weights = models.load_other(folder)
+        spec = {"kind": "hf", "hf": {"config": config}, "files": files, "stride": None}
+        try:
+            check_spec(spec, weights)
+        except (LookupError, RuntimeError, TypeError, ValueError) as e:
+            raise ValueError(f"{folder}: {str(e).splitlines()[0]:.250}; give another folder") from None
+        return spec, weights
+    bert, stride, outputs = models.read_hf(folder, needs_head=False)
+    spec, weights = BertHead.body_spec(bert.config, stride), bert.state_dict()
+    if outputs is None:
+        return spec, weights
+    own, classes, regression = outputs                       # a classifier
+    weights = {f"bert.{name}": tensor for name, tensor in weights.items()} | own
+    return spec | {"n_out": len(classes), "classes": classes, "regression": regression}, weights
 
 
 def read_start(init, args):
@@ -410,7 +533,7 @@ def read_start(init, args):
                                                     args.n_head, args.n_embd, 4 * args.n_embd, 0.1))
         name = f"random {args.n_layer}x{args.n_embd} h{args.n_head} k{args.k}"
     elif init.startswith("random:"):                         # the architecture of a checkpoint, no weights
-        spec, _ = read_checkpoint(init[7:], args.eval_network)
+        spec, _ = read_network(init[7:], args.eval_network)
     elif init not in ("cnn", "penguinn", "kmer"):
         spec, weights = read_network(init, args.eval_network)
     if args.stride:
@@ -483,7 +606,7 @@ class Model:
 
 
 def load_model(init, device="cpu", eval_network=None, **changes):
-    """A checkpoint or hf:FOLDER -> Model. changes: pool, long, stride or dtype, where not None."""
+    """A checkpoint, hf:FOLDER or findna:FILE -> Model. changes: pool, long, stride, dtype, where not None."""
     spec, weights = read_network(init, eval_network)
     spec |= {name: value for name, value in {"dtype": "float32", **changes}.items() if value is not None}
     return Model(init, build_net(spec, weights), device)
@@ -841,6 +964,7 @@ def run_one(task, splits, key, start, args, device):
     row = {"id": identity} | key | score_run(outputs, parts, task, key["metric"]) | {
         "tested_on": tested_on, "rows": sizes, "classes": task.classes, "counts": counts,
         "device": str(device), "stride": 1, "seconds": round(time.perf_counter() - began, 1)} | spec | result
+    row.pop("files", None)                                   # of a tokenizer: megabytes, in the model
     append_row(args.out, row)
     for name in ("last.pt", "prev.pt"):
         with contextlib.suppress(FileNotFoundError):

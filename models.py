@@ -3,15 +3,21 @@
 Bert (post-LN) over k-mers is the network of DNABERT, RandomMask and GeneMask. Its size is set by the config:
 12 layers of 768 are DNABERT (89,196,549 parameters), 4 of 256 RandomMask's BERT-mini, 2 of 256 with n_head 8
 and n_inner 3072 LOGO (GeneMask). ChordMixer (FinDNA) and Encoder read one-hot bases; Cnn and Penguinn are
-baselines. load_hf and save_hf read and write a Bert in the layout of transformers.
+baselines.
+load_hf and save_hf read and write a Bert in the layout of transformers; load_other and make_other read other
+networks with transformers itself; load_findna reads FinDNA's released weights.
 """
+import collections
 import dataclasses
 import itertools
 import json
 import math
 import os
+import re
+import tempfile
 import zipfile
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -367,13 +373,15 @@ class Penguinn(nn.Module):
 
 
 def copy_weights(model, init, load):
-    """Loads weights into `model` from --init: a checkpoint that load(path) reads or, for a Bert, hf:FOLDER.
+    """Loads weights into `model` from --init: a checkpoint that load(path) reads, hf:FOLDER or findna:FILE.
 
     ValueError if the sizes differ; it names them.
     """
     if init.startswith("hf:") and isinstance(model, Bert):
         source = load_hf(init[3:])
         config, weights = vars(source.config), source.state_dict()
+    elif init.startswith("findna:") and isinstance(model, BaseModel):
+        config, weights = load_findna(init[7:])
     else:
         state = load(init)
         config, weights = state["config"], state["model"]
@@ -420,6 +428,7 @@ SIZES = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n
          "dropout": "hidden_dropout_prob"}                   # BertConfig: config.json
 STOCK = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": EPS, "type_vocab_size": 2,
          "is_decoder": False, "position_embedding_type": "absolute"}
+KMER_COUNTS = [4 ** k for k in range(1, 20)]
 MODULES = {                                                  # ours: in transformers (qkv: three, stacked)
     "tok_emb": ["bert.embeddings.word_embeddings"], "pos_emb": ["bert.embeddings.position_embeddings"],
     "type_emb": ["bert.embeddings.token_type_embeddings"], "ln_emb": ["bert.embeddings.LayerNorm"],
@@ -462,11 +471,12 @@ def save_folder(folder, tensors, files):
     os.replace(tmp, folder)
 
 
-def save_hf(model, folder, classes=(), regression=False, card=""):
+def save_hf(model, folder, classes=(), regression=False, card="", stride=1):
     """Writes a folder that transformers loads; the tokenizer takes upper-case k-mers between blanks.
 
     model: a Bert, exported with the identity as its (untrained) pooler; or a classifier with .bert, .pooler
-    and .out, and the names of its outputs in classes. ValueError if the folder exists and is not empty.
+    and .out, and the names of its outputs in classes. stride: bases from one k-mer to the next, which load_hf
+    reads back. ValueError if the folder exists and is not empty.
     """
     c, tensors = getattr(model, "bert", model).config, {}
     for ours, tensor in model.state_dict().items():
@@ -474,7 +484,7 @@ def save_hf(model, folder, classes=(), regression=False, card=""):
         tensors |= zip(names, [part.clone() for part in tensor.cpu().chunk(len(names))])
     config = STOCK | {stock: getattr(c, ours) for ours, stock in SIZES.items()} | {
         "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": c.dropout,
-        "torch_dtype": "float32"}
+        "torch_dtype": "float32", "stride": stride}
     if classes:
         tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("cls.")}
         config |= {"architectures": ["BertForSequenceClassification"],
@@ -492,30 +502,44 @@ def save_hf(model, folder, classes=(), regression=False, card=""):
     save_folder(folder, tensors, files)
 
 
-def read_config(path):
-    """config.json -> BertConfig; raises unless it describes a stock BERT over k-mers."""
+def read_json(path):
+    """The object in a JSON file; raises if it is not one."""
     with open(path) as f:
-        found = {"hidden_dropout_prob": 0.1} | STOCK | json.load(f)
+        return dict(json.load(f))
+
+
+def is_kmer_bert(found):
+    """Whether a config.json describes a BERT whose vocabulary has the size of 5 specials and all k-mers."""
+    V = found.get("vocab_size")
+    return found.get("model_type", "bert") == "bert" and (type(V) is not int or V - 5 in KMER_COUNTS)
+
+
+def read_config(path):
+    """config.json -> (BertConfig, its content); raises unless it describes a stock BERT over k-mers."""
+    found = {"hidden_dropout_prob": 0.1, "stride": 1} | STOCK | read_json(path)
     for key, value in STOCK.items():
         if found[key] != value:
             raise ValueError(f"{key} is {found[key]!r:.80}, expected {value!r}")
     config = BertConfig(**{ours: found.get(stock) for ours, stock in SIZES.items()})
     if config.k > 8:
         raise ValueError(f"{config.k}-mers, expected at most 8-mers")
-    return config
+    if type(found["stride"]) is not int or not 1 <= found["stride"] <= config.k:
+        raise ValueError(f"stride is {found['stride']!r:.80}, expected 1 to {config.k}")
+    return config, found
 
 
 def load_bin(path):
-    """Tensors of a pytorch_model.bin; raises if they would take more memory than the file has bytes."""
+    """What torch.save wrote; raises if its tensors would take more memory than the file has bytes."""
     size = os.path.getsize(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
             if sum(member.file_size for member in z.infolist()) > size:
                 raise ValueError("compressed")
-    tensors = torch.load(path, map_location="cpu", weights_only=True)
-    if any(tensor.nbytes > size for tensor in tensors.values()):
+    found = torch.load(path, map_location="cpu", weights_only=True)
+    networks = [part for part in found.values() if isinstance(part, dict)] or [found]
+    if any(tensor.nbytes > size for tensors in networks for tensor in tensors.values()):
         raise ValueError("a tensor larger than the file")
-    return tensors
+    return found
 
 
 def hf_tensors(folder, names=("model.safetensors", "pytorch_model.bin")):
@@ -529,22 +553,71 @@ def hf_tensors(folder, names=("model.safetensors", "pytorch_model.bin")):
                    for name, tensor in read(path).items()}
     except Exception as e:                                   # hostile bytes can raise anything
         raise ValueError(f"{path}: cannot be read ({e!r:.80}); download it again") from None
+    if "embeddings.word_embeddings.weight" in tensors:       # a bare BertModel
+        tensors = {f"bert.{name}": tensor for name, tensor in tensors.items()}
     decoder = tensors.pop("cls.predictions.decoder.weight", None)
     tied = tensors.get("bert.embeddings.word_embeddings.weight")
     if decoder is not None and (tied is None or not torch.equal(decoder, tied)):
         raise ValueError(f"{path}: the decoder is not tied to the embeddings; such models are not supported")
-    unused = ("cls.predictions.decoder.bias", "bert.embeddings.position_ids", "bert.pooler.", "cls.seq_rel")
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(unused)}, path
+    unused = ["cls.predictions.decoder.bias", "bert.embeddings.position_ids", "cls.seq_rel"]
+    if "classifier.weight" not in tensors:
+        unused.append("bert.pooler.")
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(tuple(unused))}, path
 
 
-def load_hf(folder):
-    """A Bert from config.json and model.safetensors or pytorch_model.bin; vocab.txt is checked if it exists.
+def kmer_order(folder, k):
+    """Ids that the folder's vocab.txt or tokenizer.json gives to the words of vocabulary(k): a list."""
+    text, fast = (os.path.join(folder, name) for name in ("vocab.txt", "tokenizer.json"))
+    path, ours = text if os.path.exists(text) else fast, vocabulary(k)
+    if not os.path.exists(path):
+        print(f"{text} is missing: assuming the k-mer order A,T,C,G (DNABERT's)", flush=True)
+        return list(range(len(ours)))
+    try:
+        ids = read_json(path)["model"]["vocab"] if path == fast else \
+            {word: i for i, word in enumerate(open(path, errors="replace").read().split())}
+        order = [int(ids[word]) for word in ours]
+    except (LookupError, ValueError, TypeError, RecursionError):
+        order = []
+    if sorted(order) != list(range(len(ours))):
+        raise ValueError(f"{path}: expected 5 specials and the {k}-mers of A, C, G, T, in any order")
+    if order != list(range(len(ours))):
+        print(f"{path}: another k-mer order than A,T,C,G; the weights are reordered", flush=True)
+    return order
 
-    ValueError, in one line, for another architecture or k-mer order, and for missing or unknown weights.
+
+def assign_weights(model, tensors, needs_head):
+    """Moves tensors of a folder into a Bert on the meta device; a missing head that nobody needs is 0."""
+    headless = not needs_head and "cls.predictions.bias" not in tensors
+    names = [name for name in model.state_dict() if not (headless and "head" in name)]
+    model.load_state_dict({name: torch.cat([tensors.pop(stock) for stock in stock_names(name)]).float()
+                           for name in names}, strict=False, assign=True)
+    model.load_state_dict({name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()
+                           if tensor.is_meta}, strict=False, assign=True)
+
+
+def read_outputs(tensors, found, path):
+    """Takes pooler and classifier out of tensors -> (their weights, names of the classes, regression)."""
+    weights = {}
+    for name in ("pooler.weight", "pooler.bias", "out.weight", "out.bias"):
+        [stock] = stock_names(name)
+        if stock not in tensors:
+            raise ValueError(f"{path}: a classifier without {stock}; download the model again")
+        weights[name] = tensors.pop(stock).float()
+    n, names = len(weights["out.bias"]), found.get("id2label") or {}
+    if found.get("problem_type") == "multi_label_classification":
+        raise ValueError(f"{path}: a multi-label classifier; only one label a sequence is supported")
+    classes = [str(names.get(str(i), f"LABEL_{i}")) for i in range(n)]
+    return weights, classes, n == 1 or found.get("problem_type") == "regression"
+
+
+def read_hf(folder, needs_head=True):
+    """A folder with a BERT over k-mers -> (Bert, its stride, read_outputs or None).
+
+    ValueError, in one line, for another architecture or vocabulary, and for missing or unknown weights.
     """
     path = os.path.join(folder, "config.json")
     try:
-        config = read_config(path)
+        config, found = read_config(path)
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{path}: {str(e):.200}; give a folder with a stock BERT over k-mers") from None
     tensors, path = hf_tensors(folder)
@@ -553,17 +626,225 @@ def load_hf(folder):
     try:
         with torch.device("meta"):                           # allocates nothing
             model = Bert(config)
-        model.load_state_dict({name: torch.cat([tensors.pop(stock) for stock in stock_names(name)]).float()
-                               for name in model.state_dict()}, assign=True)
+        assign_weights(model, tensors, needs_head)
     except KeyError as e:
         raise ValueError(f"{path}: no weights {e}; a BERT with its masked-LM head is needed") from None
     except RuntimeError as e:
         raise ValueError(f"{path}: {str(e).splitlines()[-1]!r:.80}; config and weights disagree") from None
+    outputs = read_outputs(tensors, found, path) if "classifier.weight" in tensors else None
     if tensors:
         raise ValueError(f"{path}: unknown weights {sorted(tensors)!r:.80}; is it another model?")
-    vocab = os.path.join(folder, "vocab.txt")
-    if not os.path.exists(vocab):
-        print(f"{vocab} is missing: assuming the k-mer order A,T,C,G (DNABERT's)", flush=True)
-    elif open(vocab, errors="replace").read().split() != vocabulary(config.k):
-        raise ValueError(f"{vocab}: expected 5 specials and the {config.k}-mers in the order A,T,C,G")
-    return model
+    order = torch.tensor(kmer_order(folder, config.k))
+    with torch.no_grad():                                    # rows of the embedding in our order
+        model.tok_emb.weight.copy_(model.tok_emb.weight[order])
+        model.head_bias.copy_(model.head_bias[order])
+    return model, found["stride"], outputs
+
+
+def load_hf(folder):
+    """A Bert, with its masked-LM head, from config.json and model.safetensors or pytorch_model.bin."""
+    return read_hf(folder)[0]
+
+
+def transformers_package():
+    """The package transformers, quiet; only folders of other networks need it. OSError if it is missing."""
+    try:
+        import transformers
+    except ImportError:
+        raise OSError("the package transformers (for networks other than a BERT over k-mers) is missing; "
+                      "run pip install transformers, or pip install -r tools/requirements.txt") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+LOCAL = {"trust_remote_code": False, "local_files_only": True}                 # no code, no downloads
+UNUSED = "pooler", "contact_head"                            # parts for transformers' own tasks
+FROM_CONFIG = "position_ids", "inv_freq"                     # in old files; they follow from the config
+
+
+def make_other(config, dropout=None):
+    """config.json of a network of transformers -> the network, with random weights.
+
+    dropout: replaces every dropout of the config. ValueError in one line.
+    """
+    transformers = transformers_package()
+    try:
+        config = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
+        if config.is_encoder_decoder or config.num_hidden_layers > 1000:
+            raise ValueError("only encoders of at most 1,000 layers are supported")
+        for name, value in list(vars(config).items()):
+            if dropout is not None and type(value) in (int, float) and re.search("dropout|pdrop", name):
+                setattr(config, name, dropout)
+        net = transformers.AutoModel.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    except Exception as e:                                   # hostile settings can raise anything
+        raise ValueError(f"transformers {transformers.__version__} cannot make a network of config.json "
+                         f"({type(e).__name__} {str(e).strip()!r:.100})") from None
+    for name in UNUSED:
+        if hasattr(net, name):
+            setattr(net, name, None)
+    return net.train()
+
+
+def make_tokenizer(files):
+    """Files of a tokenizer of transformers {name: text} -> the tokenizer. ValueError in one line."""
+    transformers = transformers_package()
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in files.items():
+            with open(os.path.join(folder, os.path.basename(name)), "w", encoding="utf-8") as f:
+                f.write(text)
+        try:
+            return transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+        except Exception as e:                               # as above
+            raise ValueError(f"transformers {transformers.__version__} cannot make the tokenizer "
+                             f"({str(e).strip()!r:.100})") from None
+
+
+def kmer_spans(text, k, stride):
+    """First base and width of the tokens of a DNA string: k-mers without N, what is left letter by letter."""
+    starts, widths = [], []
+    for run in re.finditer("[ACGT]+|N+", text):
+        (start, end), n = run.span(), 0
+        if run[0][0] != "N" and end - start >= k:
+            n = (end - start - k) // stride + 1
+        rest = range(start + (n - 1) * stride + k if n else start, end)
+        starts += [*range(start, start + n * stride, stride), *rest]
+        widths += [k] * n + [1] * len(rest)
+    return np.array(starts), np.array(widths)
+
+
+def tokens_of(tokenizer, text, k, stride):
+    """A DNA string -> id, first base and width of each token: int64 (3, n). stride None: its own tokens."""
+    if stride:
+        starts, widths = kmer_spans(text, k, stride)
+        ids = tokenizer.convert_tokens_to_ids([text[i:i + n] for i, n in zip(starts, widths)])
+    elif tokenizer.is_fast:
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids, (starts, ends) = found["input_ids"], np.array(found["offset_mapping"]).reshape(-1, 2).T
+        widths = ends - starts
+    else:
+        words = tokenizer.tokenize(text)
+        ids, widths = tokenizer.convert_tokens_to_ids(words), np.array(list(map(len, words)))
+        starts = widths.cumsum() - widths
+    return np.array([ids, starts, widths], np.int64)
+
+
+def pad_id(net):
+    """The id that fills rows: that of the config, because positions may be counted from it."""
+    return net.config.pad_token_id or 0
+
+
+def tokenizer_facts(net, tokenizer):
+    """Ids before a sequence, ids after it, k (0: the vocabulary is not all k-mers), tokens in a window.
+
+    ValueError for a tokenizer that does not read DNA or does not fit the network.
+    """
+    dna, vocabulary = "ACGTTGCAAGCT" * 4, tokenizer.get_vocab()
+    ids, bare = tokenizer(dna)["input_ids"], tokenizer(dna, add_special_tokens=False)["input_ids"]
+    n = next((i for i in range(len(ids)) if ids[i:i + len(bare)] == bare), None)
+    if n is None or not bare or tokenizer.unk_token_id in bare:
+        raise ValueError(f"its tokenizer does not read DNA: {dna[:12]} becomes "
+                         f"{tokenizer.convert_ids_to_tokens(bare[:3])}")
+    if max(vocabulary.values()) >= net.get_input_embeddings().num_embeddings:
+        raise ValueError(f"its tokenizer has {len(vocabulary)} tokens, more than the network")
+    lengths = collections.Counter(len(word) for word in vocabulary if not word.strip("ACGT"))
+    k = max(lengths, default=0)
+    k = k if lengths[k] == 4 ** k else 0
+    sizes = [tokenizer.model_max_length, getattr(net.config, "max_position_embeddings", None) or 10 ** 9]
+    for name, module in net.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1   # as RoBERTa counts them
+            sizes.append(module.num_embeddings - offset)
+    return ids[:n], ids[n + len(bare):], k, int(min(sizes)) - len(ids) + len(bare)
+
+
+def read_other(folder):
+    """AutoModel and AutoTokenizer of a folder -> (network, tokenizer files, names of weights not in use)."""
+    transformers = transformers_package()
+    net, found = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32,
+                                                        output_loading_info=True, **LOCAL)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+    missing = sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED))
+    unused = [name for name in found["unexpected_keys"] if not name.endswith(FROM_CONFIG)]
+    spare = [name for name in UNUSED if hasattr(net, name) and not any(
+        lost.startswith(name) for lost in found["missing_keys"])]
+    parts, prefix = [name for name, _ in net.named_children()], f"{net.base_model_prefix}."
+    beyond = [name for name in unused if name.removeprefix(prefix).split(".")[0] in parts]
+    if missing or beyond:
+        raise ValueError(f"weights and config.json disagree ({(missing or beyond)[0]})")
+    with tempfile.TemporaryDirectory() as tmp:
+        tokenizer.save_pretrained(tmp)
+        files = {name: open(os.path.join(tmp, name), encoding="utf-8").read() for name in os.listdir(tmp)}
+    return net, files, sorted({*spare, *(name.split(".")[0] for name in unused)})
+
+
+def load_other(folder):
+    """A folder of any encoder that transformers implements -> (config, tokenizer files, weights).
+
+    Never runs code of the folder. ValueError in one line.
+    """
+    transformers_package()
+    path = os.path.join(folder, "config.json")
+    config = read_json(path)
+    if any(name.startswith("AutoModel") for name in config.get("auto_map") or {}):
+        raise ValueError(f"{path}: asks for the folder's own code (auto_map), which is never run "
+                         f"(trust_remote_code=False); give a folder of a network that transformers has")
+    try:
+        with torch.device("meta"):                           # allocates nothing
+            n_weights = sum(p.numel() for p in make_other(config).parameters())
+        files = [name for name in os.listdir(folder) if name.endswith((".bin", ".safetensors"))]
+        if n_weights > sum(os.path.getsize(os.path.join(folder, name)) for name in files):
+            raise ValueError(f"{n_weights:,} weights in config.json, fewer in the files")
+        net, files, unused = read_other(folder)
+    except Exception as e:                                   # foreign files can raise anything
+        reason = str(e).strip().splitlines() or [repr(e)]
+        raise ValueError(f"{folder}: {reason[0]:.250} (trust_remote_code=False); give a folder of an encoder "
+                         f"that transformers has, with weights and tokenizer") from None
+    print(f"{folder}: {type(net).__name__} of transformers (trust_remote_code=False); weights not used: "
+          f"{', '.join(unused) or 'none'}", flush=True)
+    weights = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith(UNUSED)}
+    return config, files, weights
+
+
+SWAN = re.compile(r"encoder\.SwanDNA_blocks\.(\d+)\.SwanDNA_blocks\.(\d+)\.(?:\w+\.)*(fc[12])\.(weight|bias)")
+SWAN_CHANNELS = [0, 1, 2, 4, 3]                              # their a, c, g, n, t in our order A, C, G, T, N
+
+
+def findna_names(tensors):
+    """Weights of the released layout -> {our name in a BaseModel: tensor}, in our order of the bases."""
+    tensors, ours = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}, {}
+    at = [match.groups() for name in tensors if (match := SWAN.fullmatch(name))]
+    n_blocks = 1 + max((int(block) for _, block, *_ in at), default=-1)
+    for name, tensor in tensors.items():
+        if match := SWAN.fullmatch(name):
+            layer, block, module, kind = match.groups()
+            ours[f"backbone.blocks.{int(layer) * n_blocks + int(block)}.{module}.{kind}"] = tensor
+    ours |= {"backbone.proj.weight": tensors["embedding.weight"][:, SWAN_CHANNELS],
+             "backbone.proj.bias": tensors["embedding.bias"],
+             "head.weight": tensors["linear.weight"][SWAN_CHANNELS],
+             "head.bias": tensors["linear.bias"][SWAN_CHANNELS]}
+    if len(ours) != len(tensors):
+        raise LookupError("weights with other names")
+    return {name: tensor.float().contiguous() for name, tensor in ours.items()}, n_blocks
+
+
+def load_findna(path, network=None):
+    """FinDNA's released weights -> (ChordMixerConfig as a dict, weights of a BaseModel).
+
+    network: teacher (default) or student. ValueError, in one line, for any other file.
+    """
+    try:
+        found = load_bin(path)
+        found = found.get((network or "teacher").capitalize(), found)
+        weights, n_blocks = findna_names(found)
+        C, hidden = len(weights["backbone.proj.bias"]), len(weights["backbone.blocks.0.fc1.bias"])
+        n_layer = (len(weights) - 4) // (4 * n_blocks)
+        length = 1010 if n_blocks == 10 else 2 ** n_blocks   # the paper's 1,000 bases and 10 [CLS]
+        config = ChordMixerConfig(length, n_layer, C // (n_blocks + 1), hidden)
+        with torch.device("meta"):
+            BaseModel(ChordMixer(config)).load_state_dict(weights, assign=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; check the path") from None
+    except Exception as e:                                   # hostile bytes can raise anything
+        raise ValueError(f"{path}: not FinDNA's released weights ({e!r:.80}); use another file") from None
+    return dataclasses.asdict(config), weights

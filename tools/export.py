@@ -112,9 +112,11 @@ def use_mixer(spec):
 
 def write_bert(net, folder, card):
     if "classes" in net.spec:
-        models.save_hf(net, folder, net.spec["classes"], net.spec["regression"], card)
+        models.save_hf(net, folder, net.spec["classes"], net.spec["regression"], card, net.spec["stride"])
+    elif not net.bert.head.weight.any():
+        raise ValueError("this BERT has no masked-LM head, which an export needs; fine-tune it first")
     else:
-        models.save_hf(net.bert, folder, card=card)
+        models.save_hf(net.bert, folder, card=card, stride=net.spec["stride"])
 
 
 def write_mixer(net, folder, card):
@@ -136,7 +138,7 @@ def export(folder, init, eval_network=None):
         raise ValueError(f"--init {init}: a {net.spec['kind']} is not exported; use a Bert or a ChordMixer")
     use, write = EXPORTS[net.spec["kind"]]
     state = {"method": "hf", "step": "unknown", "data": "unknown", "args": {"init": init}}
-    if not init.startswith("hf:"):
+    if not init.startswith(("hf:", "findna:")):
         state = training.load(init)
     write(net, folder, model_card(state, net.spec, folder, recorded(init, state), use(net.spec)))
     print(f"{init} -> {folder}")
