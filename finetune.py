@@ -67,15 +67,19 @@ PROTOCOLS = {                                                # name: (numbers, c
     "cmgems": (BASE | dict(select="loss"), DNABERT2),        # Roy et al.: the same; 2 GPUs x 8 x 2 = 32
     # GeneMask Script-B: no dev set, the last epoch is tested; by shots, see get_protocol; ten draws
     "fewshot": (BASE | dict(select="last", dropout=0.1, seeds=10), {}),
-    # Yu et al. 4.3, 4.4: 30 % warm-up, cosine; MTcDNA's are unstated: EMP's
-    "findna": (BASE | dict(warmup=0.3, schedule="cosine"), {
+    # Yu et al. 4.3, 4.4: five runs, 30 % warm-up, cosine; MTcDNA, EMP's decay: the released config_gue.yaml
+    "findna": (BASE | dict(warmup=0.3, schedule="cosine", seeds=5), {
         "gb": dict(batch_size=1024, lr=0.01, weight_decay=0.1, epochs=50),
-        "emp": dict(lr=5e-4, epochs=20, dropout=0.1), "covid": dict(batch_size=256, lr=1e-3, epochs=100),
-        "mtcdna": dict(lr=5e-4, epochs=20)}),
+        "emp": dict(lr=5e-4, weight_decay=0.1, epochs=20, dropout=0.1),
+        "covid": dict(batch_size=256, lr=1e-3, epochs=100, dropout=0.1),
+        "mtcdna": dict(batch_size=16, lr=1e-4, weight_decay=0.1, warmup=0.2, epochs=50, dropout=0.1),
+        "mtcdna/1024": dict(epochs=80)}),
     # Martinek et al.: early stopping on validation loss, 5 repeats; unstated: its 10 %, patience 3, epochs
     "martinek": (BASE | dict(batch_size=48, weight_decay=0.1, lr=2e-4, select="loss", patience=3, seeds=5),
                  {}),
     "strict": (BASE, {})}                                    # ours: dev from train, test once, MCC
+# Where linear models (probe, k-mer floor) repeat: each run leaves out another share `val` of train
+LINEAR = {"findna": dict(val=0.1)}                           # Yu et al., Table 1: five runs
 CNN = dict(batch_size=32, lr=1e-3, weight_decay=0.0, warmup=0, schedule="constant",   # both CNNs' Adam
            grad_clip=1e9)
 DEFAULT_PROTOCOL = {"GUE": "randommask", "DeepSTARR": "randommask", "GenomicBenchmarks": "martinek",
@@ -127,12 +131,21 @@ def lengths_of(rows, index):
     return rows.offsets[index + 1] - rows.offsets[index]
 
 
+def gathered(bases, starts, lengths, width, fill):
+    """bases[start:start + length] of each row, (B, width): longer ones are cut, shorter ones filled."""
+    at = torch.arange(width, device=bases.device)
+    starts, lengths = (torch.from_numpy(x).to(bases.device)[:, None] for x in (starts, lengths))
+    return bases[(starts + at).clamp_(max=len(bases) - 1)].masked_fill(at >= lengths, fill)
+
+
 def padded(rows, index, width, fill):
     """Bases (B, width) of these sequences: longer ones are cut, shorter ones filled."""
-    device, at = rows.bases.device, torch.arange(width, device=rows.bases.device)
-    starts, lengths = (torch.from_numpy(x).to(device)[:, None] for x in (
-        rows.offsets[index], lengths_of(rows, index)))
-    return rows.bases[(starts + at).clamp_(max=len(rows.bases) - 1)].masked_fill(at >= lengths, fill)
+    return gathered(rows.bases, rows.offsets[index], lengths_of(rows, index), width, fill)
+
+
+def concatenated(pool, pooled):
+    """pooled("mean"), pooled("cls") or, where pool is "both", the two side by side: (B, 2 C)."""
+    return torch.cat([pooled("mean"), pooled("cls")], 1) if pool == "both" else pooled(pool)
 
 
 def covered(x, starts, n, k=1, stride=1):
@@ -237,11 +250,11 @@ class BertHead(nn.Module):
             return self.out(F.dropout(x.float(), self.bert.config.dropout, self.training))
 
     def embed(self, tokens, mask=None, owner=None):
-        """Mean over the k-mers, or over the [CLS] of the windows."""
+        """Mean over the k-mers, or over the [CLS] of the windows, or both concatenated."""
         x = self.bert.encode(tokens, mask)                   # (B, T, C)
         kmers = (tokens == data.UNK) | (tokens > data.MASK)
-        real = kmers if self.spec["pool"] == "mean" else tokens == data.CLS
-        return pooled(x, real, owner)
+        return concatenated(self.spec["pool"], lambda pool: pooled(
+            x, kmers if pool == "mean" else tokens == data.CLS, owner))
 
     def per_base(self, rows, index):
         owner, first, n = self.windows(lengths_of(rows, index))
@@ -270,8 +283,8 @@ class HfHead(nn.Module):
         if spec["stride"] and not 1 <= spec["stride"] <= self.k:
             raise ValueError(f"--stride {spec['stride']}: {self.k or 'no '}-mers in its vocabulary; drop it")
         self.has_cls = self.first[:1] == [self.tokenizer.cls_token_id]
-        if spec["pool"] == "cls" and not self.has_cls:
-            raise ValueError("--pool cls: its tokenizer adds no [CLS]; use --pool mean")
+        if spec["pool"] != "mean" and not self.has_cls:
+            raise ValueError(f"--pool {spec['pool']}: its tokenizer adds no [CLS]; use --pool mean")
         C, self.p = self.hf.config.hidden_size, getattr(self.hf.config, "hidden_dropout_prob", 0.0)
         self.pooler, self.out = nn.Linear(C, C), nn.Linear(C, spec["n_out"])
         self.tokenize = functools.partial(models.tokens_of, self.tokenizer, k=self.k, stride=spec["stride"])
@@ -320,9 +333,9 @@ class HfHead(nn.Module):
             return self.out(F.dropout(x.float(), self.p, self.training))
 
     def embed(self, tokens, real, mask, owner=None):
-        if self.spec["pool"] == "cls":
-            real = (torch.arange(tokens.shape[1], device=tokens.device) == 0).expand_as(real)
-        return pooled(self.states(tokens, mask), real, owner)
+        x, first = self.states(tokens, mask), torch.arange(tokens.shape[1], device=tokens.device) == 0
+        return concatenated(self.spec["pool"], lambda pool: pooled(
+            x, real if pool == "mean" else first.expand_as(real), owner))
 
     def per_base(self, rows, index):
         _, starts, widths = np.concatenate(self.windows(rows, index)[1], 1)
@@ -333,7 +346,11 @@ class HfHead(nn.Module):
 
 
 class MixerHead(nn.Module):
-    """A ChordMixer or Encoder, and one or two layers on the mean over the bases or over the [CLS]."""
+    """A ChordMixer or Encoder, and one or two layers on the mean over the bases, over the [CLS], or on both.
+
+    A ChordMixer reads a sequence of any length. For an Encoder, one that is longer than its positions is cut
+    into windows of equal length (to one base); the means are over all of them.
+    """
     BODY = "backbone"
     FLAGS = {"pool": "mean", "head": "linear", "blocks": "all", "eval_network": None}
 
@@ -344,53 +361,96 @@ class MixerHead(nn.Module):
             return own | {"n_blocks": None}
         if "track_size" not in spec["mixer"]:
             raise ValueError("--blocks log2: a transformer has no such blocks; use another --init")
-        longest += spec["n_cls"] if args.pool == "cls" else 0
+        longest += 0 if args.pool == "mean" else spec["n_cls"]
         return own | {"n_blocks": max(1, (longest - 1).bit_length())}    # as if made for the longest sequence
 
     def __init__(self, spec):
         super().__init__()
         self.spec, self.backbone = spec, models.make_backbone(spec["mixer"])
-        self.n_cls = spec["n_cls"] if spec["pool"] == "cls" else 0
         self.options = {"n_blocks": spec["n_blocks"]} if spec["n_blocks"] else {}
         C = self.backbone.config.n_embd
-        self.hidden = nn.Linear(C, C) if spec["head"] == "mlp" else None
-        self.out = nn.Linear(C, spec["n_out"])
+        width = 2 * C if spec["pool"] == "both" else C
+        self.hidden = nn.Linear(width, C) if spec["head"] == "mlp" else None
+        self.out = nn.Linear(width if self.hidden is None else C, spec["n_out"])
+
+    @property
+    def n_cls(self):
+        """Number of blank [CLS] behind the bases."""
+        return 0 if self.spec["pool"] == "mean" else self.spec["n_cls"]
+
+    @property
+    def room(self):
+        """Bases that fit one window; None: any number."""
+        return None if "track_size" in self.spec["mixer"] else self.spec["mixer"]["length"] - self.n_cls
+
+    def windows(self, lengths):
+        """Sequence lengths -> (owner, first, n) of the windows: sequence, first base, number of bases."""
+        if self.room is None or lengths.max() <= self.room:
+            return np.arange(len(lengths)), np.zeros_like(lengths), lengths
+        if self.spec["long"] == "truncate":
+            return np.arange(len(lengths)), np.zeros_like(lengths), np.minimum(lengths, self.room)
+        n_windows = np.maximum(-(-lengths // self.room), 1)
+        owner = np.repeat(np.arange(len(lengths)), n_windows)
+        nth = np.arange(len(owner)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
+        first, end = (at * lengths[owner] // n_windows[owner] for at in (nth, nth + 1))
+        return owner, first, end - first
 
     def n_windows(self, lengths):
-        """As many pretraining inputs as would hold the bases: the memory grows with these."""
-        return -(-lengths // self.spec["mixer"]["length"])
+        """For a ChordMixer as many pretraining inputs as hold the bases: the memory grows with these."""
+        if self.room is None:
+            return -(-lengths // self.spec["mixer"]["length"])
+        return np.bincount(self.windows(lengths)[0])
 
     def count(self, lengths):
-        return {}
+        if self.room is None:
+            return {}
+        name = "truncated" if self.spec["long"] == "truncate" else "in_windows"
+        return {name: int((lengths > self.room).sum())}
 
     def inputs(self, rows, index):
-        """One-hot bases (B, L, 5), lengths (B,) or None where all are equal; else L is a multiple of 64."""
-        lengths = lengths_of(rows, index)
-        longest, alike = int(lengths.max()), lengths.min() == lengths.max()
-        longest = longest if alike else -(-longest // 64) * 64
-        one_hot = data.one_hot(padded(rows, index, longest + self.n_cls, data.BLANK))
-        return one_hot, None if alike else torch.from_numpy(lengths).to(one_hot.device) + self.n_cls
+        """One-hot bases (B, L, 5); lengths (B,), None where all are equal; sequence of each window, or None.
+
+        Where the lengths differ, L is a multiple of 64, or what an Encoder has room for.
+        """
+        owner, first, n = self.windows(lengths_of(rows, index))
+        longest, several = int(n.max()), len(owner) > len(index)
+        alike = n.min() == longest and not several
+        if not alike:
+            longest = min(-(-longest // 64) * 64, self.room or math.inf)
+        bases = gathered(rows.bases, rows.offsets[index][owner] + first, n, longest + self.n_cls, data.BLANK)
+        lengths, owner = (torch.from_numpy(x).to(bases.device) for x in (n, owner))
+        return data.one_hot(bases), None if alike else lengths + self.n_cls, owner if several else None
 
     def states(self, one_hot, lengths=None):
         return self.backbone(one_hot, lengths, **self.options)                 # (B, L, C)
 
-    def embed(self, one_hot, lengths=None):
+    def embed(self, one_hot, lengths=None, owner=None):
         x = self.states(one_hot, lengths)
-        if lengths is None:
-            return x[:, -self.n_cls:].mean(1)                # n_cls 0: all
-        at, lengths = torch.arange(x.shape[1], device=x.device), lengths[:, None]
-        real = (at < lengths) & (at >= lengths - (self.n_cls or lengths))      # (B, L)
-        return (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+        return concatenated(self.spec["pool"], lambda pool: self.mean(x, lengths, owner, pool))
 
-    def forward(self, one_hot, lengths=None):
-        x = self.embed(one_hot, lengths)
+    def mean(self, x, lengths, owner, pool):
+        """Means over the bases or the [CLS] of x (B, L, C), of all windows of a sequence."""
+        n_cls = self.n_cls
+        if lengths is None:
+            return (x[:, -n_cls:] if pool == "cls" else x[:, :x.shape[1] - n_cls]).mean(1)
+        at, ends = torch.arange(x.shape[1], device=x.device), lengths[:, None]
+        real = (at < ends) & (at >= ends - n_cls) if pool == "cls" else at < ends - n_cls          # (B, L)
+        total, n = (x * real[..., None]).sum(1), real.sum(1, keepdim=True)
+        if owner is not None:
+            empty = total.new_zeros(int(owner[-1]) + 1, total.shape[1], dtype=torch.float32)
+            total = empty.index_add(0, owner, total.float())
+            n = n.new_zeros(len(empty), 1).index_add(0, owner, n)
+        return total / n.clamp(min=1)
+
+    def forward(self, one_hot, lengths=None, owner=None):
+        x = self.embed(one_hot, lengths, owner)
         x = x if self.hidden is None else F.gelu(self.hidden(x))
         with torch.autocast(x.device.type, enabled=False):
             return self.out(x.float())
 
     def per_base(self, rows, index):
-        lengths = lengths_of(rows, index)
-        return covered(self.states(*self.inputs(rows, index)), rows.offsets[index], lengths)
+        owner, first, n = self.windows(lengths_of(rows, index))
+        return covered(self.states(*self.inputs(rows, index)[:2]), rows.offsets[index][owner] + first, n)
 
 
 class CnnHead(models.Cnn):
@@ -608,8 +668,11 @@ class Model:
 def load_model(init, device="cpu", eval_network=None, **changes):
     """A checkpoint, hf:FOLDER or findna:FILE -> Model. changes: pool, long, stride, dtype, where not None."""
     spec, weights = read_network(init, eval_network)
+    pool = changes.pop("pool", None)
     spec |= {name: value for name, value in {"dtype": "float32", **changes}.items() if value is not None}
-    return Model(init, build_net(spec, weights), device)
+    net = build_net(spec, weights)
+    net.spec["pool"] = pool or net.spec["pool"]              # a trained head keeps its width
+    return Model(init, net, device)
 
 
 def scores(outputs, labels, task):
@@ -834,8 +897,11 @@ def assign(splits, p, seed):
         dev, test, tested_on = None, dev, "dev (there is no test)"
     if test is None:
         raise ValueError("neither a test nor a dev split to test on; give one")
-    if not p or p["select"] == "last":                       # no numbers: a linear model
+    if not p or p.get("select") == "last":                   # no numbers: a linear model
         dev = None
+    elif "select" not in p:                                  # a linear model that repeats
+        train, dev = data.split_rows(train, (1 - p["val"], p["val"]), seed)[0], None
+        tested_on += f"; fitted on {1 - p['val']:.0%} of train"
     elif dev is None:
         train, dev = data.split_rows(train, (1 - p["val"], p["val"]), seed)
         tested_on += f"; dev is {p['val']:.0%} of train"
@@ -955,7 +1021,7 @@ def run_one(task, splits, key, start, args, device):
     print(f"{title} | protocol {key['protocol']}\n  rows {sizes}; tested on {tested_on}; {counts or ''}\n"
           f"  classes {dict(enumerate(task.classes))}; {key['numbers']}", flush=True)
     folder = os.path.join(args.out, f"{task.name}{shots}".replace("/", "_").replace(" ", "_"), identity)
-    if key["numbers"]:
+    if not is_linear(key["init"], key["mode"]):
         run = {"method": "finetune", "config": spec, "data": key["data"],
                "args": key | {"micro_batch_size": args.micro_batch_size}}      # dropout depends on it
         outputs, result = tuned_outputs(net, parts, task, run, folder, args)
@@ -1004,7 +1070,7 @@ def read_rows(out):
 
 
 def is_linear(init, mode):
-    """A linear model: no protocol, and no repeats on the same rows, which would give the same."""
+    """A linear model: no protocol but LINEAR, and no repeats on the same rows, which would give the same."""
     return mode == "probe" or init == "kmer"
 
 
@@ -1017,14 +1083,14 @@ def plan_runs(args):
         draws = data.FEW_SHOT[name][1] if name in data.FEW_SHOT else 1
         shots_list = args.shots if suite == "few-shot" else [None]
         for shots, repeat, init in itertools.product(shots_list, repeats, args.init):
-            if repeat < draws or not is_linear(init, args.mode):
+            if repeat < draws or protocol in LINEAR or not is_linear(init, args.mode):
                 yield Plan(name, shots, repeat, init, protocol)
 
 
 def make_key(plan, task, start, digest, args):
     """What identifies a run, with its spec: equal keys, equal results. digest: of the data."""
     flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
-    p = {}
+    p = LINEAR.get(plan.protocol, {})
     if not is_linear(plan.init, args.mode):
         p = get_protocol(plan.protocol, task.name, plan.shots, plan.init, flags)
         if task.regression and p["select"] == "score":
@@ -1126,7 +1192,8 @@ def parse_args():
     add("--n_layer", type=positive, default=12, help="random: layers (%(default)s)")
     add("--n_head", type=positive, default=12, help="random: attention heads (%(default)s)")
     add("--n_embd", type=positive, default=768, help="random: width (%(default)s)")
-    add("--pool", choices=("mean", "cls"), default="mean", help="probe, FinDNA: pooling (%(default)s)")
+    add("--pool", choices=("mean", "cls", "both"), default="mean",
+        help="probe, FinDNA: pooling; both: concatenated (%(default)s)")
     add("--eval_network", choices=("teacher", "student"),
         help="FinDNA: network to use (the teacher, unless it is still close to its initial weights)")
     add("--head", choices=("linear", "mlp"), default="linear", help="FinDNA: its head (%(default)s)")

@@ -55,7 +55,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = add_flags(parser)
-    add("--pool", choices=("mean", "cls"), default="mean", help="mean or [CLS] (%(default)s)")
+    add("--pool", choices=("mean", "cls", "both"), default="mean", help="mean, [CLS] or both (%(default)s)")
     add("--per_base", action="store_true", help="also the embedding of each base")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no half-written file
     with training.user_errors():

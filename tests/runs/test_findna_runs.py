@@ -182,7 +182,6 @@ def test_finetune_refusals(table):
             ("finetune.py", "--csv a.csv --init mnm.pt --eval_network teacher", "use student"),
             ("finetune.py", "--csv a.csv --init out/last.pt --blocks log2", "transformer"),
             ("finetune.py", "--csv a.csv --init random:nowhere.pt", "nowhere.pt"),
-            ("tools.embed", "all.fa --init out/last.pt", "40 bases for 31 positions"),
             ("tools.embed", "a.csv --init random:both.pt", "no such checkpoint")):
         assert word in refused(run([*args.split(), "--device", "cpu"], script=script))
     assert tune("--init", "mnm.pt", "--epochs", 1)[0]["mixer"] == state["config"]

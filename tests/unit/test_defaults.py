@@ -145,6 +145,7 @@ def test_finetune_defaults(defaults):
 
 
 FEW, BINARY = "splice_40", "gb/human_enhancers_cohn"
+MTCDNA = dict(lr=1e-4, batch_size=16, weight_decay=0.1, warmup=0.2, schedule="cosine", dropout=0.1, seeds=5)
 PROTOCOLS = [                                                # (name, tasks, shots, --init), numbers
     # Liang, Table 4
     (("randommask", "emp/H3 emp/H4ac", None, ""), dict(lr=3e-5, batch_size=32, epochs=100, weight_decay=0)),
@@ -160,12 +161,15 @@ PROTOCOLS = [                                                # (name, tasks, sho
     (("fewshot", FEW, 100, ""), dict(lr=1e-4, batch_size=5, epochs=20, warmup=0.1, weight_decay=0.01,
                                      dropout=0.1, select="last", seeds=10)),
     (("fewshot", FEW, 500, ""), dict(lr=5e-5, batch_size=15, epochs=5, warmup=0.1, weight_decay=0.01)),
-    # Yu 4.3 and 4.4
+    # Yu 4.3 and 4.4; Yu's code: config_gue.yaml
     (("findna", "gb/demo_human_or_worm", None, ""), dict(lr=0.01, batch_size=1024, epochs=50, warmup=0.3,
-                                                         weight_decay=0.1, schedule="cosine")),
+                                                         weight_decay=0.1, schedule="cosine", seeds=5)),
     (("findna", "emp/H3", None, ""), dict(lr=5e-4, batch_size=32, epochs=20, warmup=0.3, schedule="cosine",
-                                          dropout=0.1)),
-    (("findna", "covid", None, ""), dict(lr=1e-3, batch_size=256, epochs=100, warmup=0.3, schedule="cosine")),
+                                          dropout=0.1, weight_decay=0.1, seeds=5)),
+    (("findna", "covid", None, ""), dict(lr=1e-3, batch_size=256, epochs=100, warmup=0.3, schedule="cosine",
+                                         dropout=0.1, weight_decay=0.01, seeds=5)),
+    (("findna", "mtcdna/1024", None, ""), MTCDNA | dict(epochs=80)),
+    (("findna", "mtcdna/4096 mtcdna/8192", None, ""), MTCDNA | dict(epochs=50)),
     # Martinek et al.; both CNNs: Adam
     (("martinek", BINARY, None, ""), dict(lr=2e-4, batch_size=48, weight_decay=0.1, warmup=0.1, patience=3,
                                           seeds=5, select="loss")),
