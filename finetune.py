@@ -643,9 +643,8 @@ class Model:
     def __init__(self, init, net, device):
         self.init, self.net, self.device = init, net.to(device).eval(), device
 
-    @property
     def classes(self):
-        """Names of the outputs."""
+        """Names of the outputs; ValueError if the model is not fine-tuned."""
         if "classes" not in self.net.spec:
             raise ValueError(f"--init {self.init}: not fine-tuned; make a classifier with finetune.py")
         return self.net.spec["classes"]
@@ -660,7 +659,7 @@ class Model:
 
     def predict(self, sequences):
         """Probabilities of the classes, or the values of a regression: (n, number of classes)."""
-        assert self.classes
+        self.classes()                                       # is it fine-tuned?
         outputs = self.apply(sequences)
         return outputs if self.net.spec["regression"] else special.softmax(outputs, 1)
 
@@ -908,14 +907,14 @@ def assign(splits, p, seed):
     return {"train": train, "dev": dev, "test": test}, tested_on
 
 
-def count_rows(parts, net):
-    """Counts for the row of results: what was accepted, cut or repeated in each split."""
+def count_rows(parts, net, seen):
+    """Counts for the row of results: what was accepted, cut or repeated. seen: test rows also in train."""
     counts = {f"{split}_{name}": n for split, rows in parts.items() if rows for name, n in rows.notes.items()}
     if parts["dev"]:
         counts["test_in_dev"] = int(rows_in(parts["test"], parts["dev"]).sum())
     if net is not None:
         counts |= net.count(np.concatenate([np.diff(rows.offsets) for rows in parts.values() if rows]))
-    counts["test_in_train"] = int(rows_in(parts["test"], parts["train"]).sum())
+    counts["test_in_train"] = int(seen.sum())
     return {name: n for name, n in counts.items() if n}
 
 
@@ -979,10 +978,10 @@ def tuned_outputs(net, parts, task, run, folder, args):
     return apply(net, parts["test"], args.micro_batch_size), result
 
 
-def score_run(outputs, parts, task, metric):
-    """Scores for the row: on all of test, without rows that train has, and whether predictions collapsed."""
-    test, labels, seen = scores(outputs, parts["test"].labels, task), parts["test"].labels, \
-        rows_in(parts["test"], parts["train"])
+def score_run(outputs, parts, task, metric, seen):
+    """Scores for the row: on test, on test without the rows also in train, and whether outputs collapsed."""
+    labels = parts["test"].labels
+    test = scores(outputs, labels, task)
     collapsed = len(set(outputs.argmax(1))) == 1
     if task.regression:                                      # one value, relative to the spread of targets
         collapsed = (outputs.std(0) <= 1e-6 * parts["train"].labels.std(0)).all()
@@ -1017,8 +1016,9 @@ def run_one(task, splits, key, start, args, device):
     if spec["kind"] in HEADS:
         net = build_net(spec | {"pool": args.pool}, start.weights, key["seed"]).to(device)
     sizes = {split: len(rows.labels) for split, rows in parts.items() if rows}
-    counts = count_rows(parts, net)
-    print(f"{title} | protocol {key['protocol']}\n  rows {sizes}; tested on {tested_on}; {counts or ''}\n"
+    seen = rows_in(parts["test"], parts["train"])
+    counts = count_rows(parts, net, seen)
+    print(f"{title} | protocol {key['protocol']}\n  rows {sizes}; tested on {tested_on}; counts {counts}\n"
           f"  classes {dict(enumerate(task.classes))}; {key['numbers']}", flush=True)
     folder = os.path.join(args.out, f"{task.name}{shots}".replace("/", "_").replace(" ", "_"), identity)
     if not is_linear(key["init"], key["mode"]):
@@ -1027,7 +1027,7 @@ def run_one(task, splits, key, start, args, device):
         outputs, result = tuned_outputs(net, parts, task, run, folder, args)
     else:
         outputs, result = linear_outputs(net, parts, task, args.micro_batch_size, device), {}
-    row = {"id": identity} | key | score_run(outputs, parts, task, key["metric"]) | {
+    row = {"id": identity} | key | score_run(outputs, parts, task, key["metric"], seen) | {
         "tested_on": tested_on, "rows": sizes, "classes": task.classes, "counts": counts,
         "device": str(device), "stride": 1, "seconds": round(time.perf_counter() - began, 1)} | spec | result
     row.pop("files", None)                                   # of a tokenizer: megabytes, in the model

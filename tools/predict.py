@@ -107,7 +107,7 @@ def open_model(args, **changes):
 
 def predict(model, args):
     """Writes a row a sequence: id, length, class with probabilities, or values of a regression."""
-    names, regression, counts = model.classes, model.net.spec["regression"], collections.Counter()
+    names, regression, counts = model.classes(), model.net.spec["regression"], collections.Counter()
     with new_file(args.out, args.file, ".predictions.tsv") as file, io.TextIOWrapper(file) as f:
         columns = names if regression else ["class", *(f"p_{name}" for name in names)]
         f.write("\t".join(["id", "length", *columns]) + "\n")

@@ -191,7 +191,7 @@ def check_alone(**flags):
 
 
 @pytest.mark.fault("kill -9 one after the other: finetune", n=6)
-def test_kills(here):
+def test_kills(here, survived):
     def amid(save, state, file):
         file.write(b"PK" * 999), file.flush(), die()
 
@@ -202,12 +202,13 @@ def test_kills(here):
             ("training", "stop_requested", 2, die), ("os", "link", 1, after), ("fcntl", "flock", 2, die)):
         assert tune({0: at_call(module, name, n, fault)}, save_every=0, **SMALL).code == -9
         assert results() == []
+        survived()
     assert Path(ALONE["model"]).exists()                     # the last kill was before the row
     check_alone()
 
 
 @pytest.mark.fault("broken last.pt, sound prev.pt: finetune", n=2)
-def test_stop_and_broken_checkpoints(here):
+def test_stop_and_broken_checkpoints(here, survived):
     folder = here / "out/csv_small" / ALONE["id"]
     [process] = start(tiny(**SMALL, save_every=0), {0: slow}, script="finetune.py")
     wait_rows(process, folder, 1)                            # the first epoch is evaluated
@@ -225,6 +226,8 @@ def test_stop_and_broken_checkpoints(here):
         (folder / "last.pt").write_bytes(broken)
         assert ("prev.pt" in check_alone()) == (broken != raw)
         shutil.rmtree("out")
+        if broken != raw:
+            survived()
 
 
 @pytest.mark.fault("stop signal between two runs: finetune")
@@ -421,8 +424,9 @@ def test_bad_flags(here, case):
 
 
 @pytest.mark.fault("CSV cases: finetune", n=20)
-def test_the_most_likely_mistakes_in_tables(here):
+def test_the_most_likely_mistakes_in_tables(here, survived):
     for case in [case for case in cases("csv.json") if "word" in case and case.get("own", True)][:20]:
         path = here / case.get("file", "t.csv")
         path.write_bytes(expand(case["text"]).encode(case.get("encoding", "latin-1")))
         assert re.search(f"t.csv: .*({case['word']})", refused(tune(csv=path))) and not Path("out").exists()
+        survived()
