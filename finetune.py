@@ -1090,7 +1090,8 @@ def parse_args():
     add("--targets", nargs="+", metavar="COLUMN", help="--csv: regression on these columns")
     add = parser.add_argument_group("model").add_argument
     add("--init", nargs="+", default=["random"],
-        help="checkpoint, random:CHECKPOINT (its architecture), hf:FOLDER, random, cnn or kmer (random)")
+        help="checkpoint, hf:FOLDER, findna:FILE, random:ONE OF THESE (its architecture), random, cnn or "
+             "kmer (random)")
     add("--stride", type=positive, help="1: overlapping k-mers, k: non-overlapping (default: as pretrained)")
     add("--k", type=number(int, 1, 9), default=6, help="random: k-mer length (%(default)s)")
     add("--block_size", type=number(int, 3), default=512, help="random: positions (%(default)s)")

@@ -36,7 +36,7 @@ Table = namedtuple("Table", "lines rows columns")            # Markdown; [(Key, 
 def check_run(row):
     """A row of results.jsonl with its fields as text for the table. An exception if it is not a run."""
     return row | {
-        "key": Key(row["task"], row["shots"], row["metric"]), "stride": f"stride {row['stride']}",
+        "key": Key(row["task"], row["shots"], row["metric"]), "stride": f"stride {row['stride'] or 'of the tokenizer'}",
         "protocol": f"protocol {row['protocol']}", "collapsed": bool(row["collapsed"]),
         "pool": f"pool {row['pool']}" if row["pool"] else "", "long": f"long {row['long']}",
         "overrides": ", ".join(f"{name} {value}" for name, value in sorted(row["overrides"].items())),
