@@ -309,7 +309,7 @@ class HfHead(nn.Module):
         return tokens.to(device), real.to(device), (at < n).to(device), owner
 
     def states(self, tokens, mask):
-        return self.hf(input_ids=tokens, attention_mask=mask.long()).last_hidden_state             # (B, T, C)
+        return self.hf(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()     # (B, T, C)
 
     def forward(self, tokens, real, mask, owner=None):
         x = self.states(tokens, mask)
@@ -327,7 +327,7 @@ class HfHead(nn.Module):
         _, starts, widths = np.concatenate(self.windows(rows, index)[1], 1)
         tokens, real, mask, _ = self.inputs(rows, index)
         bases = np.repeat(starts - widths.cumsum() + widths, widths) + np.arange(widths.sum())
-        x = self.states(tokens, mask)[real].float().cpu().repeat_interleave(torch.from_numpy(widths), 0)
+        x = self.states(tokens, mask)[real].cpu().repeat_interleave(torch.from_numpy(widths), 0)
         return x, torch.from_numpy(bases)[:, None]
 
 

@@ -1,4 +1,4 @@
-"""--init hf:FOLDER of any encoder, bare BERTs, classifiers, against transformers; findna:FILE, --protocol nt."""
+"""--init hf:FOLDER of any encoder, bare BERTs, classifiers, against transformers; findna:FILE; nt."""
 import dataclasses
 import itertools
 import json
@@ -19,7 +19,7 @@ import data
 import finetune
 import models
 import training
-from harness import equal, random_dna, refused, run
+from harness import at_call, equal, random_dna, refused, run
 
 N, LENGTH = 3, 40                                            # k of the ESM's vocabulary; its positions
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
@@ -205,8 +205,22 @@ def test_fine_tune_probe_and_predict(folders, tmp_path, monkeypatch, kind, strid
     model = finetune.load_model(tuned["model"])
     texts = [line.split(",")[0] for line in table.read_text().splitlines()[1:]]
     close(model.predict(texts), np.array([row[3:] for row in rows[1:]], np.float32))
-    right = [row[2] == line.split(",")[1] for row, line in zip(rows[1:], table.read_text().splitlines()[1:])]
+    labels = [line.split(",")[1] for line in table.read_text().splitlines()[1:]]
+    right = [row[2] == label for row, label in zip(rows[1:], labels, strict=True)]
     assert np.mean(right) > 0.8 and np.load("e.npz")["per_base"].shape == (3600, 16)
+
+
+def test_a_stopped_run_continues(folders, tmp_path, monkeypatch):
+    """Bit for bit, with dropout in the network."""
+    monkeypatch.chdir(tmp_path)
+    flags = ["--csv", write_csv(tmp_path / "a.csv", 20), "--init", f"hf:{folders['modernbert']}", "--epochs", 2,
+             "--batch_size", 8, "--dropout", 0.2, "--device", "cpu", "--out"]
+    stop = at_call("training", "stop_requested", 5, lambda *_: True)
+    assert run([*flags, "a"], {0: stop}, script="finetune.py").code == 143
+    for out in "ab":
+        assert run([*flags, out], script="finetune.py").code == 0
+    one, two = (training.load(str(tmp_path / out / "csv_a" / "modernbert.pt"))["model"] for out in "ab")
+    equal(one, two)
 
 
 def test_dropout_reaches_the_network(folders):
