@@ -211,7 +211,7 @@ def parse_args():
     add("--n_head", type=positive, default=8, help="transformer: attention heads (%(default)s)")
     add("--n_embd", type=positive, default=320, help="transformer: width (%(default)s)")
     add("--dropout", type=number(float, 0, 1), default=0.0, help="dropout (%(default)s)")
-    add("--init", help="start from the weights of this checkpoint")
+    add("--init", help="start from these weights: a checkpoint, or findna:FILE")
     add = parser.add_argument_group("method").add_argument
     add("--preset", choices=("released",), help="the choices of the released code: views, momentum, epochs")
     add("--windows", type=positive, default=100_000, help="windows of an epoch (%(default)s)")

@@ -323,7 +323,7 @@ class HfHead(nn.Module):
         return tokens.to(device), real.to(device), (at < n).to(device), owner
 
     def states(self, tokens, mask):
-        return self.hf(input_ids=tokens, attention_mask=mask.long()).last_hidden_state             # (B, T, C)
+        return self.hf(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()     # (B, T, C)
 
     def forward(self, tokens, real, mask, owner=None):
         x = self.states(tokens, mask)
@@ -341,7 +341,7 @@ class HfHead(nn.Module):
         _, starts, widths = np.concatenate(self.windows(rows, index)[1], 1)
         tokens, real, mask, _ = self.inputs(rows, index)
         bases = np.repeat(starts - widths.cumsum() + widths, widths) + np.arange(widths.sum())
-        x = self.states(tokens, mask)[real].float().cpu().repeat_interleave(torch.from_numpy(widths), 0)
+        x = self.states(tokens, mask)[real].cpu().repeat_interleave(torch.from_numpy(widths), 0)
         return x, torch.from_numpy(bases)[:, None]
 
 
@@ -1185,7 +1185,8 @@ def parse_args():
     add("--targets", nargs="+", metavar="COLUMN", help="--csv: regression on these columns")
     add = parser.add_argument_group("model").add_argument
     add("--init", nargs="+", default=["random"],
-        help="checkpoint, random:CHECKPOINT (its architecture), hf:FOLDER, random, cnn, penguinn, kmer")
+        help="checkpoint, hf:FOLDER, findna:FILE, random:ONE OF THESE (its architecture), random, "
+             "cnn, penguinn or kmer (random)")
     add("--stride", type=positive, help="1: overlapping k-mers, k: non-overlapping (default: as pretrained)")
     add("--k", type=number(int, 1, 9), default=6, help="random: k-mer length (%(default)s)")
     add("--block_size", type=number(int, 3), default=512, help="random: positions (%(default)s)")

@@ -761,17 +761,18 @@ def tokenizer_facts(net, tokenizer):
 def read_other(folder):
     """AutoModel and AutoTokenizer of a folder -> (network, tokenizer files, names of weights not in use)."""
     transformers = transformers_package()
-    net, found = transformers.AutoModel.from_pretrained(folder, dtype=torch.float32,
-                                                        output_loading_info=True, **LOCAL)
+    net, found = transformers.AutoModel.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **LOCAL)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
-    missing = sorted(name for name in found["missing_keys"] if not name.startswith(UNUSED))
+    wrong = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
+    wrong = [name for name in wrong if not name.startswith(UNUSED)]
     unused = [name for name in found["unexpected_keys"] if not name.endswith(FROM_CONFIG)]
     spare = [name for name in UNUSED if hasattr(net, name) and not any(
         lost.startswith(name) for lost in found["missing_keys"])]
     parts, prefix = [name for name, _ in net.named_children()], f"{net.base_model_prefix}."
-    beyond = [name for name in unused if name.removeprefix(prefix).split(".")[0] in parts]
-    if missing or beyond:
-        raise ValueError(f"weights and config.json disagree ({(missing or beyond)[0]})")
+    wrong += [name for name in unused if name.removeprefix(prefix).split(".")[0] in parts]
+    if wrong:
+        raise ValueError(f"weights and config.json disagree ({sorted(wrong)[0]})")
     with tempfile.TemporaryDirectory() as tmp:
         tokenizer.save_pretrained(tmp)
         files = {name: open(os.path.join(tmp, name), encoding="utf-8").read() for name in os.listdir(tmp)}

@@ -79,7 +79,7 @@ def add_flags(parser):
     """The flags that predict and embed share; returns the function that adds the next one."""
     add, positive = parser.add_argument, number(int, 1)
     add("file", metavar="FILE", help="FASTA, or a .csv, .tsv or .txt with a column sequence; plain or gzip")
-    add("--init", required=True, help="checkpoint (predict: a fine-tuned one), or hf:FOLDER")
+    add("--init", required=True, help="checkpoint (predict: a fine-tuned one), hf:FOLDER or findna:FILE")
     add("--window", type=positive, help="cut each sequence into windows of N bases")
     add("--step", type=positive, help="bases between the starts of windows (--window)")
     add("--long", choices=("chunk", "truncate"), help="beyond block_size: windows, or cut (as fine-tuned)")

@@ -54,6 +54,7 @@ def check_run(row):
     """A row of results.jsonl with its fields as text for the table. An exception if it is not a run."""
     key = Key(row["task"], row["shots"], row["metric"])
     named = {field: f"{field} {row[field]}" if row[field] else "" for field in FIELDS[:-1]}
+    named["stride"] = f"stride {row['stride'] or 'of the tokenizer'}"
     return row | named | {
         "key": key, "collapsed": bool(row["collapsed"]), "difference": difference(row),
         "overrides": ", ".join(f"{name} {value}" for name, value in sorted(row["overrides"].items())),
