@@ -213,8 +213,8 @@ def test_fine_tune_probe_and_predict(folders, tmp_path, monkeypatch, kind, strid
 def test_a_stopped_run_continues(folders, tmp_path, monkeypatch):
     """Bit for bit, with dropout in the network."""
     monkeypatch.chdir(tmp_path)
-    flags = ["--csv", write_csv(tmp_path / "a.csv", 20), "--init", f"hf:{folders['modernbert']}", "--epochs", 2,
-             "--batch_size", 8, "--dropout", 0.2, "--device", "cpu", "--out"]
+    flags = ["--csv", write_csv(tmp_path / "a.csv", 20), "--init", f"hf:{folders['modernbert']}", "--epochs",
+             2, "--batch_size", 8, "--dropout", 0.2, "--device", "cpu", "--out"]
     stop = at_call("training", "stop_requested", 5, lambda *_: True)
     assert run([*flags, "a"], {0: stop}, script="finetune.py").code == 143
     for out in "ab":
