@@ -1,8 +1,9 @@
 """Times nanoDNA against its peers in the same run: transformers, pyfaidx, published loops, plain torch.
 
-    python -m tools.bench                                    every item that this machine can run
+    python -m tools.bench                                    every comparison that this machine can run
     python -m tools.bench --only tokenize,mask --rounds 25
     python -m tools.bench --device cuda --only gpu
+    python -m tools.bench cost                               parameters, FLOPs, memory, time of the networks
 
 Times are CPU seconds of one thread (gpu: wall seconds). Peers and ours take turns in every round, in
 alternating order. ratio = peer / ours, median over rounds [lowest..highest]; "ours again" is the noise floor.
@@ -12,6 +13,8 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import functools
+import itertools
 import os
 import random
 import runpy
@@ -21,13 +24,17 @@ import tempfile
 import time
 import timeit
 import tracemalloc
-from collections import Counter
+import weakref
+from collections import Counter, namedtuple
 from statistics import median
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import cm_gems
 import data
@@ -42,6 +49,12 @@ SPANS, LENGTH = range(6, 16, 2), T - 2 + K - 1               # of its last, long
 WORDS = {word: i for i, word in enumerate(models.vocabulary(K))}
 MINI = models.BertConfig(n_layer=4, n_head=4, n_embd=256, n_inner=1024, dropout=0.0)
 MIXER, N_SEQUENCES = models.ChordMixerConfig(), 2            # FinDNA's 40 blocks; sequences of a step here
+# Networks of the item cost; stride: of the 6-mers; teacher: a second network reads each batch
+Shape = namedtuple("Shape", "config stride teacher", defaults=(None, False))
+SHAPES = {"FinDNA": Shape(MIXER, teacher=True), "CM-MNM": Shape(MIXER),              # Yu et al.
+          "FinDNA-T": Shape(models.EncoderConfig(), teacher=True), "DNABERT": Shape(models.BertConfig(), 1),
+          "NT 500M": Shape(models.BertConfig(V, 1000, 24, 20, 1280, 5120, 0.0), 6)}
+N_BASES, MTCDNA = 1000, (1024, 4096, 8192)                   # of pretraining; of MTcDNA's sets
 DDP_RUN = """--genome demo --device cpu --n_layer 2 --n_head 2 --n_embd 64 --dropout 0 --block_size 128
              --mask dnabert --batch_size 14 --micro_batch_size 4 --steps 3 --lr 1e-30 --eval_windows 4"""
 
@@ -89,10 +102,17 @@ def compare(item, peers, ours, rounds, work, unit, *goals):
 
 
 def matmul_peak(device, dtype):
-    """FLOP/s of a large matrix product, best of 5: the peak of this machine in this run."""
-    n = 8192 if device == "cuda" else 2048
-    a, b = torch.randn(2, n, n, device=device).to(dtype)
-    return 2 * n ** 3 / min(interleave({"": lambda: a @ b}, 5)[""])
+    """(FLOP/s of a large matrix product, best of 5; its size): the peak of this machine in this run.
+
+    A CPU without units for bf16 would take minutes: if a small product is slow, there is no large one.
+    """
+    def peak(n):
+        a, b = torch.randn(2, n, n, device=device).to(dtype)
+        return 2 * n ** 3 / min(interleave({"": lambda: a @ b}, 5)[""]), n
+    if device == "cuda":
+        return peak(8192)
+    small = peak(256)
+    return small if 2 * 2048 ** 3 / small[0] > 2 else peak(2048)             # 2 s
 
 
 def get_masked(bases, table, step):
@@ -429,7 +449,7 @@ def gpu(rounds):
     slots = models.mask_capacity(B * T, 1 - (1 - P) ** SPANS[-1], SPANS[-1] + 2)
     ours = bert_step(model, lambda: get_batch(bases, table, random.getrandbits(20)), True, capacity=slots)
     rate = compare("gpu", peers, ours, rounds, B * T / 1e3, "ktok/s") * 1e3
-    share, peak = (get_batch(bases, table, 0)[1] >= 0).float().mean(), matmul_peak("cuda", torch.bfloat16)
+    share, peak = (get_batch(bases, table, 0)[1] >= 0).float().mean(), matmul_peak("cuda", torch.bfloat16)[0]
     mfu = rate * model.flops_per_token(T, share.item()) / peak
     line("gpu", f"MFU {mfu:.1%} of {peak / 1e12:.0f} TFLOP/s (8192^3 product)", (mfu >= 0.55, ">= 55 %"))
     torch.cuda.set_sync_debug_mode("error")                  # raises where the host waits for the GPU
@@ -592,28 +612,165 @@ def ema(rounds):
             "Mweights/s")
 
 
+class Live(TorchDispatchMode):
+    """Bytes of the tensors that are alive on a CPU: `now`, and their `peak`."""
+
+    def __init__(self, tensors):
+        super().__init__()
+        self.now, self.peak, self.alive = 0, 0, set()
+        for tensor in tensors:
+            self.add(tensor)
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in self.alive:
+            self.alive.add(storage._cdata)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, storage._cdata, storage.nbytes())
+
+    def free(self, address, n):
+        self.alive.discard(address)
+        self.now -= n
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        out = op(*args, **kwargs or {})
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor)
+        return out
+
+
+def pretraining_pass(shape, n, device):
+    """Network, teacher or None, and a function: forward and backward pass on n sequences of 1,000 bases.
+
+    k-mers beyond a Bert's positions are more windows. FinDNA's losses are shortened, its products are not.
+    """
+    config, teacher = shape.config, None
+    if shape.stride:
+        length, room = (N_BASES - config.k) // shape.stride + 1, config.block_size - 2
+        rows = n * -(-length // room)
+        tokens = torch.randint(5, config.vocab_size, (rows, -(-n * length // rows) + 2), device=device)
+        labels = torch.where(torch.rand(tokens.shape, device=device) < 0.15, tokens, -100)
+        slots, net = models.mask_capacity(tokens.numel(), 0.15, config.k), models.Bert(config)
+        return net.to(device), None, lambda: net(tokens, labels, capacity=slots)[0].backward()
+    net = models.BaseModel(models.make_backbone(vars(config))).to(device)
+    x = torch.rand(n, config.length, 5, device=device)       # bases and [CLS]
+    teacher = copy.deepcopy(net).eval().requires_grad_(False) if shape.teacher else None
+
+    def run():
+        with torch.no_grad():
+            target = teacher(x)[1].softmax(-1) if teacher else x
+        F.cross_entropy(net(x)[1].flatten(0, 1), target.flatten(0, 1)).backward()
+    return net, teacher, run
+
+
+def tuning_pass(shape, n, device, L):
+    """As pretraining_pass, of finetune.py on n sequences of L bases; on "meta" without the head."""
+    rng = np.random.default_rng(0)
+    rows = data.rows_of(rng.integers(4, size=n * L, dtype=np.uint8), [L] * n, np.arange(n) % 2, {})
+    spec = finetune.BertHead.body_spec(shape.config, shape.stride) if shape.stride else {
+        "kind": "mixer", "mixer": vars(shape.config), "n_cls": shape.config.length - N_BASES}
+    spec |= {"n_out": 2, "dtype": "bfloat16" if device == "cuda" else "float32"}
+    with torch.device(device):
+        net = finetune.build_net(spec)
+    if device == "meta":
+        rows = finetune.on_device(rows, torch.device("cpu"))
+        inputs = [x if x is None else x.to(device) for x in net.inputs(rows, np.arange(n))[:2]]
+        body = functools.partial(net.bert.encode, first=1) if shape.stride else net.states
+        return net, None, lambda: body(*inputs).sum().backward()
+    rows = finetune.on_device(rows, torch.device(device), torch.from_numpy(rows.labels).to(device))
+    return net, None, lambda: finetune.train_batch(net, rows, rows.labels, np.arange(n), 128)
+
+
+def count_flops(make):
+    """(parameters, FLOPs of the matrix products of a step), from the shapes alone: nothing is computed."""
+    with torch.device("meta"):
+        net, _, run = make("meta")
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        run()
+    return sum(p.numel() for p in net.parameters()), counter.get_total_flops()
+
+
+def measure(make, device, rounds):
+    """(peak bytes, median seconds) of a training step with AdamW and, for a teacher, its moving average."""
+    net, teacher, run = make(device)
+    optimizer = training.make_optimizer(net, 1e-4, 0.01, findna.BETAS, findna.EPS)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            run()
+        optimizer.step()
+        optimizer.zero_grad()
+        if teacher:
+            torch._foreach_lerp_(list(teacher.parameters()), list(net.parameters()), 0.004)
+    step()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        states = [x for state in optimizer.state.values() for x in state.values()]
+        with Live([*net.parameters(), *(teacher.parameters() if teacher else ()), *states]) as live:
+            step()
+        peak = live.peak
+    return peak, median(timeit.Timer(step, timer=clock).repeat(rounds, 1))
+
+
+def cost(rounds, device="cpu", batch=1, max_seconds=60, shapes=SHAPES, lengths=MTCDNA):
+    """Parameters and FLOPs, counted; peak memory and time of a step, measured where it is short enough."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    rate, first = matmul_peak(device, dtype)[0], {}
+    columns = " ".join(f"{name:>9}" for name in ("TFLOP", "x FinDNA", "peak GB", "ms"))
+    line("cost", f"{f'sequences of a step: {batch}':33} {'parameters':>11} {columns}")
+    for length, (name, shape) in itertools.product((None, *lengths), shapes.items()):
+        if length and name == "CM-MNM":                      # fine-tuned, it is FinDNA
+            continue
+        make = functools.partial(tuning_pass if length else pretraining_pass, shape, batch,
+                                 **{"L": length} if length else {})
+        n, flops = count_flops(make)
+        title = f"{name}, fine-tuning, {length} bases" if length else f"{name}, pretraining"
+        text = f"{title:33} {n:>11,} {flops / 1e12:>9.3g} {flops / first.setdefault(length, flops):>9.3g}"
+        if flops / rate > max_seconds:
+            line("cost", f"{text}  not run, at least {flops / rate:.0f} s")
+        else:
+            peak, seconds = measure(make, device, rounds)
+            line("cost", f"{text} {peak / 1e9:>9.3g} {seconds * 1e3:>9.4g}")
+
+
 if __name__ == "__main__":
     items = {item.__name__: item for item in (
         tokenize, data_path, mask, cm_masks, npmi_counts, train, fine_tuning, memory, fasta, ddp, chordmixer,
         rotation, views, ema, gpu)}
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: without gpu")
-    parser.add_argument("--only", default=",".join(items), help="comma-separated items (%(default)s)")
-    parser.add_argument("--rounds", type=training.number(int, 1), default=5, help="of timing (%(default)s)")
+    add, positive = parser.add_argument, training.number(int, 1)
+    add("items", nargs="*", metavar="ITEM", help="as --only; cost is run only where it is named")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: without gpu")
+    add("--only", default=",".join(items), help="comma-separated items (%(default)s)")
+    add("--rounds", type=positive, default=5, help="of timing (%(default)s)")
+    add("--batch", type=positive, help="cost: sequences of a step (CUDA 16, CPU 1)")
+    add("--max_seconds", type=training.number(float, 0), default=60,
+        help="cost: steps that would take longer are counted, but not run (%(default)s)")
     args = parser.parse_args()
-    if unknown := set(args.only.split(",")) - set(items):
-        parser.error(f"--only: no item {', '.join(unknown)}; choose from {', '.join(items)}")
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    names = args.items or args.only.split(",")
+    items["cost"] = functools.partial(cost, device=device, max_seconds=args.max_seconds,
+                                      batch=args.batch or (16 if device == "cuda" else 1))
+    if unknown := set(names) - set(items):
+        parser.error(f"no item {', '.join(unknown)}; choose from {', '.join(items)}")
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error",
                    "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     torch.set_num_threads(1)
     torch.manual_seed(0)
     # malloc keeps memory after it has freed such large matrices, as in a training run
-    fp32, bf16 = (matmul_peak("cpu", dtype) / 1e9 for dtype in (torch.float32, torch.bfloat16))
+    peaks = ", ".join(f"{rate / 1e9:.3g} {name} ({n}^3)" for name, (rate, n) in (
+        (name, matmul_peak("cpu", getattr(torch, name))) for name in ("float32", "bfloat16")))
     print(f"torch {torch.__version__}, CPU, 1 thread, load {os.getloadavg()[0]:.1f}/{os.cpu_count()} cores; "
-          f"2048^3 matrix product {fp32:.0f} GFLOP/s fp32, {bf16:.0f} bf16\n")
-    line("item", f"{'peer':16} {'peer':>11} {'ours':>10}  {'ratio [lowest..highest]':24} {'ours':>12}")
-    for name in args.only.split(","):
+          f"matrix product in GFLOP/s: {peaks}\n")
+    if names != ["cost"]:
+        line("item", f"{'peer':16} {'peer':>11} {'ours':>10}  {'ratio [lowest..highest]':24} {'ours':>12}")
+    for name in names:
         if name == "gpu" and (args.device == "cpu" or not torch.cuda.is_available()):
             print("gpu            skipped, no CUDA device")
             continue

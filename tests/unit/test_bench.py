@@ -1,0 +1,94 @@
+"""tools/bench.py: the item cost against hand calculations, at tiny sizes."""
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+import models
+from tools import bench
+
+BATCH, MIXER = 2, models.ChordMixerConfig(1010, 1, 4, 8)     # 10 blocks of 44 and 8 channels
+ENCODER, BERT = models.EncoderConfig(1010, 1, 2, 16), models.BertConfig(69, 102, 1, 2, 16, 32, 0.0)
+SHAPES = {"FinDNA": bench.Shape(MIXER, teacher=True), "CM-MNM": bench.Shape(MIXER),
+          "FinDNA-T": bench.Shape(ENCODER, teacher=True), "DNABERT": bench.Shape(BERT, 1)}
+
+
+def mixer_products(tokens, head):
+    """Multiply-adds of one forward pass of MIXER: input projection, blocks, projection to the bases."""
+    return tokens * (5 * 44 + 10 * 2 * 44 * 8 + head * 44 * 5)
+
+
+def encoder_products(rows, T, head):
+    return rows * T * (5 * 16 + 12 * 16 ** 2 + 2 * T * 16 + head * 16 * 5)
+
+
+def test_flops_equal_hand_calculations():
+    """Twice the multiply-adds; backward: twice forward, but for the input projection (no input gradient)."""
+    made = functools.partial(bench.pretraining_pass, n=BATCH)
+    tokens = BATCH * 1010
+    n, flops = bench.count_flops(lambda device: made(SHAPES["CM-MNM"], device=device))
+    assert flops == 2 * (3 * mixer_products(tokens, 1) - tokens * 5 * 44)
+    assert n == sum(p.numel() for p in models.BaseModel(models.ChordMixer(MIXER)).parameters())
+    _, both = bench.count_flops(lambda device: made(SHAPES["FinDNA"], device=device))
+    assert both - flops == 2 * mixer_products(tokens, 1)     # the teacher's forward pass
+    _, flops = bench.count_flops(lambda device: made(SHAPES["FinDNA-T"], device=device))
+    once = encoder_products(BATCH, 1010, 1)
+    assert flops == 2 * (4 * once - tokens * 5 * 16)
+    _, flops = bench.count_flops(lambda device: made(SHAPES["DNABERT"], device=device))
+    rows, T = BATCH * 10, 102                                # 998 3-mers in windows of 100
+    slots = models.mask_capacity(rows * T, 0.15, 3)
+    decoder = slots * 16 * (16 + 128)                        # 69 tokens, rounded up to 64s
+    assert flops == 6 * (rows * T * (4 * 16 ** 2 + 2 * 16 * 32 + 2 * T * 16) + decoder)
+
+
+def test_flops_of_fine_tuning_equal_hand_calculations():
+    make = functools.partial(bench.tuning_pass, SHAPES["FinDNA"], BATCH, L=4096)
+    assert bench.count_flops(make)[1] == 2 * (3 * mixer_products(BATCH * 4096, 0) - BATCH * 4096 * 5 * 44)
+    make = functools.partial(bench.tuning_pass, SHAPES["FinDNA-T"], BATCH, L=2020)
+    once = encoder_products(2 * BATCH, 1010, 0)              # two windows a sequence
+    assert bench.count_flops(make)[1] == 2 * (3 * once - BATCH * 2020 * 5 * 16)
+
+
+def test_live_bytes():
+    x = torch.ones(1000)
+    with bench.Live([x]) as live:
+        y = x * 2
+        view = y[:10]
+        del y
+        assert live.now == live.peak == 8000                 # the view keeps it
+        z = x + 1
+        assert live.now == live.peak == 12_000
+        del view, z
+        assert live.now == 4000 and live.peak == 12_000
+
+
+def test_peak_of_a_step_is_between_bounds():
+    """At least weights, gradients and AdamW's two moments, and the kept activations of a linear layer."""
+    net, x = nn.Linear(100, 1000), torch.randn(500, 100)
+    made = net, None, lambda: net(x).square().sum().backward()
+    peak, seconds = bench.measure(lambda device: made, "cpu", 1)
+    state, hidden = 4 * 101_000 * 4, 500 * 1000 * 4
+    assert state + hidden <= peak <= 2 * state + 4 * hidden and seconds > 0
+
+
+@pytest.mark.parametrize("max_seconds", [60, 0])
+def test_cost_prints_every_network_and_length(capsys, monkeypatch, max_seconds):
+    monkeypatch.setattr(bench, "matmul_peak", lambda device, dtype: (1e10, 256))
+    bench.cost(1, "cpu", BATCH, max_seconds, SHAPES, (64, ))
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert "sequences of a step: 2" in header and [line[15:].split(",")[0] for line in lines] == [
+        *SHAPES, "FinDNA", "FinDNA-T", "DNABERT"]
+    assert all(("not run" in line) == (max_seconds == 0) for line in lines)
+    assert all("64 bases" in line for line in lines[4:])
+
+
+def test_a_slow_product_is_measured_small(monkeypatch):
+    """A CPU without units for bf16 needs a quarter of an hour for the large one."""
+    sizes = []
+
+    def slow(variants, rounds):
+        sizes.append(variants[""]().shape[0])
+        return {"": [0.05]}                                  # seconds of 256^3: 26 s of 2048^3
+    monkeypatch.setattr(bench, "interleave", slow)
+    assert bench.matmul_peak("cpu", torch.float32) == (2 * 256 ** 3 / 0.05, 256) and sizes == [256]
