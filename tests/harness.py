@@ -38,7 +38,7 @@ def fork(function):
 def wait(*processes):
     """Waits for forks; returns their exit codes (-9: killed) and what the first printed. None may hang."""
     for process in processes:
-        process.join(120)
+        process.join(300)
         if process.is_alive():
             process.kill()
             raise AssertionError("the process hung")
