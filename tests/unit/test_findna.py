@@ -72,7 +72,8 @@ def test_reach(L, sizes):
 @pytest.mark.parametrize("n_cls, n_blocks", [(0, None), (10, None), (0, 4)])
 def test_padding_does_not_leak(config, n_cls, n_blocks):
     n_blocks = n_blocks if isinstance(config, models.ChordMixerConfig) else None
-    spec = {"kind": "mixer", "mixer": vars(config), "n_cls": n_cls, "pool": "cls", "head": "mlp", "n_out": 3}
+    spec = {"kind": "mixer", "mixer": vars(config), "n_cls": n_cls, "head": "mlp", "n_out": 3,
+            "pool": "cls" if n_cls else "mean"}
     net = finetune.build_net(spec | {"n_blocks": n_blocks}).eval()
     lengths = torch.tensor([11, 20, 40, 64, 150])            # some longer than in pretraining
     one_hot = torch.randn(5, 160, 5)                         # what is behind the ends could be anything
