@@ -265,9 +265,8 @@ class HfHead(nn.Module):
         super().__init__()
         self.spec, self.hf = spec, models.make_other(**spec["hf"])             # config, dropout
         self.tokenizer = models.make_tokenizer(spec["files"])
-        self.first, self.last, self.k, self.room = models.tokenizer_facts(self.hf, self.tokenizer)
-        if spec["stride"] and not 1 <= spec["stride"] <= self.k:
-            raise ValueError(f"--stride {spec['stride']}: {self.k or 'no '}-mers in its vocabulary; drop it")
+        facts = models.tokenizer_facts(self.hf, self.tokenizer, spec["stride"])
+        self.first, self.last, self.k, self.room = facts
         self.has_cls = self.first[:1] == [self.tokenizer.cls_token_id]
         if spec["pool"] == "cls" and not self.has_cls:
             raise ValueError("--pool cls: its tokenizer adds no [CLS]; use --pool mean")
