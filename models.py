@@ -569,7 +569,8 @@ def read_outputs(tensors, found, path):
         if stock not in tensors:
             raise ValueError(f"{path}: a classifier without {stock}; download the model again")
         weights[name] = tensors.pop(stock).float()
-    n, names = len(weights["out.bias"]), found.get("id2label") or {}
+    n, names = len(weights["out.bias"]), found.get("id2label")
+    names = names if isinstance(names, dict) else {}
     if found.get("problem_type") == "multi_label_classification":
         raise ValueError(f"{path}: a multi-label classifier; only one label a sequence is supported")
     classes = [str(names.get(str(i), f"LABEL_{i}")) for i in range(n)]
@@ -756,7 +757,7 @@ def load_other(folder):
     transformers_package()
     path = os.path.join(folder, "config.json")
     config = read_json(path)
-    if any(name.startswith("AutoModel") for name in config.get("auto_map") or {}):
+    if "AutoModel" in str(config.get("auto_map")):
         raise ValueError(f"{path}: asks for the folder's own code (auto_map), which is never run "
                          f"(trust_remote_code=False); give a folder of a network that transformers has")
     try:
@@ -781,7 +782,7 @@ SWAN_CHANNELS = [0, 1, 2, 4, 3]                              # their a, c, g, n,
 
 
 def findna_names(tensors):
-    """Weights of the released layout -> {our name in a BaseModel: tensor}, in our order of the bases."""
+    """Weights of the released layout -> ({our name in a BaseModel: tensor}, number of blocks a layer)."""
     tensors, ours = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}, {}
     at = [match.groups() for name in tensors if (match := SWAN.fullmatch(name))]
     n_blocks = 1 + max((int(block) for _, block, *_ in at), default=-1)

@@ -349,7 +349,11 @@ def test_classifier_of_transformers(tmp_path):
     edit(tmp_path / "config.json", problem_type="multi_label_classification")
     with pytest.raises(ValueError, match="multi-label"):
         finetune.load_model(f"hf:{tmp_path}")
+    edit(tmp_path / "config.json", problem_type=None)
     tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"classifier.weight": torch.ones(3, 15)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="size mismatch for out.weight"):
+        finetune.load_model(f"hf:{tmp_path}")
     save_file({n: t for n, t in tensors.items() if "pooler" not in n}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="without bert.pooler"):
         finetune.load_model(f"hf:{tmp_path}")
