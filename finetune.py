@@ -279,9 +279,8 @@ class HfHead(nn.Module):
         super().__init__()
         self.spec, self.hf = spec, models.make_other(**spec["hf"])             # config, dropout
         self.tokenizer = models.make_tokenizer(spec["files"])
-        self.first, self.last, self.k, self.room = models.tokenizer_facts(self.hf, self.tokenizer)
-        if spec["stride"] and not 1 <= spec["stride"] <= self.k:
-            raise ValueError(f"--stride {spec['stride']}: {self.k or 'no '}-mers in its vocabulary; drop it")
+        facts = models.tokenizer_facts(self.hf, self.tokenizer, spec["stride"])
+        self.first, self.last, self.k, self.room = facts
         self.has_cls = self.first[:1] == [self.tokenizer.cls_token_id]
         if spec["pool"] != "mean" and not self.has_cls:
             raise ValueError(f"--pool {spec['pool']}: its tokenizer adds no [CLS]; use --pool mean")
@@ -568,21 +567,21 @@ def read_folder(folder):
         is_ours = models.is_kmer_bert(models.read_json(path))
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{path}: {str(e):.200}; give a folder with a model of transformers") from None
-    if not is_ours:
+    if is_ours:
+        bert, stride, outputs = models.read_hf(folder, needs_head=False)
+        spec, weights = BertHead.body_spec(bert.config, stride), bert.state_dict()
+        if outputs:                                          # a classifier
+            own, classes, regression = outputs
+            spec |= {"n_out": len(classes), "classes": classes, "regression": regression}
+            weights = {f"bert.{name}": tensor for name, tensor in weights.items()} | own
+    else:
         config, files, weights = models.load_other(folder)
         spec = {"kind": "hf", "hf": {"config": config}, "files": files, "stride": None}
-        try:
-            check_spec(spec, weights)
-        except (LookupError, RuntimeError, TypeError, ValueError) as e:
-            raise ValueError(f"{folder}: {str(e).splitlines()[0]:.250}; give another folder") from None
-        return spec, weights
-    bert, stride, outputs = models.read_hf(folder, needs_head=False)
-    spec, weights = BertHead.body_spec(bert.config, stride), bert.state_dict()
-    if outputs is None:
-        return spec, weights
-    own, classes, regression = outputs                       # a classifier
-    weights = {f"bert.{name}": tensor for name, tensor in weights.items()} | own
-    return spec | {"n_out": len(classes), "classes": classes, "regression": regression}, weights
+    try:
+        check_spec(spec, weights)
+    except (LookupError, RuntimeError, TypeError, ValueError) as e:
+        raise ValueError(f"{folder}: {str(e).splitlines()[-1].strip():.250}; give another folder") from None
+    return spec, weights
 
 
 def read_start(init, args):

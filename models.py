@@ -536,8 +536,8 @@ def load_bin(path):
             if sum(member.file_size for member in z.infolist()) > size:
                 raise ValueError("compressed")
     found = torch.load(path, map_location="cpu", weights_only=True)
-    networks = [part for part in found.values() if isinstance(part, dict)] or [found]
-    if any(tensor.nbytes > size for tensors in networks for tensor in tensors.values()):
+    parts = [found, *(part for part in found.values() if isinstance(part, dict))]      # FinDNA's two networks
+    if any(torch.is_tensor(x) and x.nbytes > size for part in parts for x in part.values()):
         raise ValueError("a tensor larger than the file")
     return found
 
@@ -551,6 +551,8 @@ def hf_tensors(folder, names=("model.safetensors", "pytorch_model.bin")):
     try:
         tensors = {name.replace("Norm.gamma", "Norm.weight").replace("Norm.beta", "Norm.bias"): tensor
                    for name, tensor in read(path).items()}
+        if not all(map(torch.is_tensor, tensors.values())):
+            raise TypeError("not a dict of tensors")
     except Exception as e:                                   # hostile bytes can raise anything
         raise ValueError(f"{path}: cannot be read ({e!r:.80}); download it again") from None
     if "embeddings.word_embeddings.weight" in tensors:       # a bare BertModel
@@ -603,7 +605,8 @@ def read_outputs(tensors, found, path):
         if stock not in tensors:
             raise ValueError(f"{path}: a classifier without {stock}; download the model again")
         weights[name] = tensors.pop(stock).float()
-    n, names = len(weights["out.bias"]), found.get("id2label") or {}
+    n, names = len(weights["out.bias"]), found.get("id2label")
+    names = names if isinstance(names, dict) else {}
     if found.get("problem_type") == "multi_label_classification":
         raise ValueError(f"{path}: a multi-label classifier; only one label a sequence is supported")
     classes = [str(names.get(str(i), f"LABEL_{i}")) for i in range(n)]
@@ -734,10 +737,10 @@ def pad_id(net):
     return net.config.pad_token_id or 0
 
 
-def tokenizer_facts(net, tokenizer):
+def tokenizer_facts(net, tokenizer, stride):
     """Ids before a sequence, ids after it, k (0: the vocabulary is not all k-mers), tokens in a window.
 
-    ValueError for a tokenizer that does not read DNA or does not fit the network.
+    ValueError for a tokenizer that does not read DNA, or does not fit the network or the stride.
     """
     dna, vocabulary = "ACGTTGCAAGCT" * 4, tokenizer.get_vocab()
     ids, bare = tokenizer(dna)["input_ids"], tokenizer(dna, add_special_tokens=False)["input_ids"]
@@ -750,6 +753,9 @@ def tokenizer_facts(net, tokenizer):
     lengths = collections.Counter(len(word) for word in vocabulary if not word.strip("ACGT"))
     k = max(lengths, default=0)
     k = k if lengths[k] == 4 ** k else 0
+    if stride and not 1 <= stride <= k:
+        takes = f"takes a stride of 1 to {k}" if k else "is not one of k-mers; drop the flag"
+        raise ValueError(f"--stride {stride}: its vocabulary {takes}")
     sizes = [tokenizer.model_max_length, getattr(net.config, "max_position_embeddings", None) or 10 ** 9]
     for name, module in net.named_modules():
         if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
@@ -787,7 +793,7 @@ def load_other(folder):
     transformers_package()
     path = os.path.join(folder, "config.json")
     config = read_json(path)
-    if any(name.startswith("AutoModel") for name in config.get("auto_map") or {}):
+    if "AutoModel" in str(config.get("auto_map")):
         raise ValueError(f"{path}: asks for the folder's own code (auto_map), which is never run "
                          f"(trust_remote_code=False); give a folder of a network that transformers has")
     try:
@@ -812,7 +818,7 @@ SWAN_CHANNELS = [0, 1, 2, 4, 3]                              # their a, c, g, n,
 
 
 def findna_names(tensors):
-    """Weights of the released layout -> {our name in a BaseModel: tensor}, in our order of the bases."""
+    """Weights of the released layout -> ({our name in a BaseModel: tensor}, number of blocks a layer)."""
     tensors, ours = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}, {}
     at = [match.groups() for name in tensors if (match := SWAN.fullmatch(name))]
     n_blocks = 1 + max((int(block) for _, block, *_ in at), default=-1)

@@ -254,7 +254,7 @@ def test_every_kind_of_start(here):
     starts = ["bert.pt", "hf:hf", MODEL, "cnn", "kmer"]
     rows = {row["init"]: row for row in done(init=starts, **SMALL)[1]}
     bert, folder, tuned, cnn, kmer = (rows[str(init)] for init in starts)
-    assert (bert["stride"], folder["stride"]) == (K, 1) and bert["weights"] == folder["weights"]
+    assert (bert["stride"], folder["stride"]) == (K, K) and bert["weights"] == folder["weights"]
     assert bert["weights"] != tuned["weights"] and tuned["score"] > 0.8 and kmer["score"] > 0.5
     assert cnn["length"] == 59 and not cnn.keys() & {"bert", "k"}
     shutil.rmtree("out")                                     # the same weights and network, hardly moved:

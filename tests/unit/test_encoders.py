@@ -265,6 +265,21 @@ def test_bad_folders(folders, tmp_path, monkeypatch, name):
     assert word in refused(result) and "Traceback" not in result.err
 
 
+def test_no_cls_for_the_pool(folders, tmp_path):
+    """A tokenizer without specials: the head reads the mean, and --pool cls is refused."""
+    folder = copy(folders["bert"], tmp_path / "net")
+    edit(folder / "tokenizer.json", post_processor=None)
+    model = finetune.load_model(f"hf:{folder}")
+    assert not model.net.has_cls and model.net.room == LENGTH
+    ids = torch.tensor([AutoTokenizer.from_pretrained(folder)(TEXTS[0])["input_ids"]])
+    with torch.no_grad():
+        want = AutoModel.from_pretrained(folder).eval()(ids).last_hidden_state[0].mean(0)
+        close(model.embed([TEXTS[0]])[0], want)
+        close(model.apply([TEXTS[0]])[0], model.net.out(torch.tanh(model.net.pooler(want))))
+    with pytest.raises(ValueError, match="--pool mean"):
+        finetune.load_model(f"hf:{folder}", pool="cls")
+
+
 @pytest.mark.parametrize("flags, word", [(["--stride", 4], "--stride 4"), (["--stride", 0], "--stride")])
 def test_a_stride_that_does_not_fit(folders, tmp_path, monkeypatch, flags, word):
     monkeypatch.chdir(tmp_path)
@@ -294,6 +309,14 @@ def kmer_bert(folder, cls, order="ATCG", **settings):
     ids = {word: i for i, word in enumerate(words)}
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": ids}}))
     return net, ids
+
+
+def test_a_bin_that_is_not_of_tensors(tmp_path):
+    kmer_bert(tmp_path, transformers.BertModel)
+    (tmp_path / "model.safetensors").unlink()
+    torch.save({"embeddings.word_embeddings.weight": 3, "a": {}}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="not a dict of tensors"):
+        finetune.load_model(f"hf:{tmp_path}")
 
 
 @pytest.mark.parametrize("order", ["ATCG", "ACGT"])
@@ -326,7 +349,11 @@ def test_classifier_of_transformers(tmp_path):
     edit(tmp_path / "config.json", problem_type="multi_label_classification")
     with pytest.raises(ValueError, match="multi-label"):
         finetune.load_model(f"hf:{tmp_path}")
+    edit(tmp_path / "config.json", problem_type=None)
     tensors = load_file(tmp_path / "model.safetensors")
+    save_file(tensors | {"classifier.weight": torch.ones(3, 15)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="size mismatch for out.weight"):
+        finetune.load_model(f"hf:{tmp_path}")
     save_file({n: t for n, t in tensors.items() if "pooler" not in n}, tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="without bert.pooler"):
         finetune.load_model(f"hf:{tmp_path}")
