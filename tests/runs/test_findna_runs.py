@@ -159,7 +159,7 @@ def test_predict_and_embed(table):
     assert sum(row[0] == "01"[i % 2] for i, row in enumerate(rows)) >= 57
     assert [float(p) for p in rows[7][1:]] == pytest.approx([float(p) for p in row[1:]], abs=1e-5)
     state = torch.load(init, weights_only=True)
-    net = models.BaseModel(models.make_backbone(state["config"]))
+    net = models.BaseModel(models.make_backbone(state["config"])).eval()
     net.load_state_dict(state["teacher"])
     bases = data.one_hot(torch.from_numpy(data.encode(texts[7]))[None])
     with torch.no_grad():

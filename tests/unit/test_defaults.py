@@ -121,7 +121,8 @@ def test_defaults_equal_the_paper(defaults, script, table, ours):
 @pytest.mark.parametrize("script, flags, want", [
     ("randommask", "--mask dnabert", {"p": 0.15 / 6}),       # DNABERT: 15 % in spans of k
     ("randommask", "--mask single --stride 6", {"p": 0.15}),
-    ("randommask", "--mask dnabert --stride 2", {"p": 0.15 / 3}), ("randommask", "--stride 4", {"p": 0.15 / 2}),
+    ("randommask", "--mask dnabert --stride 2", {"p": 0.15 / 3}),
+    ("randommask", "--stride 4", {"p": 0.15 / 2}),
     ("randommask", "--k 3", {"p": 0.15 / 3}), ("randommask", "--k 4", {"p": 0.15 / 4}),
     ("randommask", "--steps 48000", {"warmup": 960, "keep": [100, 3_000, 30_000]}),
     ("randommask", "--steps 100 --warmup 0", {"warmup": 0}),
