@@ -282,8 +282,6 @@ class HfHead(nn.Module):
         facts = models.tokenizer_facts(self.hf, self.tokenizer, spec["stride"])
         self.first, self.last, self.k, self.room = facts
         self.has_cls = self.first[:1] == [self.tokenizer.cls_token_id]
-        if spec["pool"] != "mean" and not self.has_cls:
-            raise ValueError(f"--pool {spec['pool']}: its tokenizer adds no [CLS]; use --pool mean")
         C, self.p = self.hf.config.hidden_size, getattr(self.hf.config, "hidden_dropout_prob", 0.0)
         self.pooler, self.out = nn.Linear(C, C), nn.Linear(C, spec["n_out"])
         self.tokenize = functools.partial(models.tokens_of, self.tokenizer, k=self.k, stride=spec["stride"])
@@ -332,6 +330,8 @@ class HfHead(nn.Module):
             return self.out(F.dropout(x.float(), self.p, self.training))
 
     def embed(self, tokens, real, mask, owner=None):
+        if self.spec["pool"] != "mean" and not self.has_cls:
+            raise ValueError(f"--pool {self.spec['pool']}: its tokenizer adds no [CLS]; use --pool mean")
         x, first = self.states(tokens, mask), torch.arange(tokens.shape[1], device=tokens.device) == 0
         return concatenated(self.spec["pool"], lambda pool: pooled(
             x, real if pool == "mean" else first.expand_as(real), owner))

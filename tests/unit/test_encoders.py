@@ -277,7 +277,7 @@ def test_no_cls_for_the_pool(folders, tmp_path):
         close(model.embed([TEXTS[0]])[0], want)
         close(model.apply([TEXTS[0]])[0], model.net.out(torch.tanh(model.net.pooler(want))))
     with pytest.raises(ValueError, match="--pool mean"):
-        finetune.load_model(f"hf:{folder}", pool="cls")
+        finetune.load_model(f"hf:{folder}", pool="cls").embed([TEXTS[0]])
 
 
 @pytest.mark.parametrize("flags, word", [(["--stride", 4], "--stride 4"), (["--stride", 0], "--stride")])
