@@ -341,7 +341,7 @@ def test_classifier_of_transformers(tmp_path):
     tokens = [2, *(ids[text[i:i + N]] for i in range(len(text) - N + 1)), 3]
     with torch.no_grad():
         close(model.predict([text])[0], theirs(torch.tensor([tokens])).logits[0].softmax(-1))
-    assert model.classes == [*names.values()]
+    assert model.classes() == [*names.values()]
     spec, weights = finetune.read_network(f"hf:{tmp_path}")  # fine-tuning replaces its head
     own = {name: spec[name] for name in ("bert", "k", "stride")}
     net = finetune.build_net({"kind": "bert", "n_out": 2} | own, weights)
@@ -375,7 +375,7 @@ def test_our_export_comes_back(tmp_path, tuned, stride):
     assert json.loads((tmp_path / "hf/config.json").read_text())["stride"] == two.net.spec["stride"] == stride
     equal(torch.tensor(one.embed(TEXTS)), torch.tensor(two.embed(TEXTS)))
     if tuned:
-        assert two.classes == ["no", "yes"]
+        assert two.classes() == ["no", "yes"]
         equal(torch.tensor(one.predict(TEXTS)), torch.tensor(two.predict(TEXTS)))
     for bad in (0, N + 1, "1"):
         edit(tmp_path / "hf/config.json", stride=bad)
