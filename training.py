@@ -29,7 +29,7 @@ KEYS = {"format": int, "method": str, "step": int, "model": dict, "optimizer": d
         "args": dict, "data": str}                           # what every checkpoint holds
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
 MAY_CHANGE = ("out", "resume", "init", "genome", "data_dir", "cache", "device", "compile", "log_every",
-              "eval_every", "save_every", "keep", "show_masks")      # at a resume: the weights depend on none
+              "eval_every", "save_every", "keep", "show_masks")      # at a resume: no effect on the weights
 TIMED = (5, 20)                                              # steps after the start: speed is taken between
 signals, parent = [], os.getppid()                           # stop signals received; who started us
 
@@ -77,7 +77,7 @@ def new_parser(description):
 
 
 def add_optimization_flags(parser, batch_size, micro_batch_size, lr, warmup, weight_decay):
-    """Adds the optimizer's flags, with these defaults (warmup: in words); returns add_argument for more."""
+    """Adds the optimizer's flags with these defaults (warmup in words); returns add_argument of the group."""
     add, positive = parser.add_argument_group("optimization").add_argument, number(int, 1)
     add("--batch_size", type=positive, default=batch_size,
         help="sequences of a step, over all GPUs (%(default)s)")
@@ -93,7 +93,7 @@ def add_optimization_flags(parser, batch_size, micro_batch_size, lr, warmup, wei
 def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
     """Adds the flags of a run that mean the same in every pretraining script; these four defaults differ.
 
-    eval_every None: a twentieth of the steps. keep: the default of --keep in words.
+    eval_every None: the script fills in a twentieth of the steps. keep: the default of --keep in words.
     """
     add, positive = parser.add_argument_group("run").add_argument, number(int, 1)
     add("--out", default=out, help="run folder (%(default)s)")
@@ -116,7 +116,7 @@ def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
 def parse_flags(parser, demo):
     """Parses the command line. --demo replaces defaults; --resume takes the flags from the run's args.json.
 
-    A flag on the command line always wins; load_run refuses one that would make it another run.
+    A flag on the command line wins over both; load_run refuses one that would make it another run.
     """
     args = parser.parse_args()
     if args.demo:
@@ -125,7 +125,7 @@ def parse_flags(parser, demo):
     if args.resume and args.init:
         raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
     if args.resume and has_checkpoint(args.out):
-        parser.set_defaults(**read_args(args))
+        parser.set_defaults(**read_args(parser, args))
     return parser.parse_args()
 
 
@@ -137,8 +137,11 @@ def complete_warmup(args, share):
         raise ValueError(f"--warmup {args.warmup}: more than --steps {args.steps}")
 
 
-def read_args(args):
-    """Returns the flags in the args.json of the run in args.out. ValueError if the file is broken."""
+def read_args(parser, args):
+    """Returns the flags in the args.json of the run in args.out as defaults for the parser.
+
+    ValueError if the file is broken. Numbers become text, because argparse checks a default that is text.
+    """
     path = os.path.join(args.out, "args.json")
     if not os.path.exists(path):
         print(f"resume   {path} is missing: using the flags given here", flush=True)
@@ -150,10 +153,12 @@ def read_args(args):
     except (OSError, ValueError, AttributeError, RecursionError) as e:
         raise ValueError(f"{path}: cannot be read ({e!r:.80}); delete it and give the run's flags") from None
     for name, value in saved.items():
-        default = getattr(args, name)
-        kinds = (str, int, float, type(None)) if default is None else type(default)
+        default = parser.get_default(name)
+        kinds = (str, int, float, list, type(None)) if default is None else type(default)
         if not isinstance(value, kinds):
             raise ValueError(f"{path}: {name} {value!r:.40} has the wrong type; restore the file")
+        if type(value) in (int, float):
+            saved[name] = str(value)
     return saved
 
 
@@ -186,7 +191,7 @@ def set_up(device, dtype, join=True):
     if world > 1 and join:
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        except RuntimeError as e:                            # as after a rank that was refused and has left
+        except RuntimeError as e:                            # for instance, another rank left with an error
             raise ValueError(f"rank {rank} cannot join the others ({str(e)[:80]!r}); see their "
                              f"messages") from None
     return device, dtype, rank, world
@@ -296,7 +301,7 @@ class Run:
         if self.n_micro < self.world:
             raise ValueError(f"--batch_size {args.batch_size}: {self.n_micro} micro-batches for {self.world} "
                              f"ranks; lower --micro_batch_size or raise --batch_size")
-        self.start = self.step = 0                           # last step of the checkpoint; present step
+        self.start = self.step = 0                           # steps in the checkpoint; current step
         self.unread, self.stop = [], False
 
     def say(self, *lines, **kwargs):
@@ -313,6 +318,10 @@ class Run:
                          "args": vars(self.args)}
         state = load_run(self.args.out, self.identity, fixed, **parts) if self.args.resume else {}
         self.start = state.get("step", 0)
+        starts = all_reduce(torch.tensor(self.start, device=self.device)).item()
+        if starts != self.start * self.world:
+            raise ValueError(f"--resume: rank {self.rank} reads step {self.start} in {self.args.out}, others "
+                             f"another step; give all nodes the same folder")
         if self.rank == 0:
             self.lock = open_run(self.args.out, self.args, self.start)
         return state
@@ -406,7 +415,7 @@ class Run:
             log(self.args.out, {"step": self.step} | row)
 
     def save(self, parts, **more):
-        """Writes the checkpoint of this step, on rank 0: parts as in `open`, more of plain values."""
+        """Writes the checkpoint of this step, on rank 0: parts as in `open`; more: plain values to add."""
         if self.rank == 0:
             state = {name: part if torch.is_tensor(part) else part.state_dict()
                      for name, part in parts.items()}
@@ -452,8 +461,10 @@ def open_run(out, args, start):
         raise ValueError(f"--out {out}: in use by another run; wait or choose another --out") from None
     except OSError as e:
         raise ValueError(f"--out {out}: cannot be locked ({e.strerror}); choose another place") from None
-    with open(os.path.join(out, "args.json"), "w") as f:
+    path = os.path.join(out, "args.json")
+    with open(path + ".tmp", "w") as f:                      # a full disk must not empty the old one
         json.dump(vars(args), f, indent=1)
+    os.replace(path + ".tmp", path)
     shutil.copy(sys.argv[0], out)
     path = os.path.join(out, "log.jsonl")
     rows = open(path, errors="replace").readlines() if start and os.path.exists(path) else []
