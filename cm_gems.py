@@ -248,7 +248,7 @@ def parse_args():
     parser, positive = training.new_parser(__doc__), number(int, 1)
     add = parser.add_argument_group("model").add_argument
     add("--k", type=number(int, 2, 9), default=6, help="k-mer length, 2 to 8 (%(default)s)")
-    add("--block_size", type=positive, default=512, help="positions; pieces have one base less (%(default)s)")
+    add("--block_size", type=positive, default=512, help="tokens; a piece has a base less (%(default)s)")
     add("--model", choices=MODELS, default="dnabert", help="sets the next five flags (%(default)s)")
     add("--n_layer", type=positive, help="layers (dnabert 12, logo 2)")
     add("--n_head", type=positive, help="attention heads (dnabert 12, logo 8)")
@@ -257,7 +257,8 @@ def parse_args():
     add("--dropout", type=number(float, 0, 1), help="dropout (dnabert 0.1, logo 0)")
     add("--init", help="start from these weights: a checkpoint, or hf:FOLDER")
     add = parser.add_argument_group("method").add_argument
-    add("--strategy", choices=("cm_gems", "cm_step", *MASKERS), default="cm_gems", help="(%(default)s)")
+    add("--strategy", choices=("cm_gems", "cm_step", *MASKERS), default="cm_gems",
+        help="what is masked, and when (%(default)s)")
     add("--p_scale", type=number(float, 1e-9, 6), default=1.0,
         help="multiplies the probability of a center (%(default)s)")
     add("--switch_drop", type=number(float, 0), default=1.0,
@@ -323,23 +324,28 @@ if __name__ == "__main__":
         bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
         in_force = "genemask" if args.strategy == "cm_gems" else args.strategy
         curriculum = {"strategy": in_force, "perplexities": [], "switch_step": None}
-        if run.writes:
+        if run.writes:                                       # eval_every decides when the strategy switches
             fingerprint = f"{genome.fingerprint}, NPMI {zlib.crc32(ranks.numpy()):08x}"
             state = run.open("cm_gems", model.config, fingerprint, parts, fixed=("eval_every",))
             curriculum = {name: state.get(name, value) for name, value in curriculum.items()}
-            del state                                        # eval_every decides when it switches
+            del state
     center_p = {masker: args.p_scale * center_probability(masker, args.k) for masker in MASKERS}
     ranks = ranks.to(device)
+    held_out = val, args.eval_windows, 0                     # key 0: steps count from 1
 
-    def get_batch(table, n, size, strategy, step, key, i):
-        """Micro-batch i, n of `size` sequences, a function of (key, i): tokens, centers, masked (n, T)."""
+    def get_batch(source, strategy, step, i, n):
+        """Micro-batch i (n sequences) of source, a window table, its number of sequences and a random key.
+
+        Returns tokens, centers, masked (n, T).
+        """
+        table, size, key = source
         rng, masker = training.seed(args.seed, key, i), strategy
         starts = data.draw_starts(table, n, rng)
         if strategy == "cm_step":
             share = cm_step_share(step, args.steps, args.cm_step_stages)
             masker = "global" if rng.random() < share else args.cm_step_easy
         windows = data.take_windows(bases, starts, length).to(device)
-        first = i * args.micro_batch_size                    # of `size` sequences in order of length
+        first = i * args.micro_batch_size                    # the `size` sequences are in order of length
         tokens = cut_pieces(windows, args.k, first / size, (first + n) / size)
         centers = data.draw_centers(tokens.shape, center_p[masker], device) & (tokens > data.MASK)
         return tokens, centers, MASKERS[masker](tokens, ranks, centers)
@@ -347,7 +353,8 @@ if __name__ == "__main__":
     if args.show_masks:
         both = {"cm_gems": ("genemask", "global"), "cm_step": (args.cm_step_easy, "global")}
         for masker in both.get(args.strategy, [args.strategy]) if run.rank == 0 else ():
-            print_masks(masker, ranks, *get_batch(train, args.show_masks, args.show_masks, masker, 1, 0, 0))
+            batch = get_batch((train, args.show_masks, 0), masker, 1, 0, args.show_masks)
+            print_masks(masker, ranks, *batch)
         training.finish()
 
     mean = length / 2 + (args.k + length - 1) / 4            # bases of a piece
@@ -361,12 +368,12 @@ if __name__ == "__main__":
         run.say(f"strategy {curriculum['strategy']} in force")
 
     net = training.wrap(model, args.compile, device, run.world)
-    span = 2 * args.k - 1                                    # the longest; of this share at most are masked:
-    share = 1 - (1 - max(center_p.values())) ** span
+    span = 2 * args.k - 1                                    # the longest
+    share = 1 - (1 - max(center_p.values())) ** span         # masked tokens if all spans were that long
 
-    def forward(network, table, n, size, strategy, step, key, i):
-        """(loss sum, number of masked tokens, number of k-mers) of micro-batch i of `size` sequences."""
-        tokens, _, masked = get_batch(table, n, size, strategy, step, key, i)
+    def forward(network, source, strategy, step, i, n):
+        """(loss sum, number of masked tokens, number of k-mers) of micro-batch i (n sequences) of source."""
+        tokens, _, masked = get_batch(source, strategy, step, i, n)
         inputs, labels = data.corrupt(tokens, masked, n_vocab)
         capacity = models.mask_capacity(tokens.numel(), share, span) if device.type == "cuda" else None
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -375,11 +382,11 @@ if __name__ == "__main__":
 
     @torch.no_grad()
     def evaluate(strategy, step):
-        """Mean loss and perplexity: the same sequences and masks (key 0) each time, shared by the ranks."""
+        """Mean loss and perplexity: the same sequences and masks each time, shared by the ranks."""
         model.eval()
         total = torch.zeros(3, dtype=torch.float64, device=device)
         for i, n in run.micro_batches(args.eval_windows):
-            total += torch.stack(forward(model, val, n, args.eval_windows, strategy, step, 0, i))
+            total += torch.stack(forward(model, held_out, strategy, step, i, n))
         model.train()
         loss = training.all_reduce(total)[0] / total[1].clamp(min=1)
         return loss.item(), loss.exp().item()
@@ -400,8 +407,7 @@ if __name__ == "__main__":
         """Prints the demo's held-out perplexities beside those of guessing, and the next commands."""
         run.say(f"\nWhat it learnt, as perplexity on held-out DNA (any of the {args.k}-mers: {4 ** args.k})")
         for masker in ("genemask", "global"):
-            n = args.eval_windows
-            tokens, _, masked = get_batch(val, n, n, masker, 1, 0, 0)
+            tokens, _, masked = get_batch(held_out, masker, 1, 0, args.eval_windows)
             often = torch.special.entr(tokens[masked].bincount() / masked.sum()).sum().exp()
             ppl = evaluate(masker, 1)[1]
             verdict = "reads the context" if ppl < often / 1.5 else "hardly looks at the context"
@@ -420,8 +426,8 @@ Next, your own DNA: its words, in seconds, and a model for a laptop (--help list
             sums = run.new_sums(3)                           # loss, masked tokens, k-mers
             for i, n in run.micro_batches(args.batch_size):
                 with run.sync_at_last(net, i):
-                    loss_sum, count, n_kmers = forward(net, train, n, args.batch_size, strategy, step,
-                                                       step, i)
+                    batch = train, args.batch_size, step
+                    loss_sum, count, n_kmers = forward(net, batch, strategy, step, i, n)
                     loss_sum.backward()
                 sums += torch.stack([loss_sum.detach(), count, n_kmers])
             run.sum_over_ranks()

@@ -24,7 +24,7 @@ import models
 import training
 from training import number
 
-MASK_RATE = 0.3                                              # sections 3.1 to 3.4 and 4.1, as what follows
+MASK_RATE = 0.3                                              # this and what follows: sections 3.1 to 3.4, 4.1
 N_CLS = 10                                                   # K, blank tokens after the bases
 TEMP_STUDENT, TEMP_TEACHER = 0.1, 0.04                       # Eqs 4, 5
 CENTER_MOMENTUM, EMA = 0.996, 0.996                          # beta; lambda, which rises to 1
@@ -204,7 +204,8 @@ def parse_args():
     positive_float = number(float, 1e-9)
     add = parser.add_argument_group("model").add_argument
     add("--length", type=number(int, EDIT + 1), default=1000, help="bases of a window (%(default)s)")
-    add("--backbone", choices=("chordmixer", "transformer"), default="chordmixer", help="(%(default)s)")
+    add("--backbone", choices=("chordmixer", "transformer"), default="chordmixer",
+        help="network (%(default)s)")
     add("--n_layer", type=positive, default=4, help="layers (%(default)s)")
     add("--track_size", type=positive, default=28, help="chordmixer: channels of a track (%(default)s)")
     add("--hidden", type=positive, default=512, help="chordmixer: width of its MLPs (%(default)s)")
@@ -213,27 +214,29 @@ def parse_args():
     add("--dropout", type=number(float, 0, 1), default=0.0, help="dropout (%(default)s)")
     add("--init", help="start from these weights: a checkpoint, or findna:FILE")
     add = parser.add_argument_group("method").add_argument
-    add("--preset", choices=("released",), help="the choices of the released code: views, momentum, epochs")
+    add("--preset", choices=("released",), help="views, center momentum, epochs of the released code")
     add("--windows", type=positive, default=100_000, help="windows of an epoch (%(default)s)")
     add("--fresh_windows", action="store_true", help="draw new windows at each step, not one set for all")
-    add("--objective", choices=("both", "mnm", "cl"), default="both", help="mnm: no teacher (%(default)s)")
+    add("--objective", choices=("both", "mnm", "cl"), default="both",
+        help="both losses, mnm: masked bases only, cl: contrastive only (%(default)s)")
     add("--alpha", type=number(float, 1e-9, 1), default=0.5,
         help="weight of the masked-base loss; 1 - alpha weighs the contrastive loss (%(default)s)")
     add("--cl_softmax", choices=("features", "tokens"), default="features", help="softmax axis (%(default)s)")
     add("--cl_space", choices=("latent", "projected"), default="projected",
         help="[CLS] outputs before or after the projection to bases (%(default)s)")
-    add("--temp_student", type=positive_float, default=TEMP_STUDENT, help="tau_s (%(default)s)")
-    add("--temp_teacher", type=positive_float, default=TEMP_TEACHER, help="tau_t (%(default)s)")
-    add("--ema", type=share, default=EMA, help="lambda at the start; it rises to 1 (%(default)s)")
+    add("--temp_student", type=positive_float, default=TEMP_STUDENT, help="student's tau (%(default)s)")
+    add("--temp_teacher", type=positive_float, default=TEMP_TEACHER, help="teacher's tau (%(default)s)")
+    add("--ema", type=share, default=EMA, help="teacher's lambda at the start; rises to 1 (%(default)s)")
     add("--center_momentum", type=share, default=CENTER_MOMENTUM, help="beta (%(default)s)")
     add("--n_cls", type=positive, default=N_CLS, help="blank [CLS] tokens after the bases (%(default)s)")
     add("--views", type=view_pair, default=VIEWS, metavar="STUDENT+TEACHER",
         help="Mask, Delete, Insert, Translocate, Noise, Reverse complement, none (%(default)s)")
-    add("--mask_rate", type=number(float, 1e-9, 1), default=MASK_RATE, help="masked bases (%(default)s)")
+    add("--mask_rate", type=number(float, 1e-9, 1), default=MASK_RATE,
+        help="share of masked bases (%(default)s)")
     add("--noise", type=number(float, 0), default=NOISE, help="standard deviation of the noise (%(default)s)")
     add("--flip", type=share, default=FLIP, help="probability of the other strand (%(default)s)")
     add("--translocation", type=number(int, 0), default=EDIT, metavar="SHIFT",
-        help="largest shift of a translocation; the --length allows any breakpoint (%(default)s)")
+        help="largest shift of a translocation; --length: any breakpoint (%(default)s)")
     add = training.add_optimization_flags(parser, batch_size=64, micro_batch_size=8, lr=3e-4, warmup="30 %%",
                                           weight_decay=3e-4)
     add("--epochs", type=positive, default=50, help="passes over the windows (%(default)s)")
@@ -327,7 +330,7 @@ if __name__ == "__main__":
             run.open("findna", model.config, genome.fingerprint, parts)
 
     def get_views(starts):
-        """view_u, target, view_v of the windows at `starts`; their draws are of the last training.seed."""
+        """view_u, target, view_v of the windows at `starts`; call training.seed before."""
         return make_views(data.take_windows(bases, starts, args.length).to(device), args.views,
                           args.translocation, args.mask_rate, args.noise, args.flip)
 

@@ -22,7 +22,7 @@ from training import number
 
 PAPER_STEPS = 480_000                                        # Algorithm 1
 EDGES = (30_000, 60_000, 100_000, 150_000)                   # Algorithm 1: last steps of phases 1 to 4
-MILESTONES = (1_000, 30_000, 300_000)                        # checkpoints behind Figs 2, 3, 6, 7
+MILESTONES = (1_000, 30_000, 300_000)                        # checkpoints of Figs 2, 3, 5, 7 and 8
 MASK_RATE = 0.15                                             # section 5.1; / 6 = the P of Algorithm 1
 BETAS, EPS = (0.9, 0.98), 1e-6                               # DNABERT's run_pretrain.py: the paper gives none
 DEMO = dict(genome=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64, dropout=0.0, lr=3e-3,
@@ -68,7 +68,8 @@ def parse_args():
     add("--dropout", type=number(float, 0, 1), default=0.1, help="dropout (%(default)s)")
     add("--init", help="start from these weights: a checkpoint, or hf:FOLDER")
     add = parser.add_argument_group("method").add_argument
-    add("--mask", choices=("randommask", "dnabert", "single"), default="randommask", help="(%(default)s)")
+    add("--mask", choices=("randommask", "dnabert", "single"), default="randommask",
+        help="what is masked (%(default)s)")
     add("--p", type=number(float, 1e-9, 1), help="probability of a center (0.15 / tokens of the first span)")
     add = training.add_optimization_flags(parser, batch_size=512, micro_batch_size=64, lr=1e-4, warmup="2 %%",
                                           weight_decay=0.01)

@@ -106,7 +106,7 @@ MUTANTS += mutants("cm_gems.py", [GOLDEN, "-k", "cm_gems"], {
     "never switches": ('update(strategy="global", switch_step', 'update(strategy="genemask", switch_step'),
     "ignores --p_scale": ("args.p_scale * center_probability", "center_probability"),
     "p of spans of k for GeneMask": ('"genemask": (3 * k - 1) / 2', '"genemask": k'),
-    "validates on training windows": ("forward(model, val, n", "forward(model, train, n"),
+    "validates on training windows": ("held_out = val,", "held_out = train,"),
     "validates with dropout": ("model.eval()", "model.train()"),
     "no dropout after a validation": ("model.train()", "model.eval()"),
     "cm_step easy throughout": ('masker = "global" if rng.random() < share', 'masker = "global" if False'),
