@@ -318,8 +318,8 @@ class Run:
                          "args": vars(self.args)}
         state = load_run(self.args.out, self.identity, fixed, **parts) if self.args.resume else {}
         self.start = state.get("step", 0)
-        starts = all_reduce(torch.tensor([self.start], device=self.device)).item()
-        if starts != self.start * self.world:
+        here = torch.tensor([self.start], device=self.device)
+        if self.args.resume and all_reduce(here).item() != self.start * self.world:
             raise ValueError(f"--resume: rank {self.rank} reads step {self.start} in {self.args.out}, others "
                              f"another step; give all nodes the same folder")
         if self.rank == 0:
