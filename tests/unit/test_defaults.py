@@ -5,6 +5,7 @@ repository (Script-A pretraining, Script-B few-shot, Code-E models). Roy: CM-GEM
 Yu: FinDNA (pretraining: sections 3.1 to 3.4 and 4.1). Yu's code: the released one, where the paper is silent.
 """
 import importlib
+import json
 import sys
 
 import pytest
@@ -135,6 +136,24 @@ def test_defaults_equal_the_paper(defaults, script, table, ours):
 def test_defaults_that_follow_other_flags(defaults, script, flags, want):
     args = defaults(script, *flags.split())
     assert {name: args[name] for name in want} == want
+
+
+@pytest.mark.parametrize("script, first, beside", [
+    ("randommask", "", "--compile --cache elsewhere"), ("randommask", "--no-compile --lr 3e-05", "--keep 7"),
+    ("cm_gems", "--npmi_contigs a,b --model logo", ""), ("cm_gems", "--demo --dropout 0.3", ""),
+    ("findna", "--preset released --steps 9", "--val_contigs c")])
+def test_resume_takes_the_flags_of_the_run(defaults, tmp_path, script, first, beside):
+    """Also a flag that had no value, or a list; a flag beside --resume wins; values are checked as flags are."""
+    before, out = defaults(script, *first.split()), ["--out", str(tmp_path)]
+    saved = json.dumps(before | {"out": "moved"})
+    (tmp_path / "last.pt").touch()
+    (tmp_path / "args.json").write_text(saved)
+    after = defaults(script, "--resume", *out, *beside.split())
+    given = {"out", "resume", *(flag[2:] for flag in beside.split() if flag.startswith("--"))}
+    assert {name for name in after if after[name] != before[name]} == given
+    (tmp_path / "args.json").write_text(saved.replace('"log_every": ', '"log_every": -'))
+    with pytest.raises(SystemExit):
+        defaults(script, "--resume", *out)
 
 
 def test_finetune_defaults(defaults):
