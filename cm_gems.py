@@ -414,7 +414,8 @@ if __name__ == "__main__":
             run.say(f"  {masker:8} {ppl:5.1f}; {often:.1f} by the frequencies of the masked {args.k}-mers: "
                     f"the model {verdict}")
         switch = curriculum["switch_step"]
-        run.say(f"""A model is best at what it did last; it switched after step {switch}
+        when = f"; this one switched after step {switch}" if switch else ""
+        run.say(f"""A model is best at what it did last{when}
 Next, your own DNA: its words, in seconds, and a model for a laptop (--help lists every flag)
   python cm_gems.py --npmi_only --genome YOUR.fa.gz
   python cm_gems.py --genome YOUR.fa.gz --out out/mine --block_size 26 --n_layer 2 --n_head 2 --n_embd 64 \\

@@ -178,7 +178,7 @@ def collapse(sums, n, shape, dim):
 
 
 def guesses(bases):
-    """Returns (accuracy, nats) of guessing a base by its frequency, and from the base on either side."""
+    """Returns (accuracy, nats) of guessing a base by its frequency, and from its two neighbours."""
     tokens = data.kmer_tokens(torch.from_numpy(bases)[None], 3, 1)[0]
     joint = torch.bincount(tokens, minlength=69)[5:].double().view(4, 4, 4) / (tokens > data.MASK).sum()
     joint = joint.transpose(1, 2)                            # left, right, base
@@ -283,16 +283,16 @@ def show_views(views, say):
 
 def say_what_it_learnt(args, row, guessed):
     """Prints the demo's accuracy on held-out DNA beside that of `guesses`, and the next commands."""
-    (constant, order0), (flanked, order1) = guessed
+    (constant, order0), (flanked, flanked_nats) = guessed
     acc, loss = row["val_acc"], row["val_mnm_loss"]
-    verdict = ("has learnt more of this DNA's grammar than neighbours tell" if acc > flanked else
+    verdict = ("has learnt more of this DNA's grammar than two neighbours tell" if acc > flanked else
                "has learnt some of this DNA's grammar" if acc > constant else "has learnt little")
     teacher = "tells sequences apart" if row["q_information"] > COLLAPSED else "has collapsed"
     print(f"""
 What it learnt: the share of masked bases of held-out DNA that are guessed right (and nats per base)
   25.0 %  (1.386)  knowing nothing
   {100 * constant:.1f} %  ({order0:.3f})  always the most frequent base
-  {100 * flanked:.1f} %  ({order1:.3f})  from the base on either side, were these never masked
+  {100 * flanked:.1f} %  ({flanked_nats:.3f})  from its two neighbours, if these were never masked
   {100 * acc:.1f} %  ({loss:.3f})  this model {verdict}
 The teacher {teacher}: its outputs carry {row["q_information"]:.2f} nats about which sequence they belong to
 Next: see what it is good for, by a probe or fine-tuning from these weights and from random ones
@@ -339,13 +339,13 @@ if __name__ == "__main__":
         show_views(get_views(starts), run.say)
         training.finish()
 
-    guessed = (constant, order0), (flanked, order1) = guesses(genome.bases[:10 ** 7])
+    guessed = (constant, order0), (flanked, flanked_nats) = guesses(genome.bases[:10 ** 7])
     run.describe(model, genome, args.batch_size * args.length, "bases")
     epochs = args.steps * args.batch_size / args.windows
     run.say(f"windows  {args.windows:,} an epoch, {epochs:.3g} epochs; {n_masked} of {args.length} bases "
             f"masked")
     run.say(f"guesses  of a base: {constant:.1%} are right from its frequency ({order0:.3f} nats), "
-            f"{flanked:.1%} from the base on either side ({order1:.3f} nats)")
+            f"{flanked:.1%} from its two neighbours ({flanked_nats:.3f} nats)")
 
     if teacher:
         left = initial_share(args.steps, args.steps, args.ema)

@@ -250,12 +250,6 @@ def memory(device):
     return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit:.1f} GB of memory"
 
 
-def peak_flops(device):
-    """Returns the data-sheet bf16 FLOP/s of the GPU; 0 where unknown."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for gpu, peak in PEAK_FLOPS.items() if gpu in name), 0)
-
-
 def make_optimizer(model, lr, weight_decay, betas, eps):
     """Returns a fused AdamW; biases and LayerNorm parameters have no weight decay."""
     params = [p for p in model.parameters() if p.requires_grad]
@@ -406,8 +400,9 @@ class Run:
 
     def mfu(self, flops_per_token):
         """Returns {"mfu": share of the GPU's data-sheet FLOP/s}, {} where that is unknown."""
-        peak = peak_flops(self.device)
-        return {"mfu": self.speed * flops_per_token / self.world / peak} if peak else {}
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
+        peaks = [peak for gpu, peak in PEAK_FLOPS.items() if gpu in name]
+        return {"mfu": self.speed * flops_per_token / self.world / peaks[0]} if peaks else {}
 
     def log(self, row):
         """Writes a row of the log, on rank 0."""

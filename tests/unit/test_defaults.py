@@ -143,7 +143,7 @@ def test_defaults_that_follow_other_flags(defaults, script, flags, want):
     ("cm_gems", "--npmi_contigs a,b --model logo", ""), ("cm_gems", "--demo --dropout 0.3", ""),
     ("findna", "--preset released --steps 9", "--val_contigs c")])
 def test_resume_takes_the_flags_of_the_run(defaults, tmp_path, script, first, beside):
-    """Also a flag that had no value, or a list; a flag beside --resume wins; values are checked as flags are."""
+    """Also those without a value and lists; a flag beside --resume wins; values are checked as flags are."""
     before, out = defaults(script, *first.split()), ["--out", str(tmp_path)]
     saved = json.dumps(before | {"out": "moved"})
     (tmp_path / "last.pt").touch()
