@@ -69,10 +69,13 @@ def test_resume_with_wrong_flags(fresh, method, case):
         flags, words = ["--lr", 0.5], ["lr", "0.5", "0.003"]
     elif case == "missing":
         path.unlink()
+        words = ["data/hg38.fa.gz"]                          # without the flags of the run: the default
     else:
         path.write_text(WRONG[case])
     before = contents(Path("out"))
-    message = refused(run(OUT_ALONE + flags, script=f"{method}.py"))
+    result = run(OUT_ALONE + flags, script=f"{method}.py")
+    message = refused(result)
+    assert ("args.json is missing" in result.out) == (case == "missing"), result
     assert all(word in message for word in words) and contents(Path("out")) == before, message
     path.write_text(sound)
     check_goes_on(method, whole)
