@@ -445,7 +445,7 @@ if __name__ == "__main__":
                     run.say(f"warning: step {step}: collapsed, the teacher's outputs hardly tell sequences "
                             f"apart ({row['q_information']:.2g} nats); try another --seed or --lr")
             if run.to_save:
-                run.save(parts, initial_share=initial_share(step, args.steps, args.ema))
+                run.save(parts)
             run.end_step()
 
     run.say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")

@@ -521,10 +521,14 @@ def choose_network(path, state):
     """Returns FinDNA's "teacher", or "student" if the teacher still has over 1 % of its initial weights."""
     if "teacher" not in state:
         return "student"
+    steps, ema = state["args"].get("steps"), state["args"].get("ema", 0.996)
+    if type(steps) is not int or type(ema) is not float or steps < 1 or not 0 <= ema <= 1:
+        raise ValueError(f"--init {path}: steps {steps!r:.20}, ema {ema!r:.20} in its flags; use another one")
     if "mask_rate" not in state["args"]:
         print(f"{path}: made before version 0.2, with means of both losses (docs/findna.md, choice 9)")
-    left = state.get("initial_share", math.exp(-0.002 * state["step"]))        # older ones: lambda 0.996
-    if type(left) is not float or left <= 0.01:
+    done = min(state["step"], steps)                         # lambda rises from ema to 1 by half a cosine
+    left = math.exp(-(1 - ema) / 2 * (done + steps / math.pi * math.sin(math.pi * done / steps)))
+    if left <= 0.01:
         return "teacher"
     print(f"{path}: the teacher has {left:.1%} of its initial weights: using the student (--eval_network)")
     return "student"
