@@ -1144,6 +1144,7 @@ def print_table(out, ids):
     """The results of this command beside the papers' numbers."""
     from tools import table                                  # the one import of a tool
     print(f"\nThe runs of this command; all of {out}: python -m tools.table {out}\n")
+    sys.stdout.reconfigure(errors="replace")                 # an ASCII terminal has no plus-minus sign
     print("\n".join(table.make_table(table.read_runs(out, ids)).lines), flush=True)
 
 

@@ -543,7 +543,7 @@ def check_state(state):
     if wrong:
         raise ValueError(f"missing or of the wrong type: {wrong}")
     if state["format"] != FORMAT or state["step"] < 0:
-        raise ValueError("another format")
+        raise ValueError("of another format")
     if not all(x.is_contiguous() for x in leaves(state) if torch.is_tensor(x)):
         raise ValueError("a tensor that is not contiguous")  # fused steps never look
     if not all(type(name) is str and torch.is_tensor(x) for name, x in state["model"].items()):

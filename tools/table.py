@@ -10,6 +10,7 @@ import argparse
 import csv
 import itertools
 import os
+import sys
 from collections import namedtuple
 
 import numpy as np
@@ -272,6 +273,7 @@ def write_table(out, paper_csv=PAPER):
         csv.writer(f).writerows([["column", *Key._fields, *Cell._fields], *values])
     for path in paths:
         os.replace(f"{path}.tmp", path)
+    sys.stdout.reconfigure(errors="replace")                 # an ASCII terminal has no plus-minus sign
     print(*table.lines, sep="\n")
 
 
