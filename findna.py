@@ -200,8 +200,8 @@ def pass_over(windows, seed, first, n):
 
 
 def parse_args():
-    parser, positive, share = training.new_parser(__doc__), number(int, 1), number(float, 0, math.nextafter(1, 2))
-    positive_float = number(float, 1e-9)
+    parser, positive = training.new_parser(__doc__), number(int, 1)
+    positive_float, share = number(float, 1e-9), number(float, 0, math.nextafter(1, 2))    # 1 is allowed
     add = parser.add_argument_group("model").add_argument
     add("--length", type=number(int, EDIT + 1), default=1000, help="bases of a window (%(default)s)")
     add("--backbone", choices=("chordmixer", "transformer"), default="chordmixer",
