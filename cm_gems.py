@@ -8,8 +8,14 @@ highest NPMI near them; once the validation perplexity has settled, Global masks
     python cm_gems.py --strategy genemask                    baselines: genemask, global, random, cm_step
     python cm_gems.py --npmi_only --genome my.fa.gz          the k-mers of highest and lowest NPMI
 """
-import math
 import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))                # python -I leaves it out
+import training                                              # first: it answers Ctrl-C in the slow imports
+from training import number
+
+import math
 import re
 import zlib
 
@@ -19,8 +25,6 @@ import torch.nn.functional as F
 
 import data
 import models
-import training
-from training import number
 
 MASK_RATE = 0.15                                             # the papers'; over the mean span: p of a center
 F_MIN = 101                                                  # lowest count in GeneMask's NPMI vocabulary
@@ -326,9 +330,7 @@ if __name__ == "__main__":
         curriculum = {"strategy": in_force, "perplexities": [], "switch_step": None}
         if run.writes:                                       # eval_every decides when the strategy switches
             fingerprint = f"{genome.fingerprint}, NPMI {zlib.crc32(ranks.numpy()):08x}"
-            state = run.open("cm_gems", model.config, fingerprint, parts, fixed=("eval_every",))
-            curriculum = {name: state.get(name, value) for name, value in curriculum.items()}
-            del state
+            run.open("cm_gems", model.config, fingerprint, parts, curriculum, fixed=("eval_every",))
     center_p = {masker: args.p_scale * center_probability(masker, args.k) for masker in MASKERS}
     ranks = ranks.to(device)
     held_out = val, args.eval_windows, 0                     # key 0: steps count from 1
@@ -385,10 +387,11 @@ if __name__ == "__main__":
         """Mean loss and perplexity: the same sequences and masks each time, shared by the ranks."""
         model.eval()
         total = torch.zeros(3, dtype=torch.float64, device=device)
-        for i, n in run.micro_batches(args.eval_windows):
+        for i, n in run.eval_batches():
             total += torch.stack(forward(model, held_out, strategy, step, i, n))
         model.train()
-        loss = training.all_reduce(total)[0] / total[1].clamp(min=1)
+        total = run.sum_evaluation(total)
+        loss = total[0] / total[1].clamp(min=1)
         return loss.item(), loss.exp().item()
 
     def validate(step):
@@ -396,11 +399,12 @@ if __name__ == "__main__":
         strategy, row = curriculum["strategy"], {}
         row["val_loss"], row["val_ppl"] = evaluate(strategy, step)
         row[f"val_loss_span{args.k}"], _ = evaluate("random", step)
-        curriculum["perplexities"].append(row["val_ppl"])    # the same on all ranks
+        perplexities = [*curriculum["perplexities"], row["val_ppl"]]           # the same on all ranks
         may_switch = (args.strategy, strategy) == ("cm_gems", "genemask") and step >= args.switch_after
-        if may_switch and settled(curriculum["perplexities"], args.switch_drop):
-            curriculum.update(strategy="global", switch_step=step)
+        if may_switch and settled(perplexities, args.switch_drop):
             row |= {"switch_step": step, "val_ppl_global": evaluate("global", step)[1]}
+            curriculum.update(strategy="global", switch_step=step)
+        curriculum["perplexities"] = perplexities            # now: a stop signal can end any evaluate
         return row
 
     def say_what_it_learnt():
@@ -422,7 +426,7 @@ Next, your own DNA: its words, in seconds, and a model for a laptop (--help list
       --n_inner 256 --dropout 0 --batch_size 256 --micro_batch_size 128 --lr 8e-3 --steps 3000""")
 
     with training.user_errors(OSError, torch.OutOfMemoryError):
-        for step in run.steps():
+        for step in run.steps(validate):
             strategy, lr = curriculum["strategy"], args.lr * training.linear(step, args.steps, args.warmup)
             sums = run.new_sums(3)                           # loss, masked tokens, k-mers
             for i, n in run.micro_batches(args.batch_size):
@@ -442,9 +446,9 @@ Next, your own DNA: its words, in seconds, and a model for a laptop (--help list
                 row = {"loss": loss_sum / max(count, 1), "lr": lr, "grad_norm": run.norm,
                        "strategy": strategy, "masked": count / n_kmers, "tokens_per_s": run.speed}
                 row |= run.mfu(model.flops_per_token(args.block_size, row["masked"]))
-                run.log(row | (validate(step) if run.to_evaluate else {}))
+                run.log(row, validate)
             if run.to_save:
-                run.save(parts, **curriculum)
+                run.save()
             run.end_step()
 
     run.say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")

@@ -10,6 +10,13 @@ for the whole sequence (Yu et al., "Self-Distillation Improves DNA Sequence Infe
     python findna.py --objective mnm                         ablation CM-MNM: masked bases only, no teacher
     python findna.py --backbone transformer                  ablation FinDNA-T
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))                # python -I leaves it out
+import training                                              # first: it answers Ctrl-C in the slow imports
+from training import number
+
 import argparse
 import copy
 import functools
@@ -21,8 +28,6 @@ import torch.nn.functional as F
 
 import data
 import models
-import training
-from training import number
 
 MASK_RATE = 0.3                                              # this and what follows: sections 3.1 to 3.4, 4.1
 N_CLS = 10                                                   # K, blank tokens after the bases
@@ -379,11 +384,11 @@ if __name__ == "__main__":
             return mnm_loss(logits, target), cl, logits, outputs, q
 
     @torch.no_grad()
-    def validate():
+    def validate(step):
         """A row for the log: the same windows with the same draws each time, shared by the ranks."""
         model.eval()
         total = torch.zeros(6 + 2 * center.numel(), dtype=torch.float64, device=device)
-        for i, n in run.micro_batches(args.eval_windows):
+        for i, n in run.eval_batches():
             starts = data.draw_starts(val, n, training.seed(args.seed, 0, i))
             view_u, target, view_v = get_views(starts)
             mnm, cl, _, outputs, q = forward(model, view_u, target, view_v)
@@ -397,7 +402,7 @@ if __name__ == "__main__":
             if teacher:
                 total[5:] += teacher_sums(outputs, q, dim)
         model.train()
-        total, n = training.all_reduce(total), args.eval_windows
+        total, n = run.sum_evaluation(total), args.eval_windows
         mnm, cl, right, kl, plain = (total[:5] / n).tolist()
         row = {"val_loss": loss_of(mnm, cl), "val_mnm_loss": plain / n_masked, "val_acc": right / n_masked}
         if teacher:
@@ -407,7 +412,7 @@ if __name__ == "__main__":
 
     warned = False
     with training.user_errors(OSError, torch.OutOfMemoryError):
-        for step in run.steps():
+        for step in run.steps(validate):
             lr = args.lr * training.cosine(step, args.steps, args.warmup)
             ema = ema_at(step, args.steps, args.ema)
             sums = run.new_sums(2 + center.numel())          # losses mnm, cl; then of the teacher's [CLS]
@@ -438,19 +443,18 @@ if __name__ == "__main__":
                 row |= {"cl_loss": cl / n_q, "ema": ema} if teacher else {}
                 row |= {"lr": lr, "grad_norm": run.norm, "masked": n_masked / args.length,
                         "tokens_per_s": run.speed}
-                row |= validate() if run.to_evaluate else {}
-                run.log(row)
+                row = run.log(row, validate)
                 if step > args.warmup and not warned and row.get("q_information", 1) < COLLAPSED:
                     warned = True
                     run.say(f"warning: step {step}: collapsed, the teacher's outputs hardly tell sequences "
                             f"apart ({row['q_information']:.2g} nats); try another --seed or --lr")
             if run.to_save:
-                run.save(parts)
+                run.save()
             run.end_step()
 
     run.say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
     if args.demo and teacher:
-        row = validate()                                     # on all ranks
+        row = validate(args.steps)                           # on all ranks
         if run.rank == 0:
             say_what_it_learnt(args, row, guessed)
     training.finish()

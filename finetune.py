@@ -10,6 +10,13 @@ The same command continues a sweep and skips finished runs. Afterwards: python -
 tools.embed, tools.export. From Python: model = finetune.load_model("out/finetune/csv_my/randommask.pt"), then
 model.predict(["ACGT..."]) and model.embed(["ACGT..."]).
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))                # python -I leaves it out
+import training                                              # first: it answers Ctrl-C in the slow imports
+from training import number
+
 import argparse
 import contextlib
 import dataclasses
@@ -20,9 +27,7 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import signal
-import sys
 import time
 import warnings
 from collections import namedtuple
@@ -38,8 +43,6 @@ from tqdm import tqdm
 
 import data
 import models
-import training
-from training import number
 
 BETAS, EPS = (0.9, 0.999), 1e-8                              # AdamW: DNABERT-2, Liang et al., GeneMask
 SORTED = 50                                                  # batches that are sorted by length together
@@ -629,13 +632,13 @@ def pieces(net, index, lengths, micro_batch_size):
 def apply(net, rows, micro_batch_size, function=None):
     """Outputs of the network, or of a function of its inputs (net.embed), in the order of rows: float32.
 
-    Sequences of similar length share a forward pass.
+    Sequences of similar length share a forward pass. InterruptedError after a stop signal.
     """
     function, lengths = function or net, np.diff(rows.offsets)
     order = np.argsort(lengths, kind="stable")
     with torch.autocast(rows.bases.device.type, torch.bfloat16, enabled=net.spec["dtype"] == "bfloat16"):
         parts = [function(*net.inputs(rows, index)).float()
-                 for index in pieces(net, order, lengths, micro_batch_size)]
+                 for index in training.until_stopped(pieces(net, order, lengths, micro_batch_size))]
     return torch.cat(parts).cpu().numpy()[np.argsort(order)]
 
 
@@ -777,8 +780,9 @@ def evaluate(net, dev, task, micro_batch_size):
     return {"loss": loss} | scores(outputs, dev.labels, task)
 
 
-def keep_best(best, net, step, found, value):
-    """Keeps in best the weights if value is higher than before; value None: an undefined score."""
+def keep_best(best, net, step, found, key):
+    """Keeps in best the weights if their score (None: undefined), or loss, is better than before."""
+    value = -found["loss"] if key["numbers"]["select"] == "loss" else found[key["metric"]]
     best["worse"] += 1                                       # evaluations since the best one
     if not best["weights"] or value is not None and value > best["value"]:
         weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
@@ -796,16 +800,18 @@ def get_schedule(p, n_train):
 
 def resume(folder, run, **parts):
     """(steps done, the best evaluation so far), with the checkpoint in folder, if any, put into parts."""
-    if not any(os.path.exists(os.path.join(folder, name)) for name in ("last.pt", "prev.pt")):
-        return 0, {"value": -math.inf, "step": 0, "worse": 0, "weights": {}, "scores": {}}
+    best = {"value": -math.inf, "step": 0, "worse": 0, "weights": {}, "scores": {}}
+    if not training.has_checkpoint(folder):
+        return 0, best
     state = training.load_run(folder, run, **parts)
+    if not isinstance(state.get("best"), dict) or state["best"].keys() != best.keys():
+        raise ValueError(f"{folder}: its checkpoint lacks the best evaluation; remove the folder")
     return state["step"], state["best"]
 
 
 def mean_loss(total, task, step):
-    """Mean of (loss sum, sequences), which start again at 0; ArithmeticError when it is not finite."""
+    """Mean of (loss sum, sequences); ArithmeticError when it is not finite."""
     loss, n = total.tolist()
-    total.zero_()
     if not math.isfinite(loss):
         raise ArithmeticError(f"{task}: the loss is not finite before step {step}; lower --lr")
     return loss / n
@@ -814,45 +820,48 @@ def mean_loss(total, task, step):
 def fine_tune(net, parts, task, run, folder, args):
     """The loop: trains net, leaves in it the weights that the protocol selects, returns what happened.
 
-    A function of (seed, step): resumes from the checkpoint in folder as if never stopped. At a stop signal it
-    saves and exits with 143. ArithmeticError when the loss is not finite.
+    Resumes from the checkpoint in folder as if never stopped; at a stop signal it saves and exits with 143.
     """
-    key, train, dev = run["args"], parts["train"], parts["dev"]
-    p, metric = key["numbers"], key["metric"]
+    key, p, train, dev = run["args"], run["args"]["numbers"], parts["train"], parts["dev"]
     lengths, labels = np.diff(train.offsets), torch.from_numpy(train.labels).to(train.bases.device)
     steps, per_epoch, warmup = get_schedule(p, len(labels))
     optimizer = training.make_optimizer(net, p["lr"], p["weight_decay"], BETAS, EPS)
     total, batches = torch.zeros(2, device=labels.device), None    # loss sum, sequences since an evaluation
-    done, best = resume(folder, run, model=net, optimizer=optimizer, total=total)
-    lock, saved = training.open_run(folder, args, done), time.monotonic()      # noqa: F841, held until the end
+    first, best = resume(folder, run, model=net, optimizer=optimizer, total=total)
+    every, done, saved = p["eval_every"] or per_epoch, first, time.monotonic()
+    lock = training.open_run(folder, args, done - bool(total[1]))              # noqa: F841, held until the end
     bar = tqdm(initial=done, total=steps, unit="step", disable=not sys.stderr.isatty())
-    while done < steps and not (p["patience"] and best["worse"] >= p["patience"]):
-        (epoch, i), step = divmod(done, per_epoch), done + 1
+    while True:
+        with contextlib.suppress(InterruptedError):          # then total still says that this is to be done
+            if (done % every == 0 or done == steps) and total[1]:
+                row = {"step": done, "epoch": done / per_epoch, "loss": mean_loss(total, key["task"], done)}
+                if dev:
+                    found = evaluate(net, dev, task, args.micro_batch_size)
+                    keep_best(best, net, done, found, key)
+                    row |= {"dev_loss": found["loss"], f"dev_{key['metric']}": found[key["metric"]]}
+                total.zero_()
+                training.log(folder, row)
+        stop = training.stop_requested()
+        if done > first and (stop or time.monotonic() - saved > args.save_every):
+            training.save(run | {"step": done, "model": net.state_dict(), "optimizer": optimizer.state_dict(),
+                                 "best": best, "total": total}, folder)
+            saved = time.monotonic()
+        if stop:
+            print(f"stopped  by a signal after step {done}; the same command continues there", flush=True)
+            raise SystemExit(143)
+        if done == steps or p["patience"] and best["worse"] >= p["patience"]:
+            break
+        epoch, i = divmod(done, per_epoch)
         if i == 0 or batches is None:
             batches = epoch_batches(lengths, p["batch_size"], key["seed"], epoch)
-        training.seed(key["seed"], step)
-        for group in optimizer.param_groups:
-            group["lr"] = p["lr"] * SCHEDULES[p["schedule"]](step, steps, warmup)
+        done += 1
+        training.seed(key["seed"], done)
+        training.set_lr(optimizer, p["lr"] * SCHEDULES[p["schedule"]](done, steps, warmup))
         total += train_batch(net, train, labels, batches[i], args.micro_batch_size)
         norm = training.scale_gradients(net, total.new_ones(()), p["grad_clip"])
         total[0] += 0 * norm                                 # stays NaN once a norm is not finite
         optimizer.step()
         optimizer.zero_grad()
-        if step % (p["eval_every"] or per_epoch) == 0 or step == steps:
-            row = {"step": step, "epoch": step / per_epoch, "loss": mean_loss(total, key["task"], step)}
-            if dev:
-                found = evaluate(net, dev, task, args.micro_batch_size)
-                keep_best(best, net, step, found, -found["loss"] if p["select"] == "loss" else found[metric])
-                row |= {"dev_loss": found["loss"], f"dev_{metric}": found[metric]}
-            training.log(folder, row)
-        done, stop = step, training.stop_requested()
-        if stop or time.monotonic() - saved > args.save_every:
-            state = {"step": step, "model": net.state_dict(), "optimizer": optimizer.state_dict()}
-            training.save(run | state | {"best": best, "total": total}, folder)
-            saved = time.monotonic()
-        if stop:
-            print(f"stopped  by a signal after step {step}; the same command continues there", flush=True)
-            raise SystemExit(143)
         bar.update()
     if dev:
         net.load_state_dict(best["weights"])
@@ -1111,10 +1120,9 @@ def run_all(plans, starts, args, device):
     """Does the runs one after the other: (exit code, ids). A failed run is reported; the next one follows."""
     errors, code, ids, cached = set(), 0, [], None
     for plan in plans:
-        if training.stop_requested():                        # in a probe, or after the last step of a run
-            print("stopped by a signal; the same command continues there", flush=True)
-            return 143, ids
         try:
+            if training.stop_requested():                    # after the last step of a run, or in a probe
+                raise InterruptedError
             source = plan.name, plan.shots, plan.repeat if plan.shots else None
             if cached != source:                             # a set is read once, a few-shot draw each time
                 task, splits = read_csv(args) if args.csv else (data.TASKS[plan.name], data.read_task(
@@ -1122,6 +1130,9 @@ def run_all(plans, starts, args, device):
                 cached = source
             key = make_key(plan, task, starts[plan.init], fingerprint(splits), args)
             ids.append(run_one(task, splits, key, starts[plan.init], args, device))
+        except InterruptedError:
+            print("stopped  by a signal; the same command continues there", flush=True)
+            return 143, ids
         except (ValueError, ArithmeticError) as e:
             code = 3 if isinstance(e, ArithmeticError) else 2
             if str(e) not in errors:                         # repeats would repeat it
@@ -1132,8 +1143,8 @@ def run_all(plans, starts, args, device):
 
 def gather_ids(ids, world):
     """The ids of all ranks, once all have ended: torchrun kills the others when one leaves with an error."""
-    for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(which, signal.SIG_DFL)
+    training.release_signals()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)             # Python would only look after the wait
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
     parts = [None] * world
     dist.all_gather_object(parts, ids)
@@ -1226,6 +1237,7 @@ def check_args(args):
 
 
 if __name__ == "__main__":
+    training.outlive_streams()
     with training.user_errors():
         args = parse_args()
         if args.demo:

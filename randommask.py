@@ -10,6 +10,13 @@ the BERT-like Pretraining for DNA Sequences"). Longer spans hide more bases: the
     python randommask.py --mask single --stride 6            baseline: non-overlapping 6-mers
     python randommask.py --mask dnabert --stride 2           in between (Fig 6): spans of three tokens
 """
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))                # python -I leaves it out
+import training                                              # first: it answers Ctrl-C in the slow imports
+from training import number
+
 import math
 
 import numpy as np
@@ -17,8 +24,6 @@ import torch
 
 import data
 import models
-import training
-from training import number
 
 PAPER_STEPS = 480_000                                        # Algorithm 1
 EDGES = (30_000, 60_000, 100_000, 150_000)                   # Algorithm 1: last steps of phases 1 to 4
@@ -180,21 +185,22 @@ if __name__ == "__main__":
         """Mean loss under the masks of `phase`: the same windows and masks each time, shared by the ranks."""
         model.eval()
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        for i, n in run.micro_batches(args.eval_windows):
+        for i, n in run.eval_batches():
             total += torch.stack(forward(model, val, n, phase, 0, i))          # key 0: steps count from 1
         model.train()
-        loss_sum, count = training.all_reduce(total).tolist()
+        loss_sum, count = run.sum_evaluation(total).tolist()
         return loss_sum / max(count, 1)
 
-    def validate(step, phase):
+    def validate(step):
         """Loss under this phase's masks, under DNABERT's (comparable), at an edge under the next phase's."""
+        phase = phase_at(step, edges)
         row = {"val_loss": evaluate(phase)}
         if args.mask != "single":
             row[f"val_loss_span{span}"] = evaluate(1) if phase > 1 else row["val_loss"]
         return row | ({"val_loss_next_phase": evaluate(phase + 1)} if step in edges else {})
 
     with training.user_errors(OSError, torch.OutOfMemoryError):
-        for step in run.steps():
+        for step in run.steps(validate):
             phase, lr = phase_at(step, edges), args.lr * training.linear(step, args.steps, args.warmup)
             sums = run.new_sums(2)                           # loss, masked tokens
             for i, n in run.micro_batches(args.batch_size):
@@ -214,9 +220,9 @@ if __name__ == "__main__":
                 row = {"loss": loss_sum / max(count, 1), "lr": lr, "grad_norm": run.norm, "phase": phase,
                        "masked": masked, "tokens_per_s": run.speed}
                 row |= run.mfu(model.flops_per_token(args.block_size, masked))
-                run.log(row | (validate(step, phase) if run.to_evaluate else {}))
+                run.log(row, validate)
             if run.to_save:
-                run.save(parts)
+                run.save()
             run.end_step()
 
     run.say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")

@@ -4,17 +4,32 @@ Nothing here names a method and nothing loops over steps: the loop stays in the 
 ValueError or OSError whose text is one clear line; `user_errors` prints it and exits with 2. The other exit
 codes: 0 done, 3 a loss that is not finite, 130 stopped at once by Ctrl-C, 143 by a signal after a checkpoint.
 """
+import sys
+
+
+def answer_ctrl_c(kind, error, trace):
+    """Prints what ends the process: Ctrl-C, also during the imports below, as one line, exit code 130."""
+    if not issubclass(kind, KeyboardInterrupt):
+        return sys.__excepthook__(kind, error, trace)
+    print("stopped  by Ctrl-C", file=sys.stderr, flush=True)
+    if not hasattr(sys, "ps1"):                              # an interactive session goes on
+        raise SystemExit(130)
+
+
+sys.excepthook = answer_ctrl_c
+
 import argparse
 import contextlib
 import dataclasses
+import errno
 import fcntl
+import itertools
 import json
 import math
 import os
 import resource
 import shutil
 import signal
-import sys
 import time
 import zipfile
 
@@ -31,7 +46,9 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, NVI
 MAY_CHANGE = ("out", "resume", "init", "genome", "data_dir", "cache", "device", "compile", "log_every",
               "eval_every", "save_every", "keep", "show_masks")      # at a resume: no effect on the weights
 TIMED = (5, 20)                                              # steps after the start: speed is taken between
-signals, parent = [], os.getppid()                           # stop signals received; who started us
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
+AGAIN = 0.4                                                  # seconds: launchers pass on a Ctrl-C within them
+signals, parent = [], os.getppid()                           # stop signals received, when; who started us
 
 
 def plain(text):
@@ -53,8 +70,8 @@ def user_errors(*kinds):
         advice = "; lower --micro_batch_size" if isinstance(e, torch.OutOfMemoryError) else ""
         print(f"error: {plain((str(e) or repr(e)).splitlines()[0])}{advice}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped  by Ctrl-C", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as e:
+        answer_ctrl_c(KeyboardInterrupt, e, None)
         raise SystemExit(130) from None
 
 
@@ -124,6 +141,7 @@ def parse_flags(parser, demo):
 
     A flag on the command line wins over both; load_run refuses one that would make it another run.
     """
+    outlive_streams()
     args = parser.parse_args()
     if args.demo:
         parser.set_defaults(**demo)
@@ -144,20 +162,23 @@ def complete_warmup(args, share):
 
 
 def read_args(parser, args):
-    """Returns the flags in the args.json of the run in args.out as defaults for the parser.
+    """Returns the flags in the args.json of the run in args.out (without it, in its checkpoint) as defaults.
 
     ValueError if the file is broken. Numbers become text, because argparse checks a default that is text.
     """
     path = os.path.join(args.out, "args.json")
-    if not os.path.exists(path):
-        print(f"resume   {path} is missing: using the flags given here", flush=True)
-        return {}
     try:
-        with open(path) as f:
-            saved = {name: value for name, value in json.load(f).items()
-                     if name in vars(args) and name not in ("out", "resume", "show_masks")}
+        if os.path.exists(path):
+            with open(path) as f:
+                saved = json.load(f)
+        else:
+            saved = load_newest(args.out)[0]["args"]
+            if read_ranks()[0] == 0:
+                print(f"resume   {path} is missing: the flags are those in the checkpoint", flush=True)
+        saved = {name: value for name, value in saved.items()
+                 if name in vars(args) and name not in ("out", "resume", "show_masks")}
     except (OSError, ValueError, AttributeError, RecursionError) as e:
-        raise ValueError(f"{path}: cannot be read ({e!r:.80}); delete it and give the run's flags") from None
+        raise ValueError(f"{path}: cannot be read ({e!r:.80}); delete it to take the checkpoint's") from None
     for name, value in saved.items():
         default = parser.get_default(name)
         kinds = (str, int, float, list, type(None)) if default is None else type(default)
@@ -168,12 +189,25 @@ def read_args(parser, args):
     return saved
 
 
+def read_ranks():
+    """Returns (rank, world, local rank) of torchrun's variables. ValueError unless they make sense."""
+    names = ("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")
+    texts = [os.environ.get(name, default) for name, default in names]
+    rank, world, local = (int(text) if text.isdecimal() else -1 for text in texts)
+    needed = {"RANK", "MASTER_ADDR", "MASTER_PORT"} if world > 1 else set()
+    if not 0 <= rank < world or local < 0 or not needed <= os.environ.keys():
+        given = ", ".join(f"{name} {text!r:.9}" for (name, _), text in zip(names, texts))
+        raise ValueError(f"{given}: start with torchrun, which sets these, MASTER_ADDR and MASTER_PORT; or "
+                         f"unset them all")
+    return rank, world, local
+
+
 def set_up(device, dtype, join=True):
     """Turns --device, --dtype into (torch.device, 'float32' or 'bfloat16', rank, world).
 
     Under torchrun it joins the process group (unless join=False): nccl on GPUs, gloo on CPUs.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, local = read_ranks()
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if device == "auto" else device)
@@ -183,7 +217,7 @@ def set_up(device, dtype, join=True):
         raise ValueError(f"--device {device}: use auto, cpu, cuda or cuda:N") from None
     bf16 = True
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", device.index or 0)))
+        device = torch.device("cuda", local if "LOCAL_RANK" in os.environ else device.index or 0)
         if device.index >= torch.cuda.device_count():
             raise ValueError(f"--device {device}: this machine has {torch.cuda.device_count()} CUDA GPUs; "
                              f"use another")
@@ -210,15 +244,57 @@ def wrap(model, compiled, device, world):
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
 
 
+def note_signal(which, frame):
+    """Notes a stop signal for stop_requested; a second Ctrl-C stops at once."""
+    now = time.monotonic()
+    if which == signal.SIGINT and any(w == which and now - then > AGAIN for w, then in signals):
+        raise KeyboardInterrupt
+    signals.append((which, now))
+
+
 def catch_signals():
-    """From here on SIGTERM, SIGINT and SIGUSR1 no longer kill; stop_requested reports them."""
-    for which in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(which, lambda which, frame: signals.append(which))
+    """From here on the signals in STOPS no longer kill; stop_requested reports them."""
+    for which in STOPS:
+        if which != signal.SIGHUP or signal.getsignal(which) != signal.SIG_IGN:                # nohup
+            signal.signal(which, note_signal)
+
+
+def release_signals():
+    """From here on the signals in STOPS kill again."""
+    signals.clear()
+    for which in STOPS:
+        if signal.getsignal(which) == note_signal:
+            signal.signal(which, signal.SIG_DFL if which != signal.SIGINT else signal.default_int_handler)
+
+
+def outlive_streams():
+    """Lets stdout and stderr go nowhere once they break (full disk, closed pipe): a run can do without."""
+    def guard(stream, call):
+        def guarded(*args):
+            try:
+                return call(*args)
+            except OSError as e:
+                null = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(null, stream.fileno())               # also takes what is still in its buffer
+                os.close(null)
+                print(f"warning: {stream.name}: {e.strerror}; the run goes on without it", file=sys.stderr)
+        return guarded
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
+    for stream in (sys.stdout, sys.stderr):
+        stream.write, stream.flush = guard(stream, stream.write), guard(stream, stream.flush)
 
 
 def stop_requested():
     """True after a stop signal, or when torchrun itself has died."""
     return bool(signals) or "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
+
+
+def until_stopped(items):
+    """Yields the items; InterruptedError once a stop signal has come."""
+    for item in items:
+        if stop_requested():
+            raise InterruptedError("stopped by a signal")
+        yield item
 
 
 def seed(*key):
@@ -275,6 +351,12 @@ def cosine(step, steps, warmup):
     return min(step / max(warmup, 1), 0.5 + 0.5 * math.cos(math.pi * done))
 
 
+def set_lr(optimizer, lr):
+    """Sets the learning rate of all parameters."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
 def scale_gradients(model, scale, clip):
     """Multiplies the gradients by the 0-dim tensor `scale`, clips them, returns the norm before clipping."""
     grads = [p.grad for p in model.parameters() if p.grad is not None]
@@ -303,28 +385,34 @@ class Run:
                              f"ranks; lower --micro_batch_size or raise --batch_size")
         self.start = self.step = 0                           # steps in the checkpoint; current step
         self.unread, self.stop = [], False
+        self.row = {}                                        # of this step, while its evaluation is not done
 
     def say(self, *lines, **kwargs):
         """Prints on rank 0."""
         if self.rank == 0:
             print(*lines, **kwargs)
 
-    def open(self, method, config, fingerprint, parts, fixed=()):
-        """Opens and locks the run folder. At --resume loads the checkpoint into `parts` and returns it.
+    def open(self, method, config, fingerprint, parts, values={}, fixed=()):
+        """Opens and locks the run folder; at --resume loads the checkpoint into `parts` and `values`.
 
-        parts: {key of the checkpoint: network, optimizer or tensor}; fixed: flags that must stay, too.
+        parts: {key of the checkpoint: network, optimizer or tensor}; values: {more keys: their first values},
+        None for a number to come; fixed: flags that must stay, too.
         """
         self.identity = {"method": method, "config": dataclasses.asdict(config), "data": fingerprint,
                          "args": vars(self.args)}
+        self.parts, self.values = parts, values
         state = load_run(self.args.out, self.identity, fixed, **parts) if self.args.resume else {}
-        self.start = state.get("step", 0)
+        for name, first in values.items() if state else ():
+            if type(state.get(name, state)) not in (type(first), int if first is None else None):
+                raise ValueError(f"--resume: the checkpoint in {self.args.out} has no {name}; use another")
+            values[name] = state[name]
+        self.start, self.row = state.get("step", 0), state.get("row", {})
         here = torch.tensor([self.start], device=self.device)
         if self.args.resume and all_reduce(here).item() != self.start * self.world:
             raise ValueError(f"--resume: rank {self.rank} reads step {self.start} in {self.args.out}, others "
                              f"another step; give all nodes the same folder")
         if self.rank == 0:
-            self.lock = open_run(self.args.out, self.args, self.start)
-        return state
+            self.lock = open_run(self.args.out, self.args, self.start - bool(self.row))
 
     def describe(self, model, genome, per_step, unit="tokens"):
         """Says what the run is. per_step: tokens (or bases) of a step, from which the speed is computed."""
@@ -336,20 +424,42 @@ class Run:
         if self.start:
             self.say(f"resume   after step {self.start}")
 
-    def steps(self):
-        """Yields the steps that are left, with a progress bar on a terminal."""
+    def steps(self, validate):
+        """Yields the steps that are left, with a progress bar on a terminal.
+
+        First makes up for the evaluation, if any, that a stop signal cut short.
+        """
         self.clock, self.timed = time.perf_counter(), self.start
         catch_signals()
+        if self.row:
+            self.to_evaluate = self.to_log = self.to_save = True
+            self.step = self.start
+            self.log(self.row, validate)
+            self.save()
+            self.end_step()
         steps = range(self.start + 1, self.args.steps + 1)
         for step in tqdm(steps, initial=self.start, total=self.args.steps, unit="step",
                          disable=self.rank > 0 or not sys.stderr.isatty()):
             self.step = step
             yield step
+        release_signals()
 
     def micro_batches(self, size):
         """Yields (i, n) for this rank's micro-batches of `size` sequences: number i has n of them."""
         for i in range(self.rank, math.ceil(size / self.args.micro_batch_size), self.world):
             yield i, min(self.args.micro_batch_size, size - i * self.args.micro_batch_size)
+
+    def eval_batches(self):
+        """Yields this rank's micro-batches of validation windows, until a stop signal comes."""
+        return itertools.takewhile(lambda _: not stop_requested(), self.micro_batches(self.args.eval_windows))
+
+    def sum_evaluation(self, total):
+        """Returns a tensor summed over the ranks. InterruptedError on all of them if one is to stop."""
+        total = all_reduce(torch.cat([total, total.new_full((1,), stop_requested())]))
+        if total[-1]:
+            self.stop = self.to_save = True
+            raise InterruptedError("stopped by a signal")
+        return total[:-1]
 
     def sync_at_last(self, net, i):
         """The context of a backward pass: DDP sums gradients over the ranks at the last micro-batch only."""
@@ -368,8 +478,7 @@ class Run:
     def update(self, optimizer, lr, norm):
         """Takes the optimizer's step; changes nothing if a sum or the gradient norm is not finite."""
         self.numbers[1] = norm
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_lr(optimizer, lr)
         optimizer.found_inf = 1 - self.numbers.isfinite().all().float()        # 1: AdamW changes nothing
         optimizer.step()
         optimizer.zero_grad()
@@ -410,18 +519,29 @@ class Run:
         peaks = [peak for gpu, peak in PEAK_FLOPS.items() if gpu in name]
         return {"mfu": self.speed * flops_per_token / self.world / peaks[0]} if peaks else {}
 
-    def log(self, row):
-        """Writes a row of the log, on rank 0."""
+    def log(self, row, validate):
+        """Writes a row of the log, on rank 0, with what validate(step) adds where an evaluation is due.
+
+        After a stop signal this is left to --resume: the checkpoint keeps the row. Returns the row.
+        """
+        self.row = row if self.to_evaluate else {}
+        if self.row and not self.stop:
+            with contextlib.suppress(InterruptedError):
+                row = row | validate(self.step)
+                self.row = {}
         if self.rank == 0:
             log(self.args.out, {"step": self.step} | row)
+        return row
 
-    def save(self, parts, **more):
-        """Writes the checkpoint of this step, on rank 0: parts as in `open`; more: plain values to add."""
+    def save(self):
+        """Writes the checkpoint of this step, on rank 0."""
         if self.rank == 0:
             state = {name: part if torch.is_tensor(part) else part.state_dict()
-                     for name, part in parts.items()}
+                     for name, part in self.parts.items()} | self.values
+            if self.row:
+                state["row"] = self.row
             milestone = f"step_{self.step}.pt" if self.step in self.args.keep else None
-            save(self.identity | {"step": self.step} | state | more, self.args.out, milestone)
+            save(self.identity | {"step": self.step} | state, self.args.out, milestone)
 
     def end_step(self):
         """Leaves with 143 after a stop signal; else restarts the clock where the loop was held up."""
@@ -449,13 +569,36 @@ def check_out(out, resume):
         raise ValueError(f"--resume: no checkpoint in {out}; start without --resume")
 
 
+def no_links(path, flags):
+    """Opener for files of a folder that others may write to: a planted link is refused, not followed."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)     # nor is a pipe waited for
+    except OSError as e:
+        if e.errno not in (errno.ELOOP, errno.EMLINK):
+            raise
+        raise OSError(f"{path}: a link, not followed; remove it") from None
+
+
+def create(path, mode="x"):
+    """Opens a new file for writing in place of what has this name, which may be a planted link."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return open(path, mode)
+
+
+def copy(source, target):
+    """Copies a file to a new file in place of what has the name of the target."""
+    with open(source, "rb") as f, create(target, "xb") as g:
+        shutil.copyfileobj(f, g)
+
+
 def open_run(out, args, start):
     """Makes and locks the run folder, writes args.json and the script, cuts log rows after step `start`.
 
     Returns the lock, which the caller keeps open. ValueError when another process has it.
     """
     os.makedirs(out, exist_ok=True)
-    lock = open(os.path.join(out, "lock"), "w")
+    lock = open(os.path.join(out, "lock"), "a", opener=no_links)
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -463,22 +606,42 @@ def open_run(out, args, start):
     except OSError as e:
         raise ValueError(f"--out {out}: cannot be locked ({e.strerror}); choose another place") from None
     path = os.path.join(out, "args.json")
-    with open(path + ".tmp", "w") as f:                      # a full disk must not empty the old one
+    with create(path + ".tmp") as f:                         # a full disk must not empty the old one
         json.dump(vars(args), f, indent=1)
     os.replace(path + ".tmp", path)
-    shutil.copy(sys.argv[0], out)
-    path = os.path.join(out, "log.jsonl")
-    rows = open(path, errors="replace").readlines() if start and os.path.exists(path) else []
-    rows = [row for row in rows if row.startswith('{"step": ') and row.endswith("}\n")]      # whole ones
-    with open(path + ".tmp", "w") as f:
-        f.writelines(row for row in rows if json.loads(row)["step"] <= start)
-    os.replace(path + ".tmp", path)
+    copy(sys.argv[0], os.path.join(out, os.path.basename(sys.argv[0])))
+    cut_log(out, start)
     return lock
+
+
+def step_of(line):
+    """Returns the step of a line of log.jsonl, None where it has none."""
+    try:
+        step = json.loads(line)["step"]
+        return step if type(step) in (int, float) and step % 1 == 0 else None
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def cut_log(out, start):
+    """Keeps the rows of log.jsonl up to step `start`; lines that are no rows go to log.old.jsonl."""
+    path, old, lines = os.path.join(out, "log.jsonl"), os.path.join(out, "log.old.jsonl"), []
+    with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=no_links) as f:
+        lines = [line for line in f.read().split(b"\n") if start and line.strip()]
+    steps = [step_of(line) for line in lines]
+    if None in steps:
+        with open(old, "ab", opener=no_links) as f:
+            f.writelines(line + b"\n" for line, step in zip(lines, steps) if step is None)
+        print(f"resume   {path}: {steps.count(None)} lines are no rows of a log, now in {old}", flush=True)
+    with create(path + ".tmp") as f:
+        f.writelines(json.dumps(json.loads(line)) + "\n" for line, step in zip(lines, steps)
+                     if step is not None and step <= start)
+    os.replace(path + ".tmp", path)
 
 
 def log(out, row):
     """Appends one row to log.jsonl and prints it."""
-    with open(os.path.join(out, "log.jsonl"), "a") as f:
+    with open(os.path.join(out, "log.jsonl"), "a", opener=no_links) as f:
         f.write(json.dumps(row) + "\n")
     tqdm.write(" | ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                           for name, value in row.items()), file=sys.stdout)
@@ -499,7 +662,7 @@ def save(state, out, milestone=None):
     """
     tmp, link, last = (os.path.join(out, name) for name in ("last.pt.tmp", "link.tmp", "last.pt"))
     try:
-        with open(tmp, "wb") as f:
+        with create(tmp, "xb") as f:
             torch.save({"format": FORMAT, "made_with": made_with()} | state, f)
             f.flush()
             os.fsync(f.fileno())
@@ -511,7 +674,7 @@ def save(state, out, milestone=None):
                 try:
                     os.link(source, link)
                 except OSError:                              # no hard links (exFAT, some network disks)
-                    shutil.copy(source, link)
+                    copy(source, link)
                 os.replace(link, os.path.join(out, name))
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(link)                          # both names were one file: replace left it
@@ -519,13 +682,13 @@ def save(state, out, milestone=None):
         folder = os.open(out, os.O_RDONLY)
         os.fsync(folder)                                     # the renames, too, survive a power cut
         os.close(folder)
-    except (OSError, RuntimeError) as e:                     # torch hides a full disk behind a RuntimeError
-        cause = e if isinstance(e, OSError) else e.__context__
-        if not isinstance(cause, OSError):
-            raise
+    except BaseException as e:
         for path in (tmp, link):
             with contextlib.suppress(OSError):
                 os.unlink(path)
+        cause = e if isinstance(e, OSError) else e.__context__                 # torch hides a full disk
+        if not isinstance(e, (OSError, RuntimeError)) or not isinstance(cause, OSError):
+            raise
         raise OSError(f"cannot write {last}: {cause.strerror}; free space, then use --resume") from None
 
 
@@ -554,9 +717,11 @@ def check_state(state):
         raise ValueError("a tensor that is not contiguous")  # fused steps never look
     if not all(type(name) is str and torch.is_tensor(x) for name, x in state["model"].items()):
         raise ValueError("'model' is not a dict of tensors")
-    flags = leaves([state["config"], state["args"]])
+    if not isinstance(state.get("row", {}), dict):
+        raise ValueError("'row' is no row of a log")
+    flags = leaves([state["config"], state["args"], state.get("row")])
     if not all(isinstance(x, (str, int, float, type(None))) for x in flags):
-        raise ValueError("'config' or 'args' holds more than numbers and text")
+        raise ValueError("'config', 'args' or 'row' holds more than numbers and text")
 
 
 def load(path):
@@ -575,25 +740,51 @@ def load(path):
         raise ValueError(f"{path}: not a readable checkpoint ({e!r:.80}); use another one") from None
 
 
+def restore_optimizer(optimizer, model, state):
+    """Puts the moments of a checkpoint into the optimizer of a model that has its first weights.
+
+    ValueError unless each parameter has them, but those that never had a gradient: they are as at the start.
+    """
+    optimizer.load_state_dict({"state": state["optimizer"]["state"],           # the flags give the rest
+                               "param_groups": optimizer.state_dict()["param_groups"]})
+    for name, p in model.named_parameters():
+        moments = [optimizer.state.get(p, {}).get(key) for key in ("exp_avg", "exp_avg_sq", "step")]
+        if moments[0] is moments[1] is moments[2] is None and torch.equal(p.cpu(), state["model"][name]):
+            continue
+        if [getattr(x, "shape", None) for x in moments] != [p.shape, p.shape, ()]:
+            raise ValueError(f"no moments of {name}")
+        if moments[2] != state["step"]:
+            raise ValueError(f"moments of {name} of another step")
+
+
 def restore(state, parts):
     """Puts a checkpoint into parts {key: network, optimizer or tensor}. ValueError if one does not fit."""
-    for name, part in parts.items():
+    for name in sorted(parts, key=lambda name: name != "optimizer"):           # first, see there
         try:
-            if torch.is_tensor(part):
-                if state[name].shape != part.shape:
+            if torch.is_tensor(parts[name]):
+                if state[name].shape != parts[name].shape:
                     raise ValueError("another shape")
-                part.copy_(state[name])
-            elif name == "optimizer":                        # its hyperparameters come from the flags
-                part.load_state_dict({"state": state[name]["state"],
-                                      "param_groups": part.state_dict()["param_groups"]})
-                for p, moments in part.state.items():        # a fused step does not check these shapes
-                    shapes = [moments[key].shape for key in ("exp_avg", "exp_avg_sq", "step")]
-                    if shapes != [p.shape, p.shape, ()]:
-                        raise ValueError("moments of another shape")
+                parts[name].copy_(state[name])
+            elif name == "optimizer":
+                restore_optimizer(parts[name], parts["model"], state)
             else:
-                part.load_state_dict(state[name])
+                parts[name].load_state_dict(state[name])
         except Exception as e:                               # foreign values, whatever they raise
             raise ValueError(f"--resume: {name} of another network ({e!r:.80}); give another --out") from None
+
+
+def load_newest(out):
+    """Returns the newest sound checkpoint of a run folder; what is wrong with last.pt if it is prev.pt."""
+    try:
+        return load(os.path.join(out, "last.pt")), None
+    except ValueError as e:
+        return load(os.path.join(out, "prev.pt")), e
+
+
+def say(text):
+    """Prints on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
 
 
 def load_run(out, run, fixed=(), **parts):
@@ -602,12 +793,9 @@ def load_run(out, run, fixed=(), **parts):
     That is last.pt, else prev.pt, which it announces. ValueError unless the checkpoint has the method,
     config, data and args of `run`; MAY_CHANGE lists the flags that may differ, unless they are in `fixed`.
     """
-    last, prev = os.path.join(out, "last.pt"), os.path.join(out, "prev.pt")
-    try:
-        state, broken = load(last), False
-    except ValueError as e:
-        print(f"{e}\ncontinuing from the one before it, {prev}", flush=True)
-        state, broken = load(prev), True
+    state, wrong = load_newest(out)
+    if wrong:
+        say(f"{wrong}\ncontinuing from the one before it, {os.path.join(out, 'prev.pt')}")
     there, now = ({"method": s["method"]} | s["args"] | {name: s[name] for name in ("config", "data")}
                   for s in (state, run))
     differ = [f"{name} {there.get(name)!r} there, {now[name]!r} now" for name in now
@@ -617,10 +805,10 @@ def load_run(out, run, fixed=(), **parts):
     restore(state, parts)
     made, here = state.get("made_with"), made_with()
     if isinstance(made, str) and made != here:
-        print(f"resume   of a run made with {plain(made)}; now {here}: last bits may differ", flush=True)
-    if broken:                                               # or it would replace prev.pt at the next save
+        say(f"resume   of a run made with {plain(made)}; now {here}: last bits may differ")
+    if wrong:                                                # or it would replace prev.pt at the next save
         with contextlib.suppress(FileNotFoundError):         # another rank was first
-            os.replace(last, os.path.join(out, "broken.pt"))
+            os.replace(os.path.join(out, "last.pt"), os.path.join(out, "broken.pt"))
     return state
 
 
