@@ -576,7 +576,7 @@ def no_links(path, flags):
     except OSError as e:
         if e.errno not in (errno.ELOOP, errno.EMLINK):
             raise
-        raise OSError(f"{path}: a link, not followed; remove it") from None
+        raise FileExistsError(f"{path}: a link, not followed; remove it") from None
 
 
 def create(path, mode="x"):
@@ -745,8 +745,9 @@ def restore_optimizer(optimizer, model, state):
 
     ValueError unless each parameter has them, but those that never had a gradient: they are as at the start.
     """
+    groups = zip(optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
     optimizer.load_state_dict({"state": state["optimizer"]["state"],           # the flags give the rest
-                               "param_groups": optimizer.state_dict()["param_groups"]})
+                               "param_groups": [now | {"lr": then["lr"]} for now, then in groups]})
     for name, p in model.named_parameters():
         moments = [optimizer.state.get(p, {}).get(key) for key in ("exp_avg", "exp_avg_sq", "step")]
         if moments[0] is moments[1] is moments[2] is None and torch.equal(p.cpu(), state["model"][name]):

@@ -137,7 +137,7 @@ def receive(url, path, cap):
     have, old_tag = size_of(path), None
     request = urllib.request.Request(url, headers={"User-Agent": "nanoDNA download.py"})
     if have and os.path.exists(path + ".from"):
-        with open(path + ".from") as f, contextlib.suppress(ValueError):
+        with open(path + ".from", opener=training.no_links) as f, contextlib.suppress(ValueError):
             old_tag = json.load(f).get(url)
     if old_tag:
         request.headers |= {"Range": f"bytes={have}-", "If-range": old_tag}
@@ -153,9 +153,9 @@ def receive(url, path, cap):
         have = have if resumed else 0
         total = have + int(header("Content-Length")) if header("Content-Length") else None
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        with open(path, "ab" if resumed else "wb") as f, tqdm(
+        with open(path, "ab" if resumed else "wb", opener=training.no_links) as f, tqdm(
                 total=total, initial=have, unit="B", unit_scale=True, disable=None, leave=False) as bar:
-            with open(path + ".from", "w") as note:          # after the old bytes are gone
+            with training.create(path + ".from") as note:         # after the old bytes are gone
                 json.dump({url: tag}, note)
             while max(have, total or 0) <= cap and (chunk := reply.read1(1 << 18)):
                 f.write(chunk)
@@ -238,16 +238,14 @@ def check_kind(path):
             raise ValueError(f"{what}, not the data")
 
 
-def verify(path, digest, rows, old={}):
+def verify(path, digest, rows):
     """Return the manifest's entry of a sound file; ValueError: why it is not sound.
-    Sound: by its digest; or as it was when it was verified before (old); or by reading it to the end."""
+    Sound: by its published digest; without one, by reading it to the end. The manifest proves nothing."""
     check_kind(path)
     sha256, how = checksum(path, "sha256"), ALGORITHM[len(digest)]
     if digest and checksum(path, how) != digest:
         raise ValueError(f"{how} {checksum(path, how)}, but the published file has {digest}")
     if not digest:
-        if old.get("sha256") == sha256:
-            return old
         n, how = count_rows(path), "rows" if rows else "read to its end, no published checksum or rows"
         if rows not in (None, n):
             raise ValueError(f"{n:,} rows, but the published file has {rows:,}")
@@ -276,7 +274,7 @@ def unpack(archive, tables, classes):
                 if len(found) != n or any(member.file_size > MAX_MEMBER for _, member in found):
                     raise ValueError(f"{len(found):,} sequences of {split} (or too long); published {n:,}")
                 os.makedirs(os.path.dirname(path), exist_ok=True)
-                with open(path, "w") as f:
+                with training.create(path) as f:
                     f.write("sequence,label\n")
                     for label, member in found:              # z.read would inflate it beyond its stated size
                         with z.open(member) as text:
@@ -341,11 +339,15 @@ def present(file, data_dir, manifest):
     entries = {}
     for path, place in places.items():
         digest = file.digest if place == os.path.join(data_dir, path) else ""  # not of a .gz made by the user
-        old = manifest.get(path, {"url": None, "date": None})
+        old = manifest.get(path, {})
         try:
-            entries[path] = old | verify(place, digest, file.rows[path], old)
+            entry = verify(place, digest, file.rows[path])
         except ValueError as e:
             raise ValueError(f"{place} is there, but {e}; move it away") from None
+        same = old.get("sha256") == entry["sha256"]          # else it does not come from there
+        if old and not same and not digest:
+            print(f"{place}: not the file that manifest.json lists", flush=True)
+        entries[path] = {name: old.get(name) if same else None for name in ("url", "date")} | entry
     return entries
 
 
@@ -373,10 +375,15 @@ def open_data_dir(data_dir, names):
     files = [file for name in names for file in SOURCES[name].files
              if not all(data.find(data_dir, path) for path in file.rows)]
     need = sum(file.size * (1 if file.path in file.rows else 2) for file in files)         # 2: zip and tables
+    partial = os.path.join(data_dir, "partial")
+    if os.path.islink(partial) and os.lstat(partial).st_uid not in (0, os.getuid()):
+        raise ValueError(f"{partial}: a link made by another user; remove it, or use another --data_dir")
     try:
-        os.makedirs(os.path.join(data_dir, "partial"), exist_ok=True)
-        lock = open(os.path.join(data_dir, "partial", "lock"), "w")
+        os.makedirs(partial, exist_ok=True)
+        lock = open(os.path.join(partial, "lock"), "a", opener=training.no_links)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileExistsError:                                  # a link in place of the lock
+        raise
     except BlockingIOError:
         raise ValueError(f"{lock.name}: another download is at work there; wait for it") from None
     except OSError:                                          # read-only, but all may be there; or no locks
@@ -412,7 +419,7 @@ def get(names, data_dir, only_check):
             print(f"{source}: {path}: sound ({entry['verified']}), {entry['bytes']:,} bytes", flush=True)
         if not only_check and manifest | entries != manifest:
             manifest |= entries
-            with open(manifest_path + ".tmp", "w") as f:
+            with training.create(manifest_path + ".tmp") as f:
                 json.dump(manifest, f, indent=1)
             os.replace(manifest_path + ".tmp", manifest_path)
     for name, files in failed.items():
@@ -441,8 +448,7 @@ if __name__ == "__main__":
     parser.add_argument("--data_dir", default="data", help="where the files go (%(default)s)")
     parser.add_argument("--check", action="store_true", help="only verify: no network, nothing written")
     args = parser.parse_args()
-    for which in (signal.SIGTERM, signal.SIGINT):            # the next run resumes what is in partial
-        signal.signal(which, lambda *_: sys.exit(143))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the next run resumes what is in partial
     with training.user_errors():
         names = source_names(args.names)
         if not names:

@@ -62,23 +62,27 @@ WRONG = {"empty": "", "cut": '{"steps": 20, "l', "a list": "[]"}                
 
 @each("resume with wrong flags", ["--lr", "missing", *WRONG], {"randommask": 5}, PRETRAINING)
 def test_resume_with_wrong_flags(fresh, method, case):
-    """A flag of another value, named with both values; an args.json that cannot be read."""
+    """A flag of another value, named with both values; an args.json that cannot be read, or is missing."""
     whole, path = fresh(method, 9), Path("out/args.json")
     sound, flags, words = path.read_text(), [], ["args.json"]
-    if case == "--lr":
+    if case in ("--lr", "missing"):
         flags, words = ["--lr", 0.5], ["lr", "0.5", "0.003"]
-    elif case == "missing":
+    if case == "missing":                                    # then the flags are those in the checkpoint
         path.unlink()
-        words = ["data/hg38.fa.gz"]                          # without the flags of the run: the default
-    else:
+    elif case != "--lr":
         path.write_text(WRONG[case])
     before = contents(Path("out"))
     result = run(OUT_ALONE + flags, script=f"{method}.py")
     message = refused(result)
     assert ("args.json is missing" in result.out) == (case == "missing"), result
     assert all(word in message for word in words) and contents(Path("out")) == before, message
-    path.write_text(sound)
-    check_goes_on(method, whole)
+    if case == "missing":
+        assert run(OUT_ALONE, script=f"{method}.py").code == 0
+        check_ending(method, whole)
+        assert json.loads(path.read_text()) == json.loads(sound) | {"resume": True}
+    else:
+        path.write_text(sound)
+        check_goes_on(method, whole)
 
 
 def flag_cases():
@@ -220,7 +224,8 @@ def begin_and_wait(method, rng, **flags):
     return process
 
 
-@each("signal at a random moment", ["SIGTERM", "SIGKILL", "SIGINT", "SIGUSR1"], {"findna": 2, "finetune": 1})
+@each("signal at a random moment", ["SIGTERM", "SIGKILL", "SIGINT", "SIGUSR1", "SIGHUP", "SIGUSR2",
+                                       "SIGXCPU"], {"findna": 2, "finetune": 1})
 def test_signal_at_a_random_moment(fresh, method, case):
     """SIGKILL, and the last log row is cut; stop signals, while only evaluations are logged."""
     rng, whole = random.Random(case), fresh(method)
@@ -322,6 +327,7 @@ BEST = [f"reset best.{name} after 12" for name in ("value", "step", "worse", "we
 LOST = {method: [f"drop {key} after 12" for key in (*MUST, *OWN[method])]
         + [f"reset {key} after 12" for key in ("step", "model", "optimizer", "exp_avg", "exp_avg_sq",
                                                "moments' step", *OWN[method])]
+        + [f"drop {key} after 12" for key in ("moments' exp_avg", "moments' step", "moments' all")]
         + [f"other {key} after 12" for key in ("format", "method", "config", "args", "data")]
         for method in METHODS}
 LOST["finetune"] += BEST
@@ -334,12 +340,15 @@ for texts in LOST.values():                                  # what is lost with
 def test_lost_state_shows(fresh, method, case):
     """Each part of the state matters: without it, or with that of step 1, a checkpoint is refused or the run
     ends elsewhere."""
-    how, key, _, step = case.replace("moments' step", "moments'step").split()
+    how, key, _, step = case.replace("moments' ", "moments'").split()
     whole = fresh(method, int(step))
     state, first = (training.load(whole / f"steps/{n}.pt") for n in (step, 1))
     assert state.keys() == {"made_with", *MUST, *OWN[method]}
     owner, _, name = key.rpartition(".")
-    if "exp" in key or "moments" in key:
+    if how == "drop" and "moments" in key:
+        moments, name = state["optimizer"]["state"], key.removeprefix("moments'")
+        moments.clear() if name == "all" else moments[0].pop(name)
+    elif "exp" in key or "moments" in key:
         for moments in state["optimizer"]["state"].values():
             moments[key.removeprefix("moments'")] *= 0
     elif how == "drop":
@@ -356,6 +365,8 @@ def test_lost_state_shows(fresh, method, case):
         assert refused(result) and f"'{key}'" in result.out or "of another format" in result.out, result
     elif how == "other":
         assert "another run" in refused(result)
+    elif how == "drop" or "moments" in key or key == "step":
+        assert refused(result)
     elif result.code == 0:
         with pytest.raises(AssertionError, match="not equal"):
             check_ending(method, whole)

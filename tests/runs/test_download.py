@@ -1,4 +1,5 @@
 """download.py against a server on this machine: every source in its real layout, faults, resume, command."""
+import contextlib
 import gzip
 import hashlib
 import http.server
@@ -356,8 +357,8 @@ def test_full_disk(server, tmp_path, monkeypatch, survived):
     survived()
     real = open
 
-    def full(path, mode="r", *args):
-        file = real(path, mode, *args)
+    def full(path, mode="r", **kwargs):
+        file = real(path, mode, **kwargs)
         if path.endswith("a.csv") and "b" in mode and "r" not in mode:
             file = real("/dev/full", mode, buffering=0)
         return file
@@ -433,6 +434,55 @@ def test_files_that_are_there(server, tmp_path, monkeypatch, capsys):
     (tmp_path / "partial/a.csv").write_bytes(BODY)           # killed between the last byte and the name
     run(["a"], tmp_path)
     assert not server.requests and (tmp_path / "a.csv").read_bytes() == BODY
+
+
+ENTRY = {"url": "x", "date": "2020-01-01", "sha256": "0", "bytes": 1, "rows": 400, "verified": "md5"}
+# manifests of strangers, for a table whose labels are flipped; SHA becomes its sha256
+MANIFESTS = {f"without {name}": {name_: value for name_, value in ENTRY.items() if name_ != name}
+             for name in ENTRY} | {
+    "as found": ENTRY, "empty": {}, "edited": ENTRY | {"sha256": "SHA"}, "only that": {"sha256": "SHA"},
+    "a claim": ENTRY | {"sha256": "SHA", "verified": "sha256"}, "no text": dict.fromkeys(ENTRY, 3),
+    "nothing": dict.fromkeys(ENTRY), "lists": dict.fromkeys(ENTRY, [[]]),
+    "escapes": dict.fromkeys(ENTRY, "\x1b[2J")}
+
+
+@pytest.mark.fault("manifest of a stranger", n=2 * len(MANIFESTS))
+def test_manifest_proves_nothing(server, tmp_path, monkeypatch, capsys, survived):
+    """What is verified by rows says "rows"; a published digest wins over the manifest."""
+    flipped = re.sub(b",([01])\n", lambda found: b",%d\n" % (1 - int(found[1])), BODY)
+    (tmp_path / "a.csv").write_bytes(flipped)
+    for digest in ("", hashlib.sha256(BODY).hexdigest()):
+        file = download.File("a.csv", [], len(BODY), {"a.csv": 400}, digest)
+        monkeypatch.setitem(download.SOURCES, "a", download.Source([file], "none", "none", "check {}"))
+        for name, entry in MANIFESTS.items():
+            entry = json.dumps({"a.csv": entry}).replace("SHA", hashlib.sha256(flipped).hexdigest())
+            (tmp_path / "manifest.json").write_text(entry)
+            with pytest.raises(ValueError) if digest else contextlib.nullcontext():
+                run(["a"], tmp_path, only_check=True)
+            out = capsys.readouterr().out
+            assert ("the published file has" if digest else "a.csv: sound (rows), ") in out, name
+            changed = not digest and "SHA" not in str(MANIFESTS[name]) and name != "empty"
+            assert ("not the file that manifest.json lists" in out) == changed and "\x1b" not in out
+            survived()
+
+
+@pytest.mark.fault("planted link in the data folder", n=4)
+def test_planted_links(server, tmp_path, monkeypatch, survived):
+    """The file behind a link is left alone: another user may have made the link."""
+    mine = tmp_path / "mine"
+    for name in ("lock", "a.csv", "a.csv.from", "../manifest.json.tmp"):
+        folder = tmp_path / name.strip("./")
+        one_file(server, monkeypatch, [GOOD])
+        mine.write_text("precious")
+        (folder / "partial").mkdir(parents=True)
+        os.symlink(mine, folder / "partial" / name)
+        if name in ("lock", "a.csv"):
+            with pytest.raises((OSError, ValueError), match="a link, not followed|not sound"):
+                run(["a"], folder)
+        else:
+            run(["a"], folder)
+        assert mine.read_text() == "precious"
+        survived()
 
 
 def test_command(server, tmp_path, monkeypatch):
