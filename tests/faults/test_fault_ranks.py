@@ -2,6 +2,7 @@
 
 Forked ranks first, then real torchrun. A run that goes on must end like the undisturbed one on one rank."""
 import datetime
+import importlib
 import os
 import resource
 import signal
@@ -19,7 +20,17 @@ from harness import ROOT, at_call, contents, die, equal, log_rows, refused, slow
 from methods import (PRETRAINING, STEPS, begin, begin_slowly, check_ending, check_goes_on, each, fault,
                      flags_of, fresh, go, in_save, whole)    # noqa: F401, fixtures
 
-stop_at_7 = at_call("training", "stop_requested", 7, lambda real: True)
+
+def stop_at_7():
+    """Patch: SIGTERM in the seventh step of a process."""
+    training = importlib.import_module("training")           # the run's own
+    real = training.Run.sum_over_ranks
+
+    def wrapped(self):
+        if self.step - self.start == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        real(self)
+    training.Run.sum_over_ranks = wrapped
 
 
 def last_step():
