@@ -316,7 +316,7 @@ def file_digest(path, blocks=None):
     digest = hashlib.sha256()
     with open(path, "rb") as f:
         if blocks is None:
-            for block in iter(lambda: f.read(CHUNK), b""):
+            for block in iter(lambda: f.read(1 << 20), b""):
                 digest.update(block)
         else:
             for at in np.linspace(0, max(0, os.fstat(f.fileno()).st_size - 4096), blocks).astype(int):
@@ -553,7 +553,7 @@ def contig_names(contigs):
 
 OTHER_FORMATS = (                                            # how a file starts, what it is and what to do
     (rb">", "FASTA, not a table; make one with columns sequence and label, for example by seqkit fx2tab"),
-    (rb"BZh", "bzip2; unpack it with bunzip2"), (rb"PK", "a zip archive; unpack it"),
+    (rb"BZh", "bzip2; unpack it with bunzip2"), (rb"PK[\x01-\x08]", "a zip archive; unpack it"),
     (rb"\(\xb5/\xfd", "Zstandard; unpack it with unzstd"), (rb"\xfd7zXZ", "xz; unpack it with unxz"),
     (rb"7z\xbc\xaf|Rar!", "an archive; unpack it"), (rb"\x04\x22M\x18", "LZ4; unpack it with unlz4"),
     (rb"C'A\x1a|\x1aA'C", "2bit; convert it with twoBitToFa"),
@@ -621,7 +621,7 @@ def raw_records(path):
             raise ValueError(f"{path}: the file is empty; check it")
         if not buffer.startswith(b">"):
             start = buffer.strip()
-            other = other_format(start)
+            other = other_format((buffer + f.read(1000)).lstrip())
             reason = f"this is {other}" if other else f"no header '>name' but {quoted(start[:40])}; add one"
             raise ValueError(f"{path}: line {line}: {reason}")
         searched = 0
@@ -972,7 +972,12 @@ def read_columns(path, wanted):
         other = other_format(file_start(path))
         reason = f"this is {other}" if other else "no table by its name"
         raise ValueError(f"{path}: {reason}; use .csv (commas), .tsv or .txt (tabs)")
-    (header, *rows), (place, *places), start = read_lines(path, DELIMITER[suffix])
+    try:
+        (header, *rows), (place, *places), start = read_lines(path, DELIMITER[suffix])
+    except ValueError:
+        if other := other_format(file_start(path)):
+            raise ValueError(f"{path}: this is {other}") from None
+        raise
     header, columns = [cell.strip().lower() for cell in header], {}
     for name, spellings in wanted.items():
         found = [i for i, cell in enumerate(header) if cell in spellings]
