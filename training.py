@@ -2,7 +2,7 @@
 
 Nothing here names a method and nothing loops over steps: the loop stays in the script. A user's mistake is a
 ValueError or OSError whose text is one clear line; `user_errors` prints it and exits with 2. The other exit
-codes: 0 done, 3 a loss that is not finite, 143 stopped by a signal after a checkpoint.
+codes: 0 done, 3 a loss that is not finite, 130 stopped at once by Ctrl-C, 143 by a signal after a checkpoint.
 """
 import argparse
 import contextlib
@@ -43,7 +43,10 @@ def plain(text):
 
 @contextlib.contextmanager
 def user_errors(*kinds):
-    """Turns these exceptions (default ValueError, OSError, out of memory) into one line and exit code 2."""
+    """Turns these exceptions (default ValueError, OSError, out of memory) into one line and exit code 2.
+
+    Ctrl-C is always one line and exit code 130.
+    """
     kinds = kinds or (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
     try:
         yield
@@ -51,6 +54,9 @@ def user_errors(*kinds):
         advice = "; lower --micro_batch_size" if isinstance(e, torch.OutOfMemoryError) else ""
         print(f"error: {plain((str(e) or repr(e)).splitlines()[0])}{advice}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("stopped  by Ctrl-C", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
 
 
 def number(kind, low, high=math.inf):

@@ -49,11 +49,17 @@ def pytest_runtest_makereport(item, call):
     if mark and report.when == "call" and not report.skipped:
         n = mark.kwargs.get("n", 1)                          # a test of several cases must count them
         counted = getattr(item, "survived", int(report.passed and n == 1))
-        for i, amount in enumerate((n, min(counted, n), report.duration)):
-            BOARD[mark.args[0]][i] += amount
+        report.user_properties.append(("fault", [mark.args[0], n, min(counted, n), report.duration]))
         if report.passed and counted != n:
             report.outcome, report.longrepr = "failed", f"{counted} cases were counted, not {n}"
     return report
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call":                                # with -n, reports come from the workers
+        for kind, *amounts in (value for name, value in report.user_properties if name == "fault"):
+            for i, amount in enumerate(amounts):
+                BOARD[kind][i] += amount
 
 
 def pytest_terminal_summary(terminalreporter, config):

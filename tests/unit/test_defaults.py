@@ -14,7 +14,8 @@ import finetune
 
 # where, how often, on what: every flag that is not here is in one of the tables below
 COMMON = {"genome", "data_dir", "cache", "val_contigs", "init", "micro_batch_size", "out", "resume",
-          "log_every", "eval_windows", "device", "dtype", "compile", "show_masks", "demo", "verify", "ambiguous"}
+          "log_every", "eval_windows", "device", "dtype", "compile", "show_masks", "demo",
+          "verify", "ambiguous"}
 RANDOMMASK = {
     "k": (6, "Liang: overlapping 6-mers, as DNABERT"),
     "stride": (1, "Liang: overlapping"),
