@@ -466,7 +466,7 @@ def is_unchanged(index, paths, source, folder):
     if there != now or index["digests"] != [file_digest(path) for path in paths]:
         return False
     with contextlib.suppress(OSError):                       # in a folder that is read only
-        write_index(folder, index | {"source": source}, f".{os.getpid()}.tmp")
+        write_index(folder, index | {"source": source})
     return True
 
 
@@ -494,17 +494,23 @@ def pack_contigs(paths, source, write):
             "crc_bases": crc}
 
 
-def write_index(folder, index, suffix):
-    """Write index.json, whole or not at all."""
-    path = os.path.join(folder, "index.json")
+def write_whole(path, text):
+    """Write a small file of a cache, whole or not at all."""
+    tmp = f"{path}.{os.getpid()}.tmp"                        # ranks may write it at the same time
     try:
-        with new_file(path + suffix) as f:
-            f.write(json.dumps(index | {"crc_index": zlib.crc32(json.dumps(index).encode())}).encode())
-        os.replace(path + suffix, path)
+        with new_file(tmp) as f:
+            f.write(text.encode())
+        os.replace(tmp, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(path + suffix)
+            os.unlink(tmp)
         raise
+
+
+def write_index(folder, index):
+    """Write index.json with its checksum."""
+    crc = zlib.crc32(json.dumps(index).encode())
+    write_whole(os.path.join(folder, "index.json"), json.dumps(index | {"crc_index": crc}))
 
 
 def build_cache(paths, source, folder):
@@ -518,7 +524,7 @@ def build_cache(paths, source, folder):
         content = json.dumps([index["contigs"], index["crc_bases"]])
         index["fingerprint"] = hashlib.sha256(content.encode()).hexdigest()[:12]
         os.replace(bases + ".tmp", bases)
-        write_index(folder, index, ".tmp")
+        write_index(folder, index)
     except FileNotFoundError:                                # another process removed the folder, and may
         raise                                                # already work in a new one
     except BaseException as e:
@@ -976,7 +982,7 @@ def read_columns(path, wanted):
         (header, *rows), (place, *places), start = read_lines(path, DELIMITER[suffix])
     except ValueError:
         if other := other_format(file_start(path)):
-            raise ValueError(f"{path}: this is {other}") from None
+            raise ValueError(f"{path}: line 1: this is {other}") from None
         raise
     header, columns = [cell.strip().lower() for cell in header], {}
     for name, spellings in wanted.items():

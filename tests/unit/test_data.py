@@ -386,7 +386,7 @@ def test_caches_of_other_users(survived, monkeypatch):
                                    (65534, 0o775, folder), (65534, 0o755, None)):
             shutil.rmtree(cache), cache.mkdir()
             secret.write_text("mine"), os.chown(secret, 65534, 65534)
-            for name in ("lock", "bases.u8.tmp", "index.json.tmp"):
+            for name in ("lock", "bases.u8.tmp", "index.json"):
                 os.symlink(secret, cache / name)
             os.chmod(cache, mode), os.chown(cache, owner, owner)
             result = read(65534, named)
