@@ -116,15 +116,14 @@ def npmi_table(args, genome):
         return read_npmi(path, args.k), [""] * 4 ** args.k, path
     at = np.searchsorted(np.cumsum(list(genome.contigs.values())), genome.intervals[:, 0], side="right")
     chosen = np.isin(np.array(list(genome.contigs))[at], contigs)
-    counts = count_kmers(genome.bases, genome.intervals[chosen], args.k)
+    with data.stoppable("counting k-mers"):
+        counts = count_kmers(genome.bases, genome.intervals[chosen], args.k)
     if counts[-1].sum() < 4 ** args.k:
         raise ValueError(f"genome too small for an NPMI: {counts[-1].sum()} {args.k}-mers, of {4 ** args.k} "
                          f"different ones; use a larger genome, a smaller --k or --npmi_table")
     values = npmi(counts) if args.npmi == "published" else npmi(counts, max_part=args.k, halve_p=False)
     try:
-        with open(f"{path}.{os.getpid()}.tmp", "w") as f:    # ranks may write it at the same time
-            f.write("\n".join(npmi_lines(values, counts[-1], args.k)) + "\n")
-        os.replace(f.name, path)
+        data.write_whole(path, "\n".join(npmi_lines(values, counts[-1], args.k)) + "\n")
     except OSError as e:
         raise ValueError(f"{path}: cannot be written ({e.strerror}); give --cache FOLDER") from None
     return values, counts[-1], path
@@ -312,7 +311,7 @@ if __name__ == "__main__":
         complete_args(args)
         run = training.Run(args, writes=not (args.show_masks or args.npmi_only))
         device = run.device
-        genome = data.open_genome(args.genome, args.data_dir, args.cache)
+        genome = data.open_genome(args.genome, args.data_dir, args.cache, args.ambiguous, args.verify)
         values, counts, npmi_path = npmi_table(args, genome)
         ranks, (header, *lines) = npmi_rank(values), npmi_lines(values, counts, args.k)
         about_npmi = f"npmi     of {len(lines)} of {4 ** args.k} {args.k}-mers: {npmi_path}"
@@ -360,11 +359,12 @@ if __name__ == "__main__":
         training.finish()
 
     mean = length / 2 + (args.k + length - 1) / 4            # bases of a piece
-    passes = args.steps * args.batch_size * mean / int(np.diff(genome.intervals).sum())
+    reached, lines = genome.reach(length, args.val_contigs)
+    passes = args.steps * args.batch_size * mean / reached
     run.describe(model, genome, args.batch_size * (mean - args.k + 1))
-    run.say(about_npmi)
+    run.say(*lines, about_npmi, sep="\n")
     run.say(f"pieces   half {length} bases, half {args.k} to {length - 1}; {passes:.2g} passes over the "
-            f"genome")
+            f"bases reached")
     run.say(f"masks    {args.strategy}; p " + ", ".join(f"{p:.4g} ({name})" for name, p in center_p.items()))
     if run.start:
         run.say(f"strategy {curriculum['strategy']} in force")

@@ -6,6 +6,7 @@ Coordinates are 0-based and half-open, as in BED. Invalid input raises ValueErro
 """
 import contextlib
 import csv
+import errno
 import fcntl
 import functools
 import glob
@@ -17,6 +18,9 @@ import math
 import os
 import re
 import shutil
+import signal
+import sys
+import threading
 import zlib
 from collections import namedtuple
 
@@ -27,12 +31,16 @@ import torch.nn.functional as F
 LETTERS_ONLY = "use A, C, G, T, N or IUPAC codes"           # the end of messages
 PAD, UNK, CLS, SEP, MASK = range(5)
 BLANK = 5                                                    # stands for "no base": zeros in one_hot
-AMBIGUOUS = b"NRYSWKMBDHVnryswkmbdhv"                        # IUPAC codes of several bases: all become N
+AMBIGUOUS = b"NRYSWKMBDHVnryswkmbdhv"                        # IUPAC codes of several bases: all become N,
+DRAWN = {"R": "AG", "Y": "CT", "S": "CG", "W": "AT", "K": "GT", "M": "AC",     # or one of these bases
+         "B": "CGT", "D": "AGT", "H": "ACT", "V": "ACG"}
 CODE = np.full(256, 255, np.uint8)                           # byte -> base code; 255: not DNA
 CODE[np.frombuffer(AMBIGUOUS, np.uint8)] = 4
 CODE[np.frombuffer(b"ATCGatcg", np.uint8)] = [0, 1, 2, 3] * 2
 HG38_CONTIGS = [f"chr{c}" for c in (*range(1, 23), "X", "Y")]
 CHUNK = 1 << 23                                              # bytes read from a FASTA at a time
+HASHED = 200_000_000                                         # larger files are not always hashed whole
+PLANTED, EARLIER = "other users can write to it", "an earlier version made it"          # of a genome cache
 DEMO_MOTIF = "TGACTCAGCATG"                                  # planted in the demo genome and in the demo task
 
 
@@ -146,24 +154,30 @@ def corrupt(tokens, masked, n_vocab):
 
 class Genome:
     """One or more FASTA files, packed once into a checked, memory-mapped cache of base codes (1 byte each).
-    cache: folder for the cache (default: beside the FASTA); keep: names of contigs to take (default: all)."""
+    cache: folder for the cache (default: beside the FASTA); keep: names of contigs to take (default: all);
+    ambiguous: "random" draws a base for each IUPAC code but N; verify: compare the cache with the FASTA."""
 
-    def __init__(self, paths, cache=None, keep=None):
+    def __init__(self, paths, cache=None, keep=None, ambiguous="N", verify=False):
         paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
         paths = [os.fspath(path) for path in paths]
         if len({os.path.realpath(path) for path in paths}) < len(paths):
             raise ValueError(f"{', '.join(paths)}: the same FASTA file is given twice; name each file once")
-        index, self.bases = open_cache(paths, cache, keep and sorted(keep))     # all contigs, end to end
+        source = {"keep": keep and sorted(keep), "ambiguous": ambiguous}
+        index, self.bases = open_cache(paths, cache, source)                   # all contigs, end to end
+        if verify:
+            check_packed(index, self.bases, paths, source)
         self.contigs = dict(index["contigs"])                # {name: length}
         self.offsets = dict(zip(self.contigs, np.cumsum([0, *self.contigs.values()]).tolist()))
         self.intervals = np.array(index["intervals"])        # (n, 2): stretches without N, positions in bases
-        self.n_ambiguous = index["n_ambiguous"]
+        self.n_ambiguous = index["n_ambiguous"]              # IUPAC codes but N
+        self.drawn = ambiguous == "random"                   # a base was drawn for each; else they are N
         self.fingerprint = index["fingerprint"]              # depends on the bases, not on where the file is
 
     def __str__(self):
         n_unknown = len(self.bases) - int(np.diff(self.intervals).sum())
+        codes = "IUPAC codes drawn among their bases" if self.drawn else "were other IUPAC codes"
         return (f"{len(self.contigs)} contigs, {len(self.bases):,} bases, {n_unknown:,} N "
-                f"({self.n_ambiguous:,} were other IUPAC codes), fingerprint {self.fingerprint}")
+                f"({self.n_ambiguous:,} {codes}), fingerprint {self.fingerprint}")
 
     def fetch(self, contig, start, end, strand="+"):
         """Return the text of contig[start:end], 0-based half-open; strand '-': its reverse complement."""
@@ -193,27 +207,60 @@ class Genome:
         train, val = np.stack([start, cut], 1), np.stack([cut, end], 1)
         train, val = train[cut - start >= length], val[end - cut >= length]
         if not len(train) or not len(val):
-            part = "validation (1 % of a contig)" if len(train) else "training"
-            raise ValueError(f"the genome is too small: no window of {length} bases without N for {part} "
-                             f"(longest: {(end - start).max()}); use shorter windows or --val_contigs")
+            raise ValueError(f"the genome is too small: {self.too_small(length, val_contigs, len(train))}")
         return train, val
 
+    def too_small(self, length, val_contigs, trains):
+        """Return why a split has no window of `length` bases for training or, if `trains`, for validation."""
+        sizes = np.diff(self.intervals)[:, 0]
+        if sizes.max() < length:
+            return (f"no window of {length} bases without N (longest: {sizes.max():,}); use shorter windows"
+                    + self.advice())
+        if val_contigs or not trains:
+            part = "validation" if trains else "training"
+            return f"no window of {length} bases without N is left for {part}; change --val_contigs"
+        at = np.searchsorted(np.cumsum([*self.contigs.values()]), self.intervals[:, 0], side="right")
+        fit = np.unique(at[sizes >= length])                 # contigs with a window
+        names = ",".join([*self.contigs][i] for i in fit[:max(1, min(5, len(fit) // 50))])
+        return (f"validation is the last 1 % of each contig, and in none that is a window of {length} bases; "
+                f"use shorter windows, or hold out whole contigs, such as --val_contigs {names}")
 
-def open_genome(names, data_dir, cache=None):
+    def advice(self):
+        """Return what to do about N, as the end of a message, where it helps."""
+        return " or --ambiguous random" if self.n_ambiguous and not self.drawn else ""
+
+    def reach(self, length, val_contigs=()):
+        """Return the number of bases in training windows, and lines that say what windows reach and miss."""
+        ends, parts = np.cumsum([*self.contigs.values()]), self.split(length, val_contigs)
+        n_bases = [int(np.diff(part).sum()) for part in parts]
+        n_contigs = [len(np.unique(np.searchsorted(ends, part[:, 0], side="right"))) for part in parts]
+        lines = [f"reached  by training windows {n_contigs[0]:,} of {len(ends):,} contigs, {n_bases[0]:,} "
+                 f"bases; by validation windows {n_contigs[1]:,}, {n_bases[1]:,} bases"]
+        n_known = int(np.diff(self.intervals).sum()) + (0 if self.drawn else self.n_ambiguous)
+        missed = n_known - sum(n_bases)
+        if missed > n_known / 10:
+            lines.append(f"warning: {missed:,} of {n_known:,} bases ({missed / n_known:.1%}) are never read, "
+                         f"because they lie between N or in contigs too short for windows of {length} bases; "
+                         f"use shorter windows{self.advice()}")
+        return n_bases[0], lines
+
+
+def open_genome(names, data_dir, cache=None, ambiguous="N", verify=False):
     """Open the Genome of --genome: FASTA paths, or hg38 (chr1-22, X, Y of data_dir/hg38.fa.gz), or demo."""
+    how = {"ambiguous": ambiguous, "verify": verify}
     demo, hg38 = (os.path.join(data_dir, name) for name in ("demo.fa", "hg38.fa.gz"))
     if len(names) > 1 and {"demo", "hg38"} & set(names):
         raise ValueError(f"--genome {' '.join(names)}: hg38 and demo stand alone; name one, or FASTA files")
     if names[0] == "demo":
         if not os.path.exists(demo):
             write_demo_genome(demo)
-        return Genome(demo, cache)
+        return Genome(demo, cache, **how)
     if names[0] != "hg38":
-        return Genome(names, cache)
+        return Genome(names, cache, **how)
     if not os.path.exists(hg38):
         raise ValueError(f"{hg38}: no such file; get it (1 GB) with python -m tools.download hg38 --data_dir "
                          f"{data_dir}, or use --genome YOUR.fa, or --demo")
-    return Genome(hg38, cache, HG38_CONTIGS)
+    return Genome(hg38, cache, HG38_CONTIGS, **how)
 
 
 def check_file(path):
@@ -239,15 +286,54 @@ def opened(path):
         raise ValueError(f"{path}: damaged gzip file ({e}); download it again") from None
 
 
-def file_fingerprint(path):
-    """Return [name, size, mtime, sha256 of 64 blocks of 4 KiB]: of a large file, a sample."""
-    check_file(path)
-    stat, digest = os.stat(path), hashlib.sha256()
+@contextlib.contextmanager
+def stoppable(work):
+    """Turn SIGINT, SIGTERM and SIGHUP meanwhile into one line and exit code 130, 143 or 129, so that what is
+    half done can be removed. A signal that is ignored (nohup) stays so."""
+    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    main = threading.current_thread() is threading.main_thread()               # only it may set handlers
+    before = {which: signal.getsignal(which) for which in kinds if main}
+    before = {which: now for which, now in before.items() if now not in (signal.SIG_IGN, None)}
+
+    def stop(which, frame):
+        for each in before:                                  # a second one must not disturb the removal
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + which)
+    try:
+        for which in before:
+            signal.signal(which, stop)
+        yield
+    except SystemExit:
+        print(f"stopped  by a signal while {work}; nothing is left of it", file=sys.stderr, flush=True)
+        raise
+    finally:
+        for which, handler in before.items():
+            signal.signal(which, handler)
+
+
+def file_digest(path, blocks=None):
+    """Return the sha256 of a file, or of so many blocks of 4 KiB, spread evenly."""
+    digest = hashlib.sha256()
     with open(path, "rb") as f:
-        for at in np.linspace(0, max(0, stat.st_size - 4096), 64).astype(int):
-            f.seek(at)
-            digest.update(f.read(4096))
-    return [os.path.basename(path), stat.st_size, stat.st_mtime_ns, digest.hexdigest()]
+        if blocks is None:
+            for block in iter(lambda: f.read(1 << 20), b""):
+                digest.update(block)
+        else:
+            for at in np.linspace(0, max(0, os.fstat(f.fileno()).st_size - 4096), blocks).astype(int):
+                f.seek(at)
+                digest.update(f.read(4096))
+    return digest.hexdigest()
+
+
+def file_fingerprint(path):
+    """Return [name, size, sha256]; of a file of more than 200 MB the sha256 of 64 blocks, and what changes
+    with each write: inode, mtime, and ctime, which no user can set."""
+    check_file(path)
+    stat = os.stat(path)
+    known = [os.path.basename(path), stat.st_size]
+    if stat.st_size <= HASHED:
+        return [*known, file_digest(path)]
+    return [*known, file_digest(path, 64), stat.st_ino, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def cache_home():
@@ -255,20 +341,22 @@ def cache_home():
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanodna")
 
 
-def open_cache(paths, cache, keep):
+def open_cache(paths, cache, source):
     """Find the cache of these FASTA files, or build it in the first folder that can be written."""
     roots = [cache] if cache else [os.path.dirname(os.path.abspath(paths[0])), cache_home()]
-    source = [file_fingerprint(path) for path in paths] + [keep]
+    keep, drawn = source["keep"], ["random"] * (source["ambiguous"] == "random")
+    source["files"] = [file_fingerprint(path) for path in paths]
     for root in roots:
-        key = json.dumps([[os.path.relpath(path, root) for path in paths], keep])
+        key = json.dumps([[os.path.relpath(path, root) for path in paths], keep, *drawn])
         name = f"{os.path.basename(paths[0])}.{hashlib.sha256(key.encode()).hexdigest()[:8]}.nanodna"
         folder, error = os.path.join(root, name), "it does not read back as written"
         for _ in range(100):                                 # another process may remove the folder
             try:
-                found = read_cache(folder, source) or lock_and_build(paths, keep, source, folder)
+                check_owner(folder, named=cache)
+                found = read_cache(folder, paths, source) or lock_and_build(paths, source, folder)
             except FileNotFoundError as e:                   # removed meanwhile: once more
                 found, error = None, e.strerror
-            except OSError as e:                             # read-only or full: the next root
+            except OSError as e:                             # read-only, full or not ours: the next root
                 error = e.strerror
                 break
             if found:
@@ -276,47 +364,118 @@ def open_cache(paths, cache, keep):
     raise ValueError(f"{folder}: cannot write the genome cache ({error}); use --cache FOLDER")
 
 
-def lock_and_build(paths, keep, source, folder):
+def check_owner(folder, named):
+    """PermissionError where a cache is another user's, unless --cache names its place: what others have
+    planted in a folder where all may write must not become the genome."""
+    with contextlib.suppress(FileNotFoundError):
+        for owner in {os.lstat(folder).st_uid, os.stat(folder).st_uid} - {os.geteuid(), 0}:
+            if not named:
+                print(f"genome cache {folder}: belongs to another user (uid {owner}), not used; to trust it, "
+                      f"give --cache {os.path.dirname(folder)}", flush=True)
+                raise PermissionError(errno.EPERM, "it belongs to another user")
+
+
+def others_can_write(stat):
+    """Tell whether the mode lets anybody but the owner write."""
+    return bool(stat.st_mode & 0o022)
+
+
+def make_folder(folder):
+    """Make the folder of a cache: nobody else may write to it, nor read it where the place is not ours.
+    One that others could write to is made anew, because all of it may be theirs."""
+    if os.path.isdir(folder) and others_can_write(os.stat(folder)):
+        print(f"genome cache {folder}: {PLANTED}; building it again", flush=True)
+        shutil.rmtree(folder)
+    root = os.path.dirname(os.path.abspath(folder))
+    os.makedirs(root, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.mkdir(folder, 0o755 if os.stat(root).st_uid == os.geteuid() else 0o700)
+
+
+def private(path, flags):
+    """Opener for open(): follows no link; a new file can be read by those who can read the folder."""
+    return os.open(path, flags | os.O_NOFOLLOW, os.stat(os.path.dirname(path)).st_mode & 0o644)
+
+
+def new_file(path):
+    """Open a new file of a cache for writing. What has its name, left by a kill or planted, is removed."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    return open(path, "xb", opener=private)
+
+
+def lock_and_build(paths, source, folder):
     """Build the cache under a lock, so that ranks that start together build it once.
     Returns index, bases where another process was faster, else None: the caller reads what was built."""
-    os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "lock"), "w") as lock:
-        with contextlib.suppress(OSError):                   # some network file systems have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        if not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
-            return None                                      # this locks a folder that was removed
-        found = read_cache(folder, source, verbose=True)
-        if not found:
-            build_cache(paths, keep, source, folder)
-        return found
+    with stoppable("packing the genome"):
+        make_folder(folder)
+        with open(os.path.join(folder, "lock"), "ab", opener=private) as lock:
+            with contextlib.suppress(OSError):               # some network file systems have no locks
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if not os.path.samestat(os.fstat(lock.fileno()), os.stat(lock.name)):
+                return None                                  # this locks a folder that was removed
+            found = read_cache(folder, paths, source, verbose=True)
+            if not found:
+                build_cache(paths, source, folder)
+            return found
 
 
-def read_cache(folder, source, verbose=False):
+def load_cache(folder):
+    """Return (index, bases) of a cache. ValueError and others where it is damaged or may be planted."""
+    owners, names = {os.geteuid(), 0, os.stat(folder).st_uid}, ("index.json", "bases.u8")
+    with contextlib.ExitStack() as files:
+        text, codes = (files.enter_context(open(os.path.join(folder, name), "rb", opener=private))
+                       for name in names)
+        for stat in (os.stat(folder), os.fstat(text.fileno()), os.fstat(codes.fileno())):
+            if others_can_write(stat) or stat.st_uid not in owners:
+                raise ValueError(PLANTED)
+        index = json.load(text)
+        crc = index.pop("crc_index")
+        bases = np.memmap(codes, np.uint8, mode="c")
+    if crc != zlib.crc32(json.dumps(index).encode()) or index["crc_bases"] != zlib.crc32(bases):
+        raise ValueError("checksum")
+    if isinstance(index["source"], list):
+        raise ValueError(EARLIER)
+    return index, bases
+
+
+def read_cache(folder, paths, source, verbose=False):
     """Return (index, bases) of a cache that is whole and made from these sources, else None.
     The bases are the same mapping that was checked, because the files may be replaced at any moment."""
     if not os.path.exists(os.path.join(folder, "index.json")):
         return None
     try:
-        with open(os.path.join(folder, "index.json")) as f:
-            index = json.load(f)
-        crc = index.pop("crc_index")
-        bases = np.memmap(os.path.join(folder, "bases.u8"), np.uint8, mode="c")
-        sound = crc == zlib.crc32(json.dumps(index).encode()) and index["crc_bases"] == zlib.crc32(bases)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        sound = False
-    if sound and index["source"] == source:
-        return index, bases
+        index, bases = load_cache(folder)
+        if index["source"] == source or is_unchanged(index, paths, source, folder):
+            return index, bases
+        reason = "the FASTA has changed"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, MemoryError) as e:
+        if isinstance(e, MemoryError) or getattr(e, "errno", None) == errno.ENOMEM:
+            raise ValueError(f"{folder}: not enough memory to map the genome; raise the limit (ulimit -v, or "
+                             f"that of the job)") from None
+        reason = str(e) if str(e) in (PLANTED, EARLIER) else "it is damaged"
     if verbose:                                              # say why it is built again
-        reason = "the FASTA has changed" if sound else "it is damaged"
         print(f"genome cache {folder}: {reason}; building it again", flush=True)
     return None
 
 
-def pack_contigs(paths, keep, out):
-    """Write the base codes of the FASTA files to the open file `out`; return what the index says of them."""
+def is_unchanged(index, paths, source, folder):
+    """Tell whether files that look changed hold what was packed, by all of their bytes; if so, note their
+    new inodes and times in the index, for the next time."""
+    there, now = (x | {"files": [file[:2] for file in x["files"]]} for x in (index["source"], source))
+    if there != now or index["digests"] != [file_digest(path) for path in paths]:
+        return False
+    with contextlib.suppress(OSError):                       # in a folder that is read only
+        write_index(folder, index | {"source": source})
+    return True
+
+
+def pack_contigs(paths, source, write):
+    """Give the base codes of the FASTA files to write(codes); return what the index says of them."""
     contigs, intervals, size, crc, n_ambiguous = [], [], 0, 0, 0
+    keep, drawn = source["keep"], source["ambiguous"] == "random"
     for path in paths:
-        for name, codes, ambiguous in fasta_records(path):
+        for name, codes, ambiguous in fasta_records(path, drawn):
             if keep and name not in keep:
                 continue
             contigs.append((path, name, len(codes)))
@@ -325,7 +484,7 @@ def pack_contigs(paths, keep, out):
             intervals += edges[:len(edges) // 2 * 2].reshape(-1, 2).tolist()
             size, crc = size + len(codes), zlib.crc32(codes, crc)
             n_ambiguous += ambiguous
-            out.write(codes)
+            write(codes)
     missing = set(keep or ()) - {name for _, name, _ in contigs}
     if missing:
         raise ValueError(f"{', '.join(paths)}: no contig {min(missing)}; check that it is the right genome")
@@ -335,23 +494,58 @@ def pack_contigs(paths, keep, out):
             "crc_bases": crc}
 
 
-def build_cache(paths, keep, source, folder):
-    """Check and pack the FASTA files: write bases.u8 and index.json under other names, then rename them."""
-    files = [os.path.join(folder, name) for name in ("bases.u8", "index.json")]
+def write_whole(path, text):
+    """Write a small file of a cache, whole or not at all."""
+    tmp = f"{path}.{os.getpid()}.tmp"                        # ranks may write it at the same time
     try:
-        with open(files[0] + ".tmp", "wb") as out:
-            index = {"source": source} | pack_contigs(paths, keep, out)
+        with new_file(tmp) as f:
+            f.write(text.encode())
+        os.replace(tmp, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(tmp)
+        raise
+
+
+def write_index(folder, index):
+    """Write index.json with its checksum."""
+    crc = zlib.crc32(json.dumps(index).encode())
+    write_whole(os.path.join(folder, "index.json"), json.dumps(index | {"crc_index": crc}))
+
+
+def build_cache(paths, source, folder):
+    """Check and pack the FASTA files: write bases.u8 and index.json under other names, then rename them.
+    Where that fails, only what this has written goes: an older cache stays."""
+    bases = os.path.join(folder, "bases.u8")
+    try:
+        with new_file(bases + ".tmp") as out:
+            index = {"source": source, "digests": [file_digest(path) for path in paths]}
+            index |= pack_contigs(paths, source, out.write)
         content = json.dumps([index["contigs"], index["crc_bases"]])
         index["fingerprint"] = hashlib.sha256(content.encode()).hexdigest()[:12]
-        with open(files[1] + ".tmp", "w") as f:
-            json.dump(index | {"crc_index": zlib.crc32(json.dumps(index).encode())}, f)
-        for file in files:
-            os.replace(file + ".tmp", file)
+        os.replace(bases + ".tmp", bases)
+        write_index(folder, index)
     except FileNotFoundError:                                # another process removed the folder, and may
         raise                                                # already work in a new one
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as e:
+        with contextlib.suppress(OSError):
+            os.unlink(bases + ".tmp")
+        if not os.path.exists(os.path.join(folder, "index.json")):
+            shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(e, MemoryError):
+            raise MemoryError(f"{', '.join(paths)}: not enough memory to pack the largest contig; raise the "
+                              f"limit (ulimit -v, or that of the job)") from None
         raise
+
+
+def check_packed(index, bases, paths, source):
+    """ValueError unless the FASTA files, packed once more, give these bases: the cache may be another's."""
+    digest, folder = hashlib.sha256(), os.path.dirname(bases.filename)
+    with stoppable("comparing the genome cache with the FASTA"):
+        again = pack_contigs(paths, source, digest.update)
+    if index | again != index or digest.digest() != hashlib.sha256(bases).digest():
+        raise ValueError(f"genome cache {folder}: it is not what the FASTA holds; delete it or use another")
+    print(f"genome cache {folder}: equal to the FASTA, base by base", flush=True)
 
 
 def contig_names(contigs):
@@ -363,11 +557,27 @@ def contig_names(contigs):
     return [[name, n] for _, name, n in contigs]
 
 
-OTHER_FORMATS = (                                            # first bytes, what that is and what to do
-    (b"BZh", "bzip2; unpack it"), (b"PK", "a zip archive; unpack it"), (b"@", "FASTQ; convert it"),
-    (b"<", "an HTML page; download the file again"), (b";", "a ';' comment; remove it"),
-    (b"version https://git-lfs", "a git-LFS pointer; run git lfs pull"), (b"LOCUS", "GenBank; convert it"),
-    (b"\xff\xfe", "UTF-16; save it as plain text"), (b"\xfe\xff", "UTF-16; save it as plain text"))
+OTHER_FORMATS = (                                            # how a file starts, what it is and what to do
+    (rb">", "FASTA, not a table; make one with columns sequence and label, for example by seqkit fx2tab"),
+    (rb"BZh", "bzip2; unpack it with bunzip2"), (rb"PK[\x01-\x08]", "a zip archive; unpack it"),
+    (rb"\(\xb5/\xfd", "Zstandard; unpack it with unzstd"), (rb"\xfd7zXZ", "xz; unpack it with unxz"),
+    (rb"7z\xbc\xaf|Rar!", "an archive; unpack it"), (rb"\x04\x22M\x18", "LZ4; unpack it with unlz4"),
+    (rb"C'A\x1a|\x1aA'C", "2bit; convert it with twoBitToFa"),
+    (rb"BAM\x01|CRAM|@(HD|SQ|RG|PG)\t", "SAM, BAM or CRAM; convert it with samtools fasta"),
+    (rb"@", "FASTQ; convert it, for example with seqkit fq2fa"),
+    (rb"##fileformat=VCF|#CHROM\t|BCF|\S+\t\d+\t\S+\t[ACGTN]+\t",
+     "VCF, only differences; make sequences with bcftools consensus -f GENOME.fa"),
+    (rb"\S+(\t\d+){4}(?!\S)", "a FASTA index; give the FASTA itself"),
+    (rb"(track|browser) |(#.*\n)*\S+[\t ]+\d+[\t ]+\d+(?!\S)",
+     "BED, only intervals; cut them out of the genome with bedtools getfasta -fi GENOME.fa -bed FILE"),
+    (rb"##gff|(#.*\n)*[^\t\n]+\t[^\t\n]+\t\w+\t\d+\t\d+\t",
+     "GFF or GTF, only intervals; cut them out of the genome with bedtools getfasta -fi GENOME.fa -bed FILE"),
+    (rb"\x26\xfc\x8f\x88|\xeb\xf2\x89\x87|fixedStep|variableStep", "a browser track; it has no sequences"),
+    (rb"LOCUS|ID   ", "GenBank or EMBL; convert it, for example with seqret"),
+    (rb"CLUSTAL|#NEXUS|# STOCKHOLM", "an alignment; convert it to FASTA without gaps"),
+    (rb"\x89HDF|PAR1", "HDF5 or Parquet; convert it"), (rb"<", "an HTML page; download the file again"),
+    (rb";", "a ';' comment; remove it"), (rb"version https://git-lfs", "a git-LFS pointer; run git lfs pull"),
+    (rb"\xff\xfe|\xfe\xff", "UTF-16; save it as plain text"))
 BAD_LETTER = {b"U": "RNA? replace U by T", b"-": "a gap; remove alignment gaps",
               b".": "a gap; remove alignment gaps", b"*": "a stop codon; this may be protein",
               b"\r": "an old Mac line end", b"\0": "NUL; the file is damaged",
@@ -377,12 +587,19 @@ BAD_LETTER = {b"U": "RNA? replace U by T", b"-": "a gap; remove alignment gaps",
 
 def other_format(text):
     """Return what the first bytes of a file show it to be, or None."""
-    return next((what for start, what in OTHER_FORMATS if text.startswith(start)), None)
+    return next((what for start, what in OTHER_FORMATS if re.match(start, text[:1000])), None)
 
 
-def fasta_records(path):
+def file_start(path):
+    """Return the first bytes of a file, plain or gzip, without byte-order mark and blanks."""
+    with opened(path) as f:
+        return f.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
+
+
+def fasta_records(path, drawn=False):
     """Yield (name, base codes uint8 (L,), number of IUPAC codes other than N) of each record, checked.
-    Plain, gzip or bgzip; CRLF, blank lines, lower case and uneven lines are accepted."""
+    Plain, gzip or bgzip; CRLF, blank lines, lower case and uneven lines are accepted.
+    drawn: these codes become one of their bases, a function of the position, not N."""
     seen = set()
     for line, record in raw_records(path):
         end = record.index(b"\n")
@@ -397,7 +614,7 @@ def fasta_records(path):
         if name in seen:
             raise ValueError(f"{path}: line {line}: contig name {quoted(name)} occurs twice; rename one")
         seen.add(name)
-        yield name, *contig_codes(record, path, line)
+        yield name, *contig_codes(record, path, line, drawn)
 
 
 def raw_records(path):
@@ -409,9 +626,9 @@ def raw_records(path):
         if not buffer:
             raise ValueError(f"{path}: the file is empty; check it")
         if not buffer.startswith(b">"):
-            start = buffer.strip()[:40]
-            other = other_format(start)
-            reason = f"this is {other}" if other else f"not a FASTA header ({quoted(start)}); write '>name'"
+            start = buffer.strip()
+            other = other_format((buffer + f.read(1000)).lstrip())
+            reason = f"this is {other}" if other else f"no header '>name' but {quoted(start[:40])}; add one"
             raise ValueError(f"{path}: line {line}: {reason}")
         searched = 0
         while chunk := f.read(CHUNK):
@@ -427,7 +644,7 @@ def raw_records(path):
     yield line, buffer
 
 
-def contig_codes(body, path, line):
+def contig_codes(body, path, line, drawn=False):
     """Turn the sequence lines under the header at `line` into (codes (L,), number of IUPAC codes but N)."""
     if b"\r" in body:
         body = body.replace(b"\r\n", b"\n").rstrip(b"\r")
@@ -444,7 +661,23 @@ def contig_codes(body, path, line):
         letter = quoted(bad.group())
         raise ValueError(f"{path}: line {line}: {letter} is not a DNA letter ({hint}); {LETTERS_ONLY}")
     n_unknown = int(np.count_nonzero(codes == 4))
-    return codes, n_unknown and n_unknown - body.count(b"N") - body.count(b"n")
+    n_ambiguous = n_unknown and n_unknown - body.count(b"N") - body.count(b"n")
+    return draw_bases(codes, body) if drawn and n_ambiguous else codes, n_ambiguous
+
+
+def draw_bases(codes, body):
+    """Return the codes (L,) of a contig's lines with a base drawn for each IUPAC code but N."""
+    letters = np.frombuffer(body.translate(None, b"\n").upper(), np.uint8)
+    table = np.full((256, 6), 4, np.uint8)                   # each base of a letter equally often
+    for letter, bases in DRAWN.items():
+        table[ord(letter)] = np.tile(encode(bases), 6 // len(bases))
+    at = np.flatnonzero((codes == 4) & (letters != ord("N")))
+    x = (at.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)  # splitmix64's mixing
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    codes = codes.copy()
+    codes[at] = table[letters[at], (x >> np.uint64(33)) % np.uint64(6)]
+    return codes
 
 
 def window_table(intervals, length):
@@ -742,12 +975,21 @@ def read_columns(path, wanted):
     wanted: {name: its spellings in the header}. Returns {name: list of str}, 'FILE: line N' of each row."""
     suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
     if suffix not in DELIMITER:
-        raise ValueError(f"{path}: no table by its name; use .csv (commas), .tsv or .txt (tabs)")
-    (header, *rows), (place, *places), start = read_lines(path, DELIMITER[suffix])
+        other = other_format(file_start(path))
+        reason = f"this is {other}" if other else "no table by its name"
+        raise ValueError(f"{path}: {reason}; use .csv (commas), .tsv or .txt (tabs)")
+    try:
+        (header, *rows), (place, *places), start = read_lines(path, DELIMITER[suffix])
+    except ValueError:
+        if other := other_format(file_start(path)):
+            raise ValueError(f"{path}: line 1: this is {other}") from None
+        raise
     header, columns = [cell.strip().lower() for cell in header], {}
     for name, spellings in wanted.items():
         found = [i for i, cell in enumerate(header) if cell in spellings]
         if len(found) != 1:
+            if other := other_format(file_start(path)):
+                raise ValueError(f"{place}: this is {other}")
             count = f"{len(found)} columns" if found else "no column"
             raise ValueError(f"{place}: {count} {' or '.join(spellings)} in the header ({quoted(start)}); "
                              f"give exactly one, with {DELIMITER[suffix]!r} between columns")
@@ -898,7 +1140,15 @@ def open_fasta(path):
             os.replace(f"{index}.{os.getpid()}", index)
         return pyfaidx.Fasta(path, indexname=index, as_raw=True, rebuild=False)
     except (OSError, ValueError, LookupError, ImportError, pyfaidx.FastaIndexingError) as e:
-        raise ValueError(f"{path}: pyfaidx cannot index it ({quoted(str(e))}); unpack or mend it") from None
+        with open(path, "rb") as f:
+            start = f.read(1000)
+        if start.startswith(b"\x1f\x8b"):
+            reason = "intervals cannot be cut out of a gzip file; unpack it with gunzip -k"
+        elif other := not start.startswith(b">") and other_format(start):
+            reason = f"this is {other}"
+        else:
+            reason = f"pyfaidx cannot index it ({quoted(str(e))}); mend it"
+        raise ValueError(f"{path}: {reason}") from None
 
 
 def cut_intervals(path, fasta):

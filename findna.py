@@ -326,7 +326,7 @@ if __name__ == "__main__":
         if teacher:
             parts |= {"teacher": teacher, "center": center}
 
-        genome = data.open_genome(args.genome, args.data_dir, args.cache)
+        genome = data.open_genome(args.genome, args.data_dir, args.cache, args.ambiguous, args.verify)
         train, val = (data.window_table(part, args.length)
                       for part in genome.split(args.length, args.val_contigs))
         windows = data.draw_starts(train, args.windows, np.random.default_rng((args.seed, 0, 1, 2)))
@@ -346,6 +346,7 @@ if __name__ == "__main__":
 
     guessed = (constant, order0), (flanked, flanked_nats) = guesses(genome.bases[:10 ** 7])
     run.describe(model, genome, args.batch_size * args.length, "bases")
+    run.say(*genome.reach(args.length, args.val_contigs)[1], sep="\n")
     epochs = args.steps * args.batch_size / args.windows
     run.say(f"windows  {args.windows:,} an epoch, {epochs:.3g} epochs; {n_masked} of {args.length} bases "
             f"masked")

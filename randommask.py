@@ -19,7 +19,6 @@ from training import number
 
 import math
 
-import numpy as np
 import torch
 
 import data
@@ -139,7 +138,7 @@ if __name__ == "__main__":
         span = first_span(args.k, args.stride)               # 1 for non-overlapping k-mers
         edges = phase_edges(args.steps) if args.mask == "randommask" else []
         length = (args.block_size - 3) * args.stride + args.k                  # bases of a window
-        genome = data.open_genome(args.genome, args.data_dir, args.cache)
+        genome = data.open_genome(args.genome, args.data_dir, args.cache, args.ambiguous, args.verify)
         train, val = (data.window_table(part, length) for part in genome.split(length, args.val_contigs))
         bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
         if run.writes:
@@ -161,10 +160,12 @@ if __name__ == "__main__":
         training.finish()
 
     n_tokens = args.batch_size * args.block_size             # of a step
-    passes = args.steps * args.batch_size * length / int(np.diff(genome.intervals).sum())
+    reached, lines = genome.reach(length, args.val_contigs)
+    passes = args.steps * args.batch_size * length / reached
     run.describe(model, genome, n_tokens)
+    run.say(*lines, sep="\n")
     run.say(f"tokens   {n_tokens:,} a step, {n_tokens * args.steps:,} in all: {passes:.2g} passes over the "
-            f"genome")
+            f"bases reached")
     run.say(f"phases   spans {', '.join(f'{span}..{span + 2 * i}' for i in range(len(edges) + 1))}; last "
             f"steps {', '.join(map(str, [*edges, args.steps]))} (Algorithm 1's, scaled to --steps)")
 

@@ -44,7 +44,8 @@ KEYS = {"format": int, "method": str, "step": int, "model": dict, "optimizer": d
         "args": dict, "data": str}                           # what every checkpoint holds
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
 MAY_CHANGE = ("out", "resume", "init", "genome", "data_dir", "cache", "device", "compile", "log_every",
-              "eval_every", "save_every", "keep", "show_masks")      # at a resume: no effect on the weights
+              "eval_every", "save_every", "keep", "show_masks",      # at a resume: no effect on the weights
+              "verify", "ambiguous")                                 # nor these, if "data" is the same
 TIMED = (5, 20)                                              # steps after the start: speed is taken between
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 AGAIN = 0.4                                                  # seconds: launchers pass on a Ctrl-C within them
@@ -63,7 +64,7 @@ def user_errors(*kinds):
 
     Ctrl-C is always one line and exit code 130.
     """
-    kinds = kinds or (ValueError, OSError, torch.OutOfMemoryError)
+    kinds = kinds or (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
     try:
         yield
     except kinds as e:
@@ -94,6 +95,8 @@ def new_parser(description):
     add("--genome", nargs="+", default=["hg38"], help="FASTA files, plain or gzip; or hg38; or demo (hg38)")
     add("--data_dir", default="data", help="folder of hg38.fa.gz (%(default)s)")
     add("--cache", help="folder for the packed genome (default: beside the FASTA)")
+    add("--verify", action="store_true", help="compare the packed genome with the FASTA, base by base")
+    add("--ambiguous", choices=("N", "random"), default="N", help="IUPAC codes: N, or one of their bases (N)")
     add("--val_contigs", type=lambda text: text.split(","), default=[],
         help="contigs held out for validation, comma-separated (default: the last 1 %% of each contig)")
     return parser

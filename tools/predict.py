@@ -24,7 +24,8 @@ LONGEST = 1 << 20                                            # bases of a sequen
 
 def read_sequences(path, window=None, step=None):
     """(id, codes) of each sequence of a FASTA file or a table (id: its number), or of each of its windows."""
-    if os.path.splitext(path.removesuffix(".gz"))[1].lower() in data.DELIMITER:
+    is_table = os.path.splitext(path.removesuffix(".gz"))[1].lower() in data.DELIMITER
+    if is_table and not data.file_start(path).startswith(b">"):                # a FASTA may be named .txt
         texts = data.read_table(path, labels=False)[0]
         records = ((str(i), data.encode(text)) for i, text in enumerate(texts, 1))
     else:

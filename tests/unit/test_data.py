@@ -6,8 +6,10 @@ import random
 import re
 import resource
 import shutil
+import signal
 import socket
 import tempfile
+import zlib
 import time
 from pathlib import Path
 
@@ -19,6 +21,7 @@ from scipy.stats import chisquare
 
 import data
 from harness import SHARED, cases, expand, fork, random_dna, wait, write_case, write_fasta
+from tools.predict import read_sequences
 
 GOLDEN = SHARED / "golden" / "genemask_golden.json"
 YEAST = SHARED / "data" / "genomes" / "yeast_S288C_R64_16chr.fa.gz"
@@ -305,8 +308,246 @@ def test_stale_or_foreign_cache(cached, tmp_path, survived):
                        ("CCGTA" + "ACGTT" * 23, 2)):         # older; as old and as long; newer; only touched
         write_fasta(fasta, {"a": text})
         os.utime(fasta, when and (when, when))
-        check("changed", text), survived()
+        check("changed" if when != 2 else "", text), survived()
     assert foreign.fetch("a", 0, 4) == "ACAC"
+
+
+@pytest.mark.fault("genome cache: one base changed, size and time kept", n=30)
+@pytest.mark.parametrize("hashed", [10 ** 6, 1000], ids=["hashed whole", "large"])
+def test_one_base_changed_at_the_same_time_and_size(tmp_path, capsys, monkeypatch, survived, hashed):
+    monkeypatch.setattr(data, "HASHED", hashed)
+    text, rng = random_dna(50_000, np.random.default_rng(3)), random.Random(4)
+    fasta = write_fasta(tmp_path / "a.fa", {"a": text})
+    print(data.Genome(fasta))
+    for at in rng.sample(range(len(text)), 30):
+        stat = os.stat(fasta)
+        text = text[:at] + {"A": "C", "C": "G", "G": "T", "T": "A"}[text[at]] + text[at + 1:]
+        write_fasta(fasta, {"a": text})
+        os.utime(fasta, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        capsys.readouterr()
+        assert data.Genome(fasta).fetch("a", 0, len(text)) == text
+        assert "the FASTA has changed; building it again" in capsys.readouterr().out
+        survived()
+
+
+def test_a_large_file_is_hashed_whole_once_for_each_inode_and_time(tmp_path, capsys, monkeypatch):
+    fasta, digest, whole = write_fasta(tmp_path / "a.fa", {"a": "ACGTT" * 999}), data.file_digest, []
+
+    def counted(path, *blocks):
+        whole.extend([path] * (not blocks))
+        return digest(path, *blocks)
+    monkeypatch.setattr(data, "HASHED", 1000)
+    monkeypatch.setattr(data, "file_digest", counted)
+    for change in (None, lambda: os.utime(fasta, (5, 5)), lambda: os.chmod(fasta, 0o600),
+                   lambda: os.replace(shutil.copy(fasta, tmp_path / "b.fa"), fasta)):
+        if change:
+            change()
+        for n in (1, 0):                                     # once to see that it is the same, then never
+            assert data.Genome(fasta).fetch("a", 0, 5) == "ACGTT" and len(whole) == n
+            whole.clear()
+    assert capsys.readouterr().out == ""                     # never built again
+
+
+@pytest.mark.fault("genome cache: planted or not private", n=11)
+@pytest.mark.skipif(os.getuid() != 0, reason="needs two users")
+def test_caches_of_other_users(survived, monkeypatch):
+    """65533 plants in a sticky folder where all may write; root and nobody open. Nothing of theirs is read
+    or overwritten, unless --cache names the place; then --verify finds what is planted."""
+    def go(user, function):
+        return wait(fork(lambda: (os.setgroups([]), os.setgid(user), os.setuid(user), function())))
+
+    def read(user, cache=None, **how):
+        return go(user, lambda: print(data.Genome(fasta, cache, **how).fetch("a", 0, 8)))
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o1777)
+        monkeypatch.setenv("XDG_CACHE_HOME", f"{folder}/home")
+        os.mkdir(f"{folder}/home", 0o777), os.chmod(f"{folder}/home", 0o777)
+        fasta, sound = write_fasta(Path(folder) / "a.fa", {"a": "ACGTTGCA" * 50}), "ACGTTGCA\n"
+        assert read(65533).out == sound
+        cache, = Path(folder).glob("*.nanodna")
+        assert [path.stat().st_mode & 0o777 for path in (cache, *cache.iterdir())] == [0o700, *[0o600] * 3]
+        survived()
+        index = json.loads((cache / "index.json").read_text()) | {"crc_bases": zlib.crc32(bytes(400))}
+        del index["crc_index"]
+        index["crc_index"] = zlib.crc32(json.dumps(index).encode())
+        (cache / "bases.u8").write_bytes(bytes(400)), (cache / "index.json").write_text(json.dumps(index))
+        os.chmod(cache, 0o755), [os.chmod(path, 0o644) for path in cache.iterdir()]
+        for user in (0, 65534):
+            result = read(user)
+            assert "uid 65533" in result.out and result.out.endswith(sound), result
+            survived()
+            assert read(user, folder).out == "AAAAAAAA\n"    # named: trusted, but
+            result = read(user, folder, verify=True)
+            assert result.code and "it is not what the FASTA holds" in result.err.splitlines()[-1]
+            survived()
+            shutil.rmtree(f"{folder}/home/nanodna")
+        secret = Path(folder) / "secret"
+        for owner, mode, named in ((65533, 0o755, None), (65533, 0o777, folder), (65534, 0o777, None),
+                                   (65534, 0o775, folder), (65534, 0o755, None)):
+            shutil.rmtree(cache), cache.mkdir()
+            secret.write_text("mine"), os.chown(secret, 65534, 65534)
+            for name in ("lock", "bases.u8.tmp", "index.json"):
+                os.symlink(secret, cache / name)
+            os.chmod(cache, mode), os.chown(cache, owner, owner)
+            result = read(65534, named)
+            assert result.out.endswith(sound) or "--cache" in result.err.splitlines()[-1], result
+            assert secret.read_text() == "mine"
+            survived()
+        (link := Path(folder) / "elsewhere").mkdir(), shutil.rmtree(cache), os.chown(link, 65534, 65534)
+        os.symlink(link, cache), os.chown(cache, 65533, 65533, follow_symlinks=False)
+        assert "uid 65533" in read(65534).out and not os.listdir(link)
+        survived()
+
+
+@pytest.mark.fault("genome cache: not enough memory", n=3)
+def test_a_sound_cache_stays_where_memory_is_short(tmp_path, survived):
+    """Under ulimit -v: one line; the cache that others use is as it was, and none is left half made."""
+    text = "ACGTTGCA" * 1_250_000
+    fasta, cache = write_fasta(tmp_path / "a.fa", {"a": text}), tmp_path / "cache"
+
+    def read(room, keep=None):
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        resource.setrlimit(resource.RLIMIT_AS, (pages * 4096 + room,) * 2)
+        print(data.Genome(fasta, cache, keep).fetch("a", 0, 8))
+    assert "memory to pack" in wait(fork(lambda: read(6 << 20))).err and not any(cache.iterdir())
+    survived()
+    genome = data.Genome(fasta, cache)
+    before = {path: os.stat(path) for path in cache.glob("*/*")}
+    result = wait(fork(lambda: read(6 << 20)))
+    assert "not enough memory to map" in result.err.splitlines()[-1] and "damaged" not in result.out
+    assert before == {path: os.stat(path) for path in cache.glob("*/*")}
+    assert genome.fetch("a", 0, 8) == text[:8]
+    survived()
+    assert wait(fork(lambda: read(1 << 30))).out == "ACGTTGCA\n"
+    survived()
+
+
+@pytest.mark.fault("genome cache: stopped while packing", n=3)
+@pytest.mark.parametrize("which, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_a_stop_while_packing_leaves_nothing(tmp_path, monkeypatch, survived, which, code):
+    """One line, no traceback; a stale cache of before stays; a second signal changes nothing."""
+    fasta, cache = write_fasta(tmp_path / "a.fa", {f"c{i}": "ACGT" * 9 for i in range(9)}), tmp_path / "cache"
+    codes = data.contig_codes
+
+    def stop(*args, n=1):
+        [os.kill(os.getpid(), which) for _ in range(n)]
+        return codes(*args)
+    for n, ready in ((1, False), (2, False), (1, True)):
+        if ready:
+            data.Genome(fasta, cache)
+            write_fasta(fasta, {"a": "ACGTA"})
+        before = {path: os.stat(path) for path in cache.glob("*/*")}
+        with monkeypatch.context() as patch:
+            patch.setattr(data, "contig_codes", lambda *args: stop(*args, n=n))
+            result = wait(fork(lambda: data.Genome(fasta, cache)))
+        assert result.code == code and result.err.count("\n") == 1, result
+        assert result.err.startswith("stopped  by a signal while packing the genome")
+        assert before == {path: os.stat(path) for path in cache.glob("*/*")} and any(cache.iterdir()) == ready
+        survived()
+
+
+def test_an_ignored_signal_stays_ignored():
+    def work():
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with data.stoppable("x"):
+            os.kill(os.getpid(), signal.SIGHUP)
+        print(signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGHUP))
+    result = wait(fork(work))
+    assert result.code == 0 and result.out == f"{int(signal.SIG_DFL)} {int(signal.SIG_IGN)}\n", result
+
+
+IUPAC = {"R": "AG", "Y": "CT", "S": "CG", "W": "AT", "K": "GT", "M": "AC", "B": "CGT", "D": "AGT", "H": "ACT",
+         "V": "ACG"}
+
+
+@pytest.mark.parametrize("code", IUPAC)
+def test_iupac_codes_are_drawn_among_their_bases(tmp_path, code):
+    """All bases of a code equally often, by position alone; N stays N, and the other letters stay."""
+    text = random_dna(6000, np.random.default_rng(6), f"ACTN{code}{code.lower()}")
+    fasta, drawn = tmp_path / "a.fa", []
+    for lines in (text, re.sub("(.{70})", r"\1 \r\n", text), text.replace("A", "T")):
+        fasta.write_text(f">a\n{lines}\n")
+        genome = data.Genome(fasta, ambiguous="random", verify=True)
+        drawn.append(genome.fetch("a", 0, 6000))
+        assert f"{text.upper().count(code):,} IUPAC codes drawn" in str(genome)
+        plain = re.sub("[^ACGT]", "N", "".join(lines.split()).upper())
+        assert data.Genome(fasta).fetch("a", 0, 6000) == plain
+    assert drawn[0] == drawn[1]
+    first, other = ([b for a, b in zip(text.upper(), now) if a == code] for now in (drawn[0], drawn[2]))
+    assert first == other and set(first) == set(IUPAC[code])
+    assert chisquare([first.count(b) for b in IUPAC[code]]).pvalue > 1e-4
+    assert all(a == b for a, b in zip(text.upper(), drawn[0]) if a != code)
+    assert len(list(tmp_path.glob("*.nanodna"))) == 2        # a cache for each
+
+
+def literal_reach(texts, length, val_contigs):
+    """The contigs and bases that training and validation windows reach, base by base."""
+    reached = [set(), set()]
+    for name, text in texts.items():
+        held = len(text) * (name in val_contigs) if val_contigs else len(text) // 100
+        cut = len(text) - (held if held >= length else 0)
+        for start in range(len(text) - length + 1):
+            if set(text[start:start + length]) <= set("ACGT") and not start < cut < start + length:
+                reached[start >= cut] |= {(name, at) for at in range(start, start + length)}
+    return [f"{len({name for name, _ in part}):,}" for part in reached], [len(part) for part in reached]
+
+
+def test_what_no_window_reaches_is_counted(tmp_path):
+    rng, length = np.random.default_rng(5), 11
+    texts = {"a": random_dna(2100, rng, "ACGT" * 90 + "N"), "b": random_dna(1150, rng), "c": "ACGTACG",
+             "d": "NNN" + random_dna(1900, rng) + "N" + random_dna(11, rng) + "NN",
+             "e": "R".join(random_dna(9, rng) for _ in range(200)), "f": random_dna(10, rng)}
+    genome = data.Genome(write_fasta(tmp_path / "a.fa", texts))
+    drawn = data.Genome(tmp_path / "a.fa", ambiguous="random")
+    for val_contigs in ((), ("b",), ("a", "d")):
+        (n_train, n_val), n_bases = literal_reach(texts, length, val_contigs)
+        n, (line, warning) = genome.reach(length, val_contigs)
+        known = sum(len(text) - text.count("N") for text in texts.values())
+        assert n == n_bases[0] and f"training windows {n_train} of 6 contigs, {n:,} bases" in line
+        assert f"validation windows {n_val}, {n_bases[1]:,} bases" in line
+        assert f"{known - sum(n_bases):,} of {known:,} bases" in warning and "--ambiguous random" in warning
+        assert len(drawn.reach(length, val_contigs)[1]) == 1  # over 90 % now
+
+
+def test_a_viral_set_is_told_to_hold_out_contigs(tmp_path):
+    """50 genomes of 10 kb: 1 % of each is no window of 515."""
+    rng = np.random.default_rng(5)
+    genome = data.Genome(write_fasta(tmp_path / "a.fa", {f"v{i}": random_dna(1000, rng) for i in range(50)}))
+    message = refusal(genome.split, 51)
+    assert "hold out whole contigs, such as --val_contigs v0" in message and "last 1 %" in message
+    train, val = genome.split(51, ["v0"])
+    assert (len(train), len(val)) == (49, 1)
+    assert "longest: 1,000" in refusal(genome.split, 1001) and "change --val_contigs" in refusal(
+        genome.split, 51, [*genome.contigs])
+
+
+@pytest.mark.fault("foreign files as tables or genomes", n=6)
+@pytest.mark.parametrize("case", [case for case in cases("fasta.json") if "format" in case],
+                         ids=lambda case: case["name"])
+def test_other_formats_are_named(case, tmp_path, monkeypatch, survived):
+    """Under any name, packed or not, as a table and as the --fasta of intervals: what it is, what helps."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    word, raw = case["word"].removeprefix("line 1: "), write_case(case, tmp_path / "case.fa").read_bytes()
+    for name in ("case.bed", "case.csv", "case.txt", "case.csv.gz", "case.bed.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith("gz") else raw)
+        assert re.search(word, refusal(data.read_table, tmp_path / name))
+        survived()
+    assert re.search(word, refusal(data.open_fasta, str(tmp_path / "case.fa")))
+    survived()
+
+
+def test_a_fasta_under_another_name(tmp_path, monkeypatch):
+    """As a table it is named; tools.predict reads it; --fasta needs it unpacked."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    text = b"\n>a x\nACGT\n>b\nGG\n"
+    for name, raw in (("a.txt", text), ("b.csv.gz", gzip.compress(text)), ("c.fna", text)):
+        (tmp_path / name).write_bytes(raw)
+        assert "this is FASTA, not a table" in refusal(data.read_table, tmp_path / name)
+        found = [(name, data.decode(codes)) for name, codes in read_sequences(str(tmp_path / name))]
+        assert found == [("a", "ACGT"), ("b", "GG")]
+    (tmp_path / "d.fa.gz").write_bytes(gzip.compress(b">a\nACGT\n"))
+    assert "unpack it with gunzip" in refusal(data.open_fasta, str(tmp_path / "d.fa.gz"))
+    assert not [*tmp_path.rglob("*.fai*")]
 
 
 @pytest.mark.fault("genome cache: concurrent builds", n=24)

@@ -14,7 +14,8 @@ import finetune
 
 # where, how often, on what: every flag that is not here is in one of the tables below
 COMMON = {"genome", "data_dir", "cache", "val_contigs", "init", "micro_batch_size", "out", "resume",
-          "log_every", "eval_windows", "device", "dtype", "compile", "show_masks", "demo"}
+          "log_every", "eval_windows", "device", "dtype", "compile", "show_masks", "demo",
+          "verify", "ambiguous"}
 RANDOMMASK = {
     "k": (6, "Liang: overlapping 6-mers, as DNABERT"),
     "stride": (1, "Liang: overlapping"),
@@ -116,6 +117,7 @@ def test_defaults_equal_the_paper(defaults, script, table, ours):
     for name, (value, source) in table.items():
         assert args[name] == value and type(args[name]) is type(value), f"--{name}: {source}"
     assert {*args} == {*table} | COMMON | ours               # a new flag belongs in one of them
+    assert (args["ambiguous"], args["verify"]) == ("N", False)
     assert args["genome"] == ["hg38"] and args["val_contigs"] == [] and not (args["init"] or args["resume"])
 
 
