@@ -15,14 +15,15 @@ import copy
 import functools
 import math
 
+import training                                              # first: it takes Ctrl-C while torch is imported
+from training import file_name, number
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 import data
 import models
-import training
-from training import number
 
 MASK_RATE = 0.3                                              # this and what follows: sections 3.1 to 3.4, 4.1
 N_CLS = 10                                                   # K, blank tokens after the bases
@@ -212,7 +213,7 @@ def parse_args():
     add("--n_head", type=positive, default=8, help="transformer: attention heads (%(default)s)")
     add("--n_embd", type=positive, default=320, help="transformer: width (%(default)s)")
     add("--dropout", type=number(float, 0, 1), default=0.0, help="dropout (%(default)s)")
-    add("--init", help="start from these weights: a checkpoint, or findna:FILE")
+    add("--init", type=file_name, help="start from these weights: a checkpoint, or findna:FILE")
     add = parser.add_argument_group("method").add_argument
     add("--preset", choices=("released",), help="views, center momentum, epochs of the released code")
     add("--windows", type=positive, default=100_000, help="windows of an epoch (%(default)s)")

@@ -12,13 +12,14 @@ the BERT-like Pretraining for DNA Sequences"). Longer spans hide more bases: the
 """
 import math
 
+import training                                              # first: it takes Ctrl-C while torch is imported
+from training import file_name, number
+
 import numpy as np
 import torch
 
 import data
 import models
-import training
-from training import number
 
 PAPER_STEPS = 480_000                                        # Algorithm 1
 EDGES = (30_000, 60_000, 100_000, 150_000)                   # Algorithm 1: last steps of phases 1 to 4
@@ -66,7 +67,7 @@ def parse_args():
     add("--n_head", type=positive, default=12, help="attention heads (%(default)s)")
     add("--n_embd", type=positive, default=768, help="width (%(default)s)")
     add("--dropout", type=number(float, 0, 1), default=0.1, help="dropout (%(default)s)")
-    add("--init", help="start from these weights: a checkpoint, or hf:FOLDER")
+    add("--init", type=file_name, help="start from these weights: a checkpoint, or hf:FOLDER")
     add = parser.add_argument_group("method").add_argument
     add("--mask", choices=("randommask", "dnabert", "single"), default="randommask",
         help="what is masked (%(default)s)")
