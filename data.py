@@ -250,7 +250,7 @@ def new_path(path, folder=False, replace=False):
     Until then it has a name beside it that no other process uses; an exception leaves nothing. replace: it
     takes the place of a file; else ValueError where there is one, also if it comes in the meantime."""
     path = os.fspath(path).rstrip("/") or "/"
-    tmp, taken = f"{path}.{secrets.token_hex(4)}.tmp", f"{path}: exists already; name another one"
+    tmp, taken = f"{path}.{secrets.token_hex(4)}.tmp", f"{path}: already exists; name another one"
     is_empty = folder and os.path.isdir(path) and not os.listdir(path)
     if not replace and os.path.lexists(path) and not is_empty:
         raise ValueError(taken)

@@ -275,6 +275,7 @@ def write_table(out, paper_csv=PAPER):
           data.new_path(os.path.join(out, "table.csv"), replace=True) as f):
         md.write(markdown.encode())
         f.write(as_csv.getvalue().encode())
+        md.flush()                                           # both are whole, or neither is there
     sys.stdout.reconfigure(errors="replace")                 # an ASCII terminal has no plus-minus sign
     print(*table.lines, sep="\n")
 
