@@ -178,7 +178,7 @@ def random_windows(genome, n, length, least):
     owner = np.searchsorted(offsets, starts, side="right") - 1
     at = int(starts[0]) - offsets[owner[0]]
     return (data.take_windows(genome.bases, starts, length), f"{contigs[owner[0]]}:{at}-{at + length}",
-            f"{n} windows of {length} bases from {len(set(owner))} of {len(contigs)} records")
+            f"from {len(set(owner))} of {len(contigs)} records")
 
 
 def over_bases(of_kmers, k, stride):
@@ -428,7 +428,7 @@ def plot_attention(args):
         a = found[name] = attention(bert.to(device), tokens, stride)
         rows += [(name, i, *numbers) for i, numbers in enumerate(a["numbers"].tolist(), 1)]
         rows.append((name, f"uniform, {tokens.shape[1]} tokens", *a["uniform"].tolist()))
-    print(f"{sampled}, the same for all")
+    print(f"{len(bases)} windows of {bases.shape[1]} bases, the same for all, {sampled}")
     columns = ["to [CLS]", "to [SEP]", f"to +-{REACH} k-mers", "entropy", "contrast"]
     print_table(["checkpoint", "layer", *columns], rows)
     return {"": draw_attention(found, place), "_maps": draw_maps(found)}
@@ -441,7 +441,7 @@ def plot_masks(args):
         raise ValueError(f"--fasta {args.fasta[0]}: {counts[-1].sum()} {args.k}-mers are too few for "
                          f"an NPMI table; give more sequence or a smaller --k")
     bases, _, sampled = random_windows(genome, 1000, 509 + args.k, args.k)     # 510 k-mers, as in pretraining
-    print(sampled)
+    print(f"{len(bases)} windows of {bases.shape[1]} bases {sampled}")
     rows = mask_rows(bases, cm_gems.npmi_rank(cm_gems.npmi(counts)), args.k)
     print_table(["masking", "masked", "bases hidden"], [
         (name, masked, float((share == 1).mean())) for name, masked, share in rows])
