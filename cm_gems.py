@@ -13,7 +13,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))                # python -I leaves it out
 import training                                              # first: it answers Ctrl-C in the slow imports
-from training import number
+from training import file_name, number
 
 import math
 import re
@@ -115,7 +115,8 @@ def npmi_table(args, genome):
     if os.path.exists(path) and not args.npmi_only:
         return read_npmi(path, args.k), [""] * 4 ** args.k, path
     at = np.searchsorted(np.cumsum(list(genome.contigs.values())), genome.intervals[:, 0], side="right")
-    chosen = np.isin(np.array(list(genome.contigs))[at], contigs)
+    wanted = set(contigs)
+    chosen = np.array([name in wanted for name in genome.contigs])[at]
     with data.stoppable("counting k-mers"):
         counts = count_kmers(genome.bases, genome.intervals[chosen], args.k)
     if counts[-1].sum() < 4 ** args.k:
@@ -123,9 +124,10 @@ def npmi_table(args, genome):
                          f"different ones; use a larger genome, a smaller --k or --npmi_table")
     values = npmi(counts) if args.npmi == "published" else npmi(counts, max_part=args.k, halve_p=False)
     try:
-        data.write_whole(path, "\n".join(npmi_lines(values, counts[-1], args.k)) + "\n")
+        with data.new_path(path, replace=True) as f:         # ranks may write it at the same time
+            f.write(("\n".join(npmi_lines(values, counts[-1], args.k)) + "\n").encode())
     except OSError as e:
-        raise ValueError(f"{path}: cannot be written ({e.strerror}); give --cache FOLDER") from None
+        raise ValueError(f"{e}; or give --cache FOLDER") from None
     return values, counts[-1], path
 
 
@@ -258,7 +260,7 @@ def parse_args():
     add("--n_embd", type=positive, help="width (dnabert 768, logo 256)")
     add("--n_inner", type=positive, help="width of the feed-forward layers (3072)")
     add("--dropout", type=number(float, 0, 1), help="dropout (dnabert 0.1, logo 0)")
-    add("--init", help="start from these weights: a checkpoint, or hf:FOLDER")
+    add("--init", type=file_name, help="start from these weights: a checkpoint, or hf:FOLDER")
     add = parser.add_argument_group("method").add_argument
     add("--strategy", choices=("cm_gems", "cm_step", *MASKERS), default="cm_gems",
         help="what is masked, and when (%(default)s)")
@@ -273,7 +275,8 @@ def parse_args():
     add("--npmi", choices=("published", "textbook"), default="published", help="NPMI formula (%(default)s)")
     add("--npmi_contigs", type=lambda text: text.split(","),
         help="contigs whose k-mers are counted, comma-separated (all; of hg38 chr1,chr2,chr3)")
-    add("--npmi_table", help="read NPMI from this CSV, ours or GeneMask's, instead of counting")
+    add("--npmi_table", type=file_name,
+        help="read NPMI from this CSV, ours or GeneMask's, instead of counting")
     add("--npmi_only", action="store_true", help="count, print the top and bottom k-mers, then stop")
     add = training.add_optimization_flags(parser, batch_size=250, micro_batch_size=32, lr=8e-4, warmup="5 %%",
                                           weight_decay=0.01)

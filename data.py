@@ -17,10 +17,12 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
 import threading
+import tempfile
 import zlib
 from collections import namedtuple
 
@@ -198,7 +200,9 @@ class Genome:
             raise ValueError(f"--val_contigs: {quoted(min(unknown))} is not in the genome; use some of "
                              f"{', '.join([*self.contigs][:5])} ...")
         sizes = np.array(list(self.contigs.values()))
-        held_out = sizes * np.isin(list(self.contigs), val_contigs) if val_contigs else sizes // 100
+        wanted = set(val_contigs)
+        chosen = np.array([name in wanted for name in self.contigs])
+        held_out = sizes * chosen if val_contigs else sizes // 100
         held_out[held_out < length] = 0                      # bases at the end of each contig
         start, end = self.intervals.T
         ends = np.cumsum(sizes)
@@ -309,6 +313,39 @@ def stoppable(work):
     finally:
         for which, handler in before.items():
             signal.signal(which, handler)
+
+
+@contextlib.contextmanager
+def new_path(path, folder=False, replace=False):
+    """Make a file (yielded open, binary) or a folder (its name) that becomes `path` once it is whole.
+    Until then it has a name beside it that no other process uses; an exception leaves nothing. replace: it
+    takes the place of a file; else ValueError where there is one, also if it comes in the meantime."""
+    path = os.fspath(path).rstrip("/") or "/"
+    tmp, taken = f"{path}.{secrets.token_hex(4)}.tmp", f"{path}: already exists; name another one"
+    is_empty = folder and os.path.isdir(path) and not os.listdir(path)
+    if not replace and os.path.lexists(path) and not is_empty:
+        raise ValueError(taken)
+    try:
+        if folder:
+            os.mkdir(tmp)
+            yield tmp
+        else:
+            with open(tmp, "xb") as f:
+                yield f
+        if not (folder or replace):
+            open(path, "xb").close()                         # of two processes that come here, one fails
+        os.replace(tmp, path)
+    except OSError as e:
+        if e.errno in (errno.EEXIST, errno.ENOTEMPTY):       # it came in the meantime
+            raise ValueError(taken) from None
+        if e.errno and str(e.filename or tmp).startswith(tmp):
+            raise OSError(f"{path}: cannot be written ({e.strerror}); free space, or name another "
+                          f"place") from None
+        raise
+    finally:
+        shutil.rmtree(tmp, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.unlink(tmp)
 
 
 def file_digest(path, blocks=None):
@@ -494,23 +531,18 @@ def pack_contigs(paths, source, write):
             "crc_bases": crc}
 
 
-def write_whole(path, text):
-    """Write a small file of a cache, whole or not at all."""
+def write_index(folder, index):
+    """Write index.json with its checksum, whole or not at all."""
+    path, crc = os.path.join(folder, "index.json"), zlib.crc32(json.dumps(index).encode())
     tmp = f"{path}.{os.getpid()}.tmp"                        # ranks may write it at the same time
     try:
         with new_file(tmp) as f:
-            f.write(text.encode())
+            f.write(json.dumps(index | {"crc_index": crc}).encode())
         os.replace(tmp, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(tmp)
         raise
-
-
-def write_index(folder, index):
-    """Write index.json with its checksum."""
-    crc = zlib.crc32(json.dumps(index).encode())
-    write_whole(os.path.join(folder, "index.json"), json.dumps(index | {"crc_index": crc}))
 
 
 def build_cache(paths, source, folder):
@@ -740,10 +772,9 @@ def write_demo_genome(path, seed=42):
     for start in rng.integers(len(genome) - len(motif), size=len(genome) // 500):
         genome[start:start + len(motif)] = motif
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    with open(f"{path}.{os.getpid()}.tmp", "w") as f:        # ranks may write it at the same time
+    with new_path(path, replace=True) as f:                  # ranks may write it at the same time
         for c, contig in enumerate(genome.reshape(4, -1), 1):
-            f.write(f">demo{c}\n" + re.sub("(.{80})", r"\1\n", decode(contig)) + "\n")
-    os.replace(f.name, path)
+            f.write((f">demo{c}\n" + re.sub("(.{80})", r"\1\n", decode(contig)) + "\n").encode())
 
 
 # A benchmark set. classes: names in the order of their ids (or targets of a regression); length: bases, one
@@ -1136,8 +1167,9 @@ def open_fasta(path):
     try:
         if not os.path.exists(index):
             os.makedirs(cache_home(), exist_ok=True)
-            pyfaidx.Faidx(path, indexname=f"{index}.{os.getpid()}").close()
-            os.replace(f"{index}.{os.getpid()}", index)
+            with tempfile.TemporaryDirectory(dir=cache_home()) as tmp:
+                pyfaidx.Faidx(path, indexname=os.path.join(tmp, "fai")).close()
+                os.replace(os.path.join(tmp, "fai"), index)
         return pyfaidx.Fasta(path, indexname=index, as_raw=True, rebuild=False)
     except (OSError, ValueError, LookupError, ImportError, pyfaidx.FastaIndexingError) as e:
         with open(path, "rb") as f:

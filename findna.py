@@ -15,7 +15,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))                # python -I leaves it out
 import training                                              # first: it answers Ctrl-C in the slow imports
-from training import number
+from training import file_name, number
 
 import argparse
 import copy
@@ -217,7 +217,7 @@ def parse_args():
     add("--n_head", type=positive, default=8, help="transformer: attention heads (%(default)s)")
     add("--n_embd", type=positive, default=320, help="transformer: width (%(default)s)")
     add("--dropout", type=number(float, 0, 1), default=0.0, help="dropout (%(default)s)")
-    add("--init", help="start from these weights: a checkpoint, or findna:FILE")
+    add("--init", type=file_name, help="start from these weights: a checkpoint, or findna:FILE")
     add = parser.add_argument_group("method").add_argument
     add("--preset", choices=("released",), help="views, center momentum, epochs of the released code")
     add("--windows", type=positive, default=100_000, help="windows of an epoch (%(default)s)")

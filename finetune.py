@@ -15,7 +15,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))                # python -I leaves it out
 import training                                              # first: it answers Ctrl-C in the slow imports
-from training import number
+from training import file_name, number
 
 import argparse
 import contextlib
@@ -27,6 +27,7 @@ import hashlib
 import itertools
 import json
 import math
+import re
 import signal
 import time
 import warnings
@@ -39,6 +40,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from scipy import special, stats
 from sklearn import linear_model, metrics, pipeline, preprocessing
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
@@ -128,6 +130,9 @@ def main_metric(protocol, task):
 #   embed(*inputs)        one vector a sequence (B, C), pooled as spec["pool"] says
 #   per_base(rows, index) hidden states (N, C) and the bases that each one covers (N, width)
 #   n_windows(lengths)    windows of each sequence, the unit of --micro_batch_size
+#   micro_batch_size      windows of one sequence that are computed at a time
+#   read(lengths)         how many bases of each sequence are read, in k-mers of k bases, each stride bases:
+#                         (lengths, k, stride)
 #   count(lengths)        {what does not fit the network: number of sequences}
 
 def lengths_of(rows, index):
@@ -151,12 +156,33 @@ def concatenated(pool, pooled):
     return torch.cat([pooled("mean"), pooled("cls")], 1) if pool == "both" else pooled(pool)
 
 
+def summed(pool, x, real):
+    """Sums of x (B, T, C) where real[pool] (B, T), and how many these are, both (B, C), or (B, 2 C)."""
+    sums = concatenated(pool, lambda pool: (x * real[pool][..., None]).sum(1))
+    n = concatenated(pool, lambda pool: real[pool].sum(1, keepdim=True).expand(-1, x.shape[2]))
+    return sums, n.float()
+
+
 def covered(x, starts, n, k=1, stride=1):
     """The first n hidden states of each row of x (B, T, C): (N, C), and the bases that each covers (N, k)."""
     at, starts, n = torch.arange(x.shape[1]), torch.from_numpy(starts), torch.from_numpy(n)
     real = at < n[:, None]
     first = (starts[:, None] + at * stride)[real]
     return x.float().cpu()[real], first[:, None] + torch.arange(k)
+
+
+def in_parts(function, size, *windows):
+    """function(*windows) on at most `size` windows at a time; for a gradient, it computes each part twice.
+
+    windows: tensors with a row a window, or None; the function returns one such tensor or several.
+    """
+    if len(windows[0]) <= size:
+        return function(*windows)
+    if torch.is_grad_enabled():
+        function = functools.partial(checkpoint, function, use_reentrant=False)
+    parts = zip(*(itertools.repeat(None) if x is None else x.split(size) for x in windows))
+    parts = [function(*part) for part in parts]
+    return torch.cat(parts) if torch.is_tensor(parts[0]) else [torch.cat(x) for x in zip(*parts)]
 
 
 def over_windows(x, owner):
@@ -167,13 +193,12 @@ def over_windows(x, owner):
     return x.new_zeros(len(n), x.shape[1]).index_add(0, owner, x) / n[:, None]
 
 
-def pooled(x, real, owner=None):
-    """Mean of x (B, T, C) where real (B, T), over all windows of a sequence."""
-    total, n = (x * real[..., None]).sum(1), real.sum(1).float()
+def pooled(total, n, owner=None):
+    """Means (B, C) from what `summed` returns for each window, over all windows of a sequence."""
     if owner is not None:
-        empty = total.new_zeros(int(owner[-1]) + 1, total.shape[1])
-        total, n = empty.index_add(0, owner, total.float()), empty[:, 0].float().index_add(0, owner, n)
-    return total / n.clamp(min=1)[:, None]
+        empty = n.new_zeros(int(owner[-1]) + 1, n.shape[1])
+        total, n = (empty.index_add(0, owner, x.float()) for x in (total, n))
+    return total / n.clamp(min=1)
 
 
 class BertHead(nn.Module):
@@ -181,7 +206,7 @@ class BertHead(nn.Module):
 
     A sequence longer than block_size takes several windows, whose pooled vectors are averaged.
     """
-    BODY, FLAGS = "bert", {}
+    BODY, FLAGS, micro_batch_size = "bert", {}, 128
 
     @staticmethod
     def body_spec(config, stride=1):
@@ -218,6 +243,13 @@ class BertHead(nn.Module):
     def n_windows(self, lengths):
         return np.bincount(self.windows(lengths)[0])
 
+    def read(self, lengths):
+        k, stride = self.spec["k"], self.spec["stride"]
+        n = np.maximum((lengths - k) // stride + 1, 0)       # k-mers
+        if self.spec["long"] == "truncate":
+            n = np.minimum(n, self.bert.config.block_size - 2)
+        return np.where(n, (n - 1) * stride + k, 0), k, stride
+
     def count(self, lengths):
         longest = (self.bert.config.block_size - 3) * self.spec["stride"] + self.spec["k"]     # in one window
         name = "truncated" if self.spec["long"] == "truncate" else "in_windows"
@@ -247,22 +279,24 @@ class BertHead(nn.Module):
         return tokens, mask, None if len(owner) == len(index) else torch.from_numpy(owner).to(tokens.device)
 
     def forward(self, tokens, mask=None, owner=None):
-        x = torch.tanh(self.pooler(self.bert.encode(tokens, mask, first=1)[:, 0]))                 # (B, C)
+        x = in_parts(lambda *windows: torch.tanh(self.pooler(self.bert.encode(*windows, first=1)[:, 0])),
+                     self.micro_batch_size, tokens, mask)    # (B, C)
         x = over_windows(x, owner)
         with torch.autocast(x.device.type, enabled=False):   # bf16 is too coarse for a large target
             return self.out(F.dropout(x.float(), self.bert.config.dropout, self.training))
 
     def embed(self, tokens, mask=None, owner=None):
         """Mean over the k-mers, or over the [CLS] of the windows, or both concatenated."""
-        x = self.bert.encode(tokens, mask)                   # (B, T, C)
-        kmers = (tokens == data.UNK) | (tokens > data.MASK)
-        return concatenated(self.spec["pool"], lambda pool: pooled(
-            x, kmers if pool == "mean" else tokens == data.CLS, owner))
+        sums = in_parts(lambda tokens, mask: summed(self.spec["pool"], self.bert.encode(tokens, mask), {
+            "mean": (tokens == data.UNK) | (tokens > data.MASK), "cls": tokens == data.CLS}),
+            self.micro_batch_size, tokens, mask)
+        return pooled(*sums, owner)
 
     def per_base(self, rows, index):
         owner, first, n = self.windows(lengths_of(rows, index))
         starts = rows.offsets[index][owner] + first
-        x = self.bert.encode(*self.tokens(rows.bases, starts, n))[:, 1:-1]
+        x = in_parts(lambda *windows: self.bert.encode(*windows)[:, 1:-1].float().cpu(),
+                     self.micro_batch_size, *self.tokens(rows.bases, starts, n))
         return covered(x, starts, n, self.spec["k"], self.spec["stride"])
 
 
@@ -272,7 +306,7 @@ class HfHead(nn.Module):
     Its own tokenizer reads the sequences; with a stride, they become overlapping k-mers of its vocabulary. A
     sequence of more tokens than positions takes several windows, whose pooled vectors are averaged.
     """
-    BODY, FLAGS = "hf", {}
+    BODY, FLAGS, micro_batch_size = "hf", {}, 128
 
     @staticmethod
     def complete(spec, args, longest):
@@ -307,6 +341,10 @@ class HfHead(nn.Module):
         n = np.ceil(lengths / self.bases_in_room).astype(int)                  # about: as the letters are
         return np.ones_like(n) if self.spec["long"] == "truncate" else n
 
+    def read(self, lengths):
+        long = int(self.bases_in_room) if self.spec["long"] == "truncate" else lengths.max()
+        return np.minimum(lengths, long), 1, 1
+
     def count(self, lengths):
         name = "truncated_about" if self.spec["long"] == "truncate" else "in_windows_about"
         return {name: int((lengths > self.bases_in_room).sum())}
@@ -325,25 +363,30 @@ class HfHead(nn.Module):
     def states(self, tokens, mask):
         return self.hf(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()     # (B, T, C)
 
-    def forward(self, tokens, real, mask, owner=None):
+    def read_window(self, tokens, real, mask):
         x = self.states(tokens, mask)
-        x = torch.tanh(self.pooler(x[:, 0] if self.has_cls else pooled(x, real)))                  # (B, C)
-        x = over_windows(x, owner)
+        x = x[:, 0] if self.has_cls else pooled(*summed("mean", x, {"mean": real}))
+        return torch.tanh(self.pooler(x))                    # (B, C)
+
+    def forward(self, tokens, real, mask, owner=None):
+        x = over_windows(in_parts(self.read_window, self.micro_batch_size, tokens, real, mask), owner)
         with torch.autocast(x.device.type, enabled=False):
             return self.out(F.dropout(x.float(), self.p, self.training))
 
     def embed(self, tokens, real, mask, owner=None):
         if self.spec["pool"] != "mean" and not self.has_cls:
             raise ValueError(f"--pool {self.spec['pool']}: its tokenizer adds no [CLS]; use --pool mean")
-        x, first = self.states(tokens, mask), torch.arange(tokens.shape[1], device=tokens.device) == 0
-        return concatenated(self.spec["pool"], lambda pool: pooled(
-            x, real if pool == "mean" else first.expand_as(real), owner))
+        first = torch.arange(tokens.shape[1], device=tokens.device) == 0
+        sums = in_parts(lambda tokens, real, mask: summed(self.spec["pool"], self.states(tokens, mask), {
+            "mean": real, "cls": first.expand_as(real)}), self.micro_batch_size, tokens, real, mask)
+        return pooled(*sums, owner)
 
     def per_base(self, rows, index):
         _, starts, widths = np.concatenate(self.windows(rows, index)[1], 1)
         tokens, real, mask, _ = self.inputs(rows, index)
         bases = np.repeat(starts - widths.cumsum() + widths, widths) + np.arange(widths.sum())
-        x = self.states(tokens, mask)[real].cpu().repeat_interleave(torch.from_numpy(widths), 0)
+        x = in_parts(lambda *windows: self.states(*windows).cpu(), self.micro_batch_size, tokens, mask)
+        x = x[real.cpu()].repeat_interleave(torch.from_numpy(widths), 0)
         return x, torch.from_numpy(bases)[:, None]
 
 
@@ -353,7 +396,7 @@ class MixerHead(nn.Module):
     A ChordMixer reads a sequence of any length. For an Encoder, one that is longer than its positions is cut
     into windows of equal length (to one base); the means are over all of them.
     """
-    BODY = "backbone"
+    BODY, micro_batch_size = "backbone", 128
     FLAGS = {"pool": "mean", "head": "linear", "blocks": "all", "eval_network": None}
 
     @staticmethod
@@ -403,6 +446,10 @@ class MixerHead(nn.Module):
             return -(-lengths // self.spec["mixer"]["length"])
         return np.bincount(self.windows(lengths)[0])
 
+    def read(self, lengths):
+        room = self.room if self.spec["long"] == "truncate" else None
+        return np.minimum(lengths, room or lengths.max()), 1, 1
+
     def count(self, lengths):
         if self.room is None:
             return {}
@@ -426,23 +473,18 @@ class MixerHead(nn.Module):
     def states(self, one_hot, lengths=None):
         return self.backbone(one_hot, lengths, **self.options)                 # (B, L, C)
 
-    def embed(self, one_hot, lengths=None, owner=None):
-        x = self.states(one_hot, lengths)
-        return concatenated(self.spec["pool"], lambda pool: self.mean(x, lengths, owner, pool))
+    def sums(self, one_hot, lengths):
+        """What `pooled` makes a mean of: over the bases, or the [CLS] behind them, of each window."""
+        x, ends = self.states(one_hot, lengths), lengths[:, None]
+        at = torch.arange(x.shape[1], device=x.device)
+        return summed(self.spec["pool"], x, {"mean": at < ends - self.n_cls,
+                                             "cls": (at < ends) & (at >= ends - self.n_cls)})
 
-    def mean(self, x, lengths, owner, pool):
-        """Means over the bases or the [CLS] of x (B, L, C), of all windows of a sequence."""
-        n_cls = self.n_cls
-        if lengths is None:
-            return (x[:, -n_cls:] if pool == "cls" else x[:, :x.shape[1] - n_cls]).mean(1)
-        at, ends = torch.arange(x.shape[1], device=x.device), lengths[:, None]
-        real = (at < ends) & (at >= ends - n_cls) if pool == "cls" else at < ends - n_cls          # (B, L)
-        total, n = (x * real[..., None]).sum(1), real.sum(1, keepdim=True)
-        if owner is not None:
-            empty = total.new_zeros(int(owner[-1]) + 1, total.shape[1], dtype=torch.float32)
-            total = empty.index_add(0, owner, total.float())
-            n = n.new_zeros(len(empty), 1).index_add(0, owner, n)
-        return total / n.clamp(min=1)
+    def embed(self, one_hot, lengths=None, owner=None):
+        if lengths is None:                                  # one window a sequence, all equally long
+            bases, cls = self.states(one_hot).split([one_hot.shape[1] - self.n_cls, self.n_cls], 1)
+            return concatenated(self.spec["pool"], lambda pool: (cls if pool == "cls" else bases).mean(1))
+        return pooled(*in_parts(self.sums, self.micro_batch_size, one_hot, lengths), owner)
 
     def forward(self, one_hot, lengths=None, owner=None):
         x = self.embed(one_hot, lengths, owner)
@@ -452,7 +494,9 @@ class MixerHead(nn.Module):
 
     def per_base(self, rows, index):
         owner, first, n = self.windows(lengths_of(rows, index))
-        return covered(self.states(*self.inputs(rows, index)[:2]), rows.offsets[index][owner] + first, n)
+        x = in_parts(lambda *windows: self.states(*windows).float().cpu(), self.micro_batch_size,
+                     *self.inputs(rows, index)[:2])
+        return covered(x, rows.offsets[index][owner] + first, n)
 
 
 class CnnHead(models.Cnn):
@@ -470,6 +514,9 @@ class CnnHead(models.Cnn):
     def n_windows(self, lengths):
         return np.ones_like(lengths)
 
+    def read(self, lengths):
+        return np.minimum(lengths, self.length), 1, 1
+
     def count(self, lengths):
         return {"truncated": int((lengths > self.length).sum())}
 
@@ -480,7 +527,7 @@ class CnnHead(models.Cnn):
 class PenguinnHead(models.Penguinn):
     """Martinek et al.'s CNN, with the inputs of the other one."""
     BODY, FLAGS = None, {}
-    n_windows, count, inputs = CnnHead.n_windows, CnnHead.count, CnnHead.inputs
+    n_windows, read, count, inputs = CnnHead.n_windows, CnnHead.read, CnnHead.count, CnnHead.inputs
 
     @staticmethod
     def complete(spec, args, longest):
@@ -617,8 +664,28 @@ def on_device(rows, device, labels=None):
     return rows._replace(bases=torch.from_numpy(rows.bases).to(device), labels=labels)
 
 
+def bases_read(rows, lengths, k=1, stride=1):
+    """Number of A, C, G and T in k-mers without N within the first `lengths` bases of each sequence: (n,)."""
+    starts, n, sizes = rows.offsets[:-1], len(rows.bases), np.diff(rows.offsets)
+    at = np.arange(n) - np.repeat(starts, sizes)             # in its sequence
+    first = np.flatnonzero((at % stride == 0) & (at + k <= np.repeat(lengths, sizes)))     # of each k-mer
+    n_known = np.concatenate([[0], np.cumsum(rows.bases < 4)])
+    first = first[n_known[first + k] - n_known[first] == k]
+    edges = np.zeros(n + 1, np.int32)
+    edges[first] += 1
+    edges[first + k] -= 1
+    return np.add.reduceat(np.cumsum(edges[:-1]) > 0, starts, dtype=np.int64)
+
+
+def n_bases(net, rows):
+    """Number of A, C, G and T that the network reads of each sequence; of 0, its outputs mean nothing."""
+    return bases_read(rows, *net.read(np.diff(rows.offsets)))
+
+
 def pieces(net, index, lengths, micro_batch_size):
-    """Splits an index array so that a forward pass has at most so many windows; a sequence stays whole."""
+    """Splits an index array so that a forward pass has at most so many windows. A sequence that has more
+    stays whole here; `in_parts` splits it."""
+    net.micro_batch_size = micro_batch_size
     cuts, full = [], 0
     for i, n in enumerate(net.n_windows(lengths[index]).tolist()):
         if full and full + n > micro_batch_size:
@@ -653,20 +720,31 @@ class Model:
         """Names of the outputs; ValueError if the model is not fine-tuned."""
         if "classes" not in self.net.spec:
             raise ValueError(f"--init {self.init}: not fine-tuned; make a classifier with finetune.py")
-        return self.net.spec["classes"]
+        names = self.net.spec["classes"]
+        for name in map(str, names):                         # they become cells of a table
+            if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", name):
+                raise ValueError(f"--init {self.init}: a control character in the class {data.quoted(name)}; "
+                                 f"rename it and train again")
+        return names
 
-    def apply(self, sequences, function=None):
+    def apply(self, sequences, function=None, empty=False):
         rows = sequences if isinstance(sequences, data.Rows) else data.rows_from(sequences)
-        return apply(self.net, on_device(rows, self.device), self.micro_batch_size, function)
+        outputs = apply(self.net, on_device(rows, self.device), self.micro_batch_size, function)
+        if not empty:
+            outputs[n_bases(self.net, rows) == 0] = math.nan
+        return outputs
 
     def embed(self, sequences):
-        """One vector a sequence: (n, C)."""
+        """One vector a sequence: (n, C); NaN where the network reads no base (shorter than k, all N)."""
         return self.apply(sequences, self.net.embed)
 
-    def predict(self, sequences):
-        """Probabilities of the classes, or the values of a regression: (n, number of classes)."""
+    def predict(self, sequences, empty=False):
+        """Probabilities of the classes, or the values of a regression: (n, number of classes).
+
+        NaN where the network reads no base, unless empty=True.
+        """
         self.classes()                                       # is it fine-tuned?
-        outputs = self.apply(sequences)
+        outputs = self.apply(sequences, empty=empty)
         return outputs if self.net.spec["regression"] else special.softmax(outputs, 1)
 
 
@@ -926,6 +1004,10 @@ def count_rows(parts, net, seen):
         counts["test_in_dev"] = int(rows_in(parts["test"], parts["dev"]).sum())
     if net is not None:
         counts |= net.count(np.concatenate([np.diff(rows.offsets) for rows in parts.values() if rows]))
+    for split, rows in parts.items():
+        if rows:
+            read = n_bases(net, rows) if net is not None else bases_read(rows, np.diff(rows.offsets), KMER)
+            counts[f"{split}_no_base"] = int((read == 0).sum())
     counts["test_in_train"] = int(seen.sum())
     return {name: n for name, n in counts.items() if n}
 
@@ -1191,15 +1273,17 @@ def parse_args():
     positive, group = number(int, 1), parser.add_argument_group("data")
     add = group.add_mutually_exclusive_group(required=True).add_argument
     add("--task", nargs="+", help=f"benchmark sets (emp/H3) or groups: {' '.join(data.GROUPS)}")
-    add("--csv", nargs="+", help="your tables (sequence, label): one, train and test, or train, dev and test")
+    add("--csv", type=file_name, nargs="+",
+        help="your tables (sequence, label): one, train and test, or train, dev and test")
     add("--demo", action="store_true", help="a planted motif in synthetic DNA; needs no data")
     add = group.add_argument
-    add("--data_dir", default="data", help="folder of the benchmark sets (%(default)s)")
-    add("--fasta", nargs="+", help="reference genome for GenomicBenchmarks' coordinate tables")
+    add("--data_dir", type=file_name, default="data", help="folder of the benchmark sets (%(default)s)")
+    add("--fasta", type=file_name, nargs="+",
+        help="reference genome for GenomicBenchmarks' coordinate tables")
     add("--split", type=fractions, default=(0.8, 0.1, 0.1), help="shares of one --csv table (.8,.1,.1)")
     add("--targets", nargs="+", metavar="COLUMN", help="--csv: regression on these columns")
     add = parser.add_argument_group("model").add_argument
-    add("--init", nargs="+", default=["random"],
+    add("--init", type=file_name, nargs="+", default=["random"],
         help="checkpoint, hf:FOLDER, findna:FILE, random:ONE OF THESE (its architecture), random, "
              "cnn, penguinn or kmer (random)")
     add("--stride", type=positive, help="1: overlapping k-mers, k: non-overlapping (default: as pretrained)")
@@ -1217,7 +1301,7 @@ def parse_args():
         help="FinDNA: blocks per layer, all or log2 of the longest training sequence (%(default)s)")
     add_protocol_flags(parser)
     add = parser.add_argument_group("run").add_argument
-    add("--out", default="out/finetune", help="folder of results and models (%(default)s)")
+    add("--out", type=file_name, default="out/finetune", help="folder of results and models (%(default)s)")
     add("--save_every", type=number(float, 0), default=60, help="seconds between checkpoints (%(default)s)")
     add("--micro_batch_size", type=positive, default=128, help="windows per forward pass (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
@@ -1232,7 +1316,7 @@ def check_args(args):
     """ValueError for flags that contradict each other."""
     if args.targets and not args.csv:
         raise ValueError("--targets: belongs to --csv; add that or drop it")
-    if not args.out or os.path.exists(args.out) and not os.path.isdir(args.out):
+    if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise ValueError(f"--out {args.out!r}: not a folder; name one")
 
 
@@ -1248,7 +1332,6 @@ if __name__ == "__main__":
                 print("no out/demo/last.pt (randommask.py --demo makes it): from random weights")
         device, args.dtype, rank, world = training.set_up(args.device, args.dtype, join=False)
         check_args(args)
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         starts, plans = {init: read_start(init, args) for init in args.init}, list(plan_runs(args))
     training.catch_signals()
     with training.user_errors(OSError, torch.OutOfMemoryError):

@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+import shutil
 import tempfile
 import zipfile
 
@@ -459,16 +460,23 @@ def safetensors_torch():
 
 
 def save_folder(folder, tensors, files):
-    """Writes tensors to model.safetensors, and files {name: text or JSON}. ValueError if folder is in use."""
+    """Writes tensors to model.safetensors, and files {name: text or JSON}, into a new or empty folder.
+
+    An exception leaves no folder. ValueError if it is in use.
+    """
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise ValueError(f"{folder}: already exists; give a new folder for the export")
-    save_file, tmp = safetensors_torch().save_file, f"{str(folder).rstrip('/')}.{os.getpid()}.tmp"
-    os.makedirs(tmp)
-    save_file(tensors, os.path.join(tmp, "model.safetensors"), metadata={"format": "pt"})
-    for name, content in files.items():
-        with open(os.path.join(tmp, name), "w", encoding="utf-8") as f:
-            f.write(content if isinstance(content, str) else json.dumps(content, indent=1))
-    os.replace(tmp, folder)
+    files = {"model.safetensors": safetensors_torch().save(tensors, {"format": "pt"})} | files
+    os.makedirs(folder, exist_ok=True)
+    try:
+        for name, content in files.items():
+            if not isinstance(content, bytes):
+                content = (content if isinstance(content, str) else json.dumps(content, indent=1)).encode()
+            with open(os.path.join(folder, name), "wb") as f:
+                f.write(content)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def save_hf(model, folder, classes=(), regression=False, card="", stride=1):

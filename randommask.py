@@ -15,7 +15,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))                # python -I leaves it out
 import training                                              # first: it answers Ctrl-C in the slow imports
-from training import number
+from training import file_name, number
 
 import math
 
@@ -70,7 +70,7 @@ def parse_args():
     add("--n_head", type=positive, default=12, help="attention heads (%(default)s)")
     add("--n_embd", type=positive, default=768, help="width (%(default)s)")
     add("--dropout", type=number(float, 0, 1), default=0.1, help="dropout (%(default)s)")
-    add("--init", help="start from these weights: a checkpoint, or hf:FOLDER")
+    add("--init", type=file_name, help="start from these weights: a checkpoint, or hf:FOLDER")
     add = parser.add_argument_group("method").add_argument
     add("--mask", choices=("randommask", "dnabert", "single"), default="randommask",
         help="what is masked (%(default)s)")

@@ -33,6 +33,20 @@ import signal
 import time
 import zipfile
 
+HERE = os.path.dirname(os.path.realpath(__file__))
+if os.path.dirname(os.path.realpath(sys.argv[0])) in (HERE, os.path.join(HERE, "tools")):  # else: a notebook
+    def leave(which, frame):
+        """Ends at Ctrl-C or SIGTERM until catch_signals, also while torch is imported: 130 or 143."""
+        print(f"stopped by {signal.Signals(which).name}", file=sys.stderr, flush=True)
+        raise SystemExit(128 + which)
+
+    def safe(text, write=sys.stdout.write):
+        """Writes text without the terminal escapes that names in other people's files may hold."""
+        return write("".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text))
+    signal.signal(signal.SIGINT, leave)
+    signal.signal(signal.SIGTERM, leave)
+    sys.stdout.write = safe
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -87,14 +101,22 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def file_name(text):
+    """An argparse type: a path, also hf:FOLDER; not empty, as that of an unset shell variable is."""
+    if not text or text.endswith(("hf:", "findna:", "random:")):
+        raise argparse.ArgumentTypeError(f"{text!r}: is empty; name a file or folder")
+    return text
+
+
 def new_parser(description):
     """Returns the parser of a pretraining script, with the flags that say which DNA is read."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("data").add_argument
-    add("--genome", nargs="+", default=["hg38"], help="FASTA files, plain or gzip; or hg38; or demo (hg38)")
-    add("--data_dir", default="data", help="folder of hg38.fa.gz (%(default)s)")
-    add("--cache", help="folder for the packed genome (default: beside the FASTA)")
+    add("--genome", type=file_name, nargs="+", default=["hg38"],
+        help="FASTA files, plain or gzip; or hg38; or demo (hg38)")
+    add("--data_dir", type=file_name, default="data", help="folder of hg38.fa.gz (%(default)s)")
+    add("--cache", type=file_name, help="folder for the packed genome (default: beside the FASTA)")
     add("--verify", action="store_true", help="compare the packed genome with the FASTA, base by base")
     add("--ambiguous", choices=("N", "random"), default="N", help="IUPAC codes: N, or one of their bases (N)")
     add("--val_contigs", type=lambda text: text.split(","), default=[],
@@ -122,7 +144,7 @@ def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
     eval_every None: the script fills in a twentieth of the steps. keep: the default of --keep in words.
     """
     add, positive = parser.add_argument_group("run").add_argument, number(int, 1)
-    add("--out", default=out, help="run folder (%(default)s)")
+    add("--out", type=file_name, default=out, help="run folder (%(default)s)")
     add("--resume", action="store_true", help="continue the run in --out, with the flags it was started with")
     add("--keep", type=positive, nargs="+", default=[], metavar="STEP",
         help=f"keep the checkpoints of these steps as step_N.pt ({keep})")

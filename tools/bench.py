@@ -28,6 +28,8 @@ import weakref
 from collections import Counter, namedtuple
 from statistics import median
 
+import training                                              # first: it takes Ctrl-C while torch is imported
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -42,7 +44,6 @@ import findna
 import finetune
 import models
 import randommask
-import training
 
 B, T, K, V, P = 64, 512, 6, 4101, randommask.MASK_RATE / 6   # a micro-batch of randommask.py
 SPANS, LENGTH = range(6, 16, 2), T - 2 + K - 1               # of its last, longest phase; bases of a window

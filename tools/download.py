@@ -33,11 +33,12 @@ import zipfile
 import zlib
 from collections import namedtuple
 
+import training                                              # first: it takes Ctrl-C while torch is imported
+
 from tqdm import tqdm
 
 import data
 import models
-import training
 
 TIMEOUT, TRIES, PAUSE = 30, 5, 1                             # seconds; without progress; first seconds
 DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG}
@@ -419,9 +420,8 @@ def get(names, data_dir, only_check):
             print(f"{source}: {path}: sound ({entry['verified']}), {entry['bytes']:,} bytes", flush=True)
         if not only_check and manifest | entries != manifest:
             manifest |= entries
-            with training.create(manifest_path + ".tmp") as f:
-                json.dump(manifest, f, indent=1)
-            os.replace(manifest_path + ".tmp", manifest_path)
+            with data.new_path(manifest_path, replace=True) as f:
+                f.write(json.dumps(manifest, indent=1).encode())
     for name, files in failed.items():
         print_recipe(name, files, data_dir)
     if failed:
@@ -445,7 +445,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="sources or groups (none: list them)")
-    parser.add_argument("--data_dir", default="data", help="where the files go (%(default)s)")
+    parser.add_argument("--data_dir", type=training.file_name, default="data",
+                        help="where the files go (%(default)s)")
     parser.add_argument("--check", action="store_true", help="only verify: no network, nothing written")
     args = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the next run resumes what is in partial

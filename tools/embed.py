@@ -4,18 +4,23 @@
     python -m tools.embed new.fa --init out/findna/last.pt --per_base
 
 --per_base adds per_base (bases, C) of all sequences in one array: that of sequence i is
-per_base[offsets[i]:offsets[i + 1]]. With k-mers, a base has the mean of the k-mers that cover it.
+per_base[offsets[i]:offsets[i + 1]]. With k-mers, a base has the mean of the k-mers that cover it. A vector is
+NaN where the network reads nothing: sequences shorter than k or all N, bases in no k-mer or cut off.
 """
 import argparse
-import signal
-import sys
+import collections
+
+import training                                              # first: it takes Ctrl-C while torch is imported
 
 import numpy as np
 import torch
 
+import data
 import finetune
-import training
-from tools.predict import add_flags, new_file, open_model, read_blocks, read_sequences
+from tools.predict import add_flags, count_block, open_model, output, read_blocks, read_sequences, say_counts
+
+WIDTH = 256                                                  # of a name in `ids`
+NAMED = 10                                                   # names that are printed
 
 
 @torch.no_grad()
@@ -28,7 +33,27 @@ def per_base(net, rows, micro_batch_size):
         for at in covered.T:
             total.index_add_(0, at, states)
             count.index_add_(0, at, torch.ones(len(at), 1))
-    return (total / count.clamp(min=1)).numpy()
+    return (total / count).numpy()                           # 0 / 0 is NaN
+
+
+def name_arrays(ids):
+    """ids as an array of fixed width; if that cuts a name, `long_ids` has these whole, one a line.
+
+    numpy gives each text of an array the room of the longest one: one name of 1 MB would multiply.
+    """
+    at = [i for i, name in enumerate(ids) if len(name) > WIDTH]
+    if not at:
+        return {"ids": np.array(ids)}
+    print(f"{len(at):,} names of more than {WIDTH} characters are cut in ids, and whole in long_ids")
+    return {"ids": np.array([name[:WIDTH] for name in ids]), "long_at": np.array(at),
+            "long_ids": np.array("\n".join(ids[i] for i in at))}
+
+
+def say_empty(what, ids):
+    """Prints how many sequences have NaN, and the first of them."""
+    if ids:
+        more = ", ..." if len(ids) > NAMED else ""
+        print(f"{what}: {', '.join(name[:80] for name in ids[:NAMED])}{more}")
 
 
 def embed(model, args):
@@ -36,19 +61,32 @@ def embed(model, args):
     if not model.net.BODY:
         raise ValueError(f"--init {args.init}: a CNN has no embeddings; use a pretrained network")
     ids, embeddings, bases, offsets = [], [], [], [np.zeros(1, np.int64)]
-    with new_file(args.out, args.file, ".npz") as f:
+    out, counts, empty, partial, n_nan = output(args, ".npz"), collections.Counter(), [], [], 0
+    with data.new_path(out) as f:
         for names, rows in read_blocks(read_sequences(args.file, args.window, args.step)):
             ids += names
+            n_bases = finetune.n_bases(model.net, rows)
             embeddings.append(model.embed(rows))
+            counts.update(count_block(model.net, rows, n_bases))
+            empty += [name for name, n in zip(names, n_bases) if not n]
             if args.per_base:
-                rows = finetune.on_device(rows, model.device)
-                bases.append(per_base(model.net, rows, args.micro_batch_size))
+                device_rows = finetune.on_device(rows, model.device)
+                vectors = per_base(model.net, device_rows, args.micro_batch_size)
+                vectors[np.repeat(n_bases == 0, np.diff(rows.offsets))] = np.nan
+                missing = np.add.reduceat(np.isnan(vectors[:, 0]), rows.offsets[:-1], dtype=np.int64)
+                partial += [name for name, n in zip(names, missing) if n]
+                n_nan += missing.sum()
+                bases.append(vectors)
                 offsets.append(rows.offsets[1:] + offsets[-1][-1])
-        arrays = {"ids": np.array(ids), "embeddings": np.concatenate(embeddings)}
+        arrays = name_arrays(ids) | {"embeddings": np.concatenate(embeddings)}
         if args.per_base:
             arrays |= {"per_base": np.concatenate(bases), "offsets": np.concatenate(offsets)}
         np.savez(f, **arrays)
-    print(", ".join(f"{name} {array.shape}" for name, array in arrays.items()))
+    print(f"wrote {out}: {', '.join(f'{name} {array.shape}' for name, array in arrays.items())}")
+    say_counts(counts)
+    say_empty(f"NaN for {len(empty):,} sequences of which the network reads no base", empty)
+    say_empty(f"NaN for {n_nan:,} of {offsets[-1][-1]:,} bases that the network does not read, in "
+              f"{len(partial):,} sequences", partial)
 
 
 if __name__ == "__main__":
@@ -57,7 +95,6 @@ if __name__ == "__main__":
     add = add_flags(parser)
     add("--pool", choices=("mean", "cls", "both"), default="mean", help="mean, [CLS] or both (%(default)s)")
     add("--per_base", action="store_true", help="also the embedding of each base")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no half-written file
     with training.user_errors():
         args = parser.parse_args()
         embed(open_model(args, pool=args.pool), args)

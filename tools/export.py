@@ -8,10 +8,14 @@ Needs safetensors.
 import argparse
 import json
 import os
+import re
 
+import training                                              # first: it takes Ctrl-C while torch is imported
+from training import file_name
+
+import data
 import finetune
 import models
-import training
 
 CARD = """---
 tags: [biology, genomics, dna]
@@ -88,6 +92,18 @@ def recorded(init, state):
     return {name: value for name, value in log[-1].items() if "val" in name or name in ("step", "loss")}
 
 
+def without_paths(value):
+    """The flags of a run without the folders of this machine: /home/me/hg38.fa becomes hg38.fa."""
+    if isinstance(value, dict):
+        return {name: without_paths(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [without_paths(x) for x in value]
+    if isinstance(value, str):                               # also of hf:/home/me/folder, random:hf:/...
+        kind, path = re.fullmatch("((?:hf:|findna:|random:)*)(.*)", value, re.DOTALL).groups()
+        return kind + os.path.basename(path.rstrip("/")) if path.startswith(("/", "~")) else value
+    return value
+
+
 def model_card(state, spec, folder, numbers, use):
     """README.md of an export. state: the checkpoint; numbers: scores or losses; use: from use_bert, ..."""
     library, tokens, snippet = use
@@ -95,8 +111,10 @@ def model_card(state, spec, folder, numbers, use):
         library=library, title=os.path.basename(folder.rstrip("/")), tokens=tokens,
         what=f"A model of {', '.join(spec['classes'])}." if "classes" in spec else "A pretrained DNA model.",
         method=state["method"], step=state["step"], data=state["data"],
-        numbers=json.dumps(numbers) if numbers else "none recorded", use=snippet.replace("FOLDER", folder),
-        args=json.dumps(state["args"], indent=1), cite=CITE.get(state["method"], "the model's own paper"))
+        numbers=json.dumps(without_paths(numbers)) if numbers else "none recorded",
+        use=snippet.replace("FOLDER", without_paths(folder)),
+        args=json.dumps(without_paths(state["args"]), indent=1),
+        cite=CITE.get(state["method"], "the model's own paper"))
 
 
 def use_bert(spec):
@@ -131,8 +149,6 @@ EXPORTS = {"bert": (use_bert, write_bert), "mixer": (use_mixer, write_mixer)}  #
 
 def export(folder, init, eval_network=None):
     """Writes a folder with the weights of --init and a model card."""
-    if not folder:
-        raise ValueError("FOLDER '': is empty; name a new folder")
     net = finetune.load_model(init, eval_network=eval_network).net
     if net.spec["kind"] not in EXPORTS:
         raise ValueError(f"--init {init}: a {net.spec['kind']} is not exported; use a Bert or a ChordMixer")
@@ -140,15 +156,17 @@ def export(folder, init, eval_network=None):
     state = {"method": "hf", "step": "unknown", "data": "unknown", "args": {"init": init}}
     if not init.startswith(("hf:", "findna:")):
         state = training.load(init)
-    write(net, folder, model_card(state, net.spec, folder, recorded(init, state), use(net.spec)))
+    card = model_card(state, net.spec, folder, recorded(init, state), use(net.spec))
+    with data.new_path(folder, folder=True) as new:
+        write(net, new, card)
     print(f"{init} -> {folder}")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", metavar="FOLDER", help="new folder to write")
-    parser.add_argument("--init", required=True, help="checkpoint, or hf:FOLDER")
+    parser.add_argument("folder", type=file_name, metavar="FOLDER", help="new folder to write")
+    parser.add_argument("--init", type=file_name, required=True, help="checkpoint, or hf:FOLDER")
     parser.add_argument("--eval_network", choices=("teacher", "student"),
                         help="FinDNA: network to export (teacher if there)")
     with training.user_errors():

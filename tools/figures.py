@@ -9,10 +9,14 @@
 Drawing needs matplotlib (tools/requirements.txt).
 """
 import argparse
+import io
 import itertools
 import json
 import math
 import os
+
+import training                                              # first: it takes Ctrl-C while torch is imported
+from training import file_name
 
 import numpy as np
 import torch
@@ -26,7 +30,6 @@ import findna
 import finetune
 import models
 import randommask
-import training
 from tools import table
 
 COLORS = np.array([[*bytes.fromhex(rgb)] for rgb in (        # Okabe and Ito's palette: (8, 3), 0..1
@@ -157,15 +160,25 @@ def shades(classes):
     return hue * (1 - abs(light)) + light.clip(0)            # towards black, towards white
 
 
-def random_windows(genome, n, length):
-    """n random windows without N -> bases (n, L), place of the first. L: at most `length`."""
-    sizes = np.diff(genome.intervals)[:, 0]
-    length = min(length, int(sizes.max()))
-    fits = data.window_table(genome.intervals[sizes >= length], length)
-    starts = data.draw_starts(fits, n, np.random.default_rng(0))
-    contig = [name for name, offset in genome.offsets.items() if offset <= starts[0]][-1]
-    at = int(starts[0]) - genome.offsets[contig]
-    return data.take_windows(genome.bases, starts, length), f"{contig}:{at}-{at + length}"
+def random_windows(genome, n, length, least):
+    """n random windows without N -> bases (n, L), place of the first, in words where from.
+
+    First n stretches without N of at least `least` bases are drawn, the likelier the longer they are; then L,
+    which fits all of them and is at most `length`, and a window in each. The other way round, all windows
+    could come from the longest record.
+    """
+    rng, sizes = np.random.default_rng(0), np.diff(genome.intervals)[:, 0]
+    weights = np.where(sizes >= least, sizes, 0)
+    if not weights.any():
+        raise ValueError(f"--fasta: no {least} bases without N for a window; give more sequence")
+    drawn = rng.choice(len(sizes), n, p=weights / weights.sum())
+    length = min(length, int(sizes[drawn].min()))
+    starts = genome.intervals[drawn, 0] + rng.integers(sizes[drawn] - length + 1)
+    contigs, offsets = list(genome.contigs), list(genome.offsets.values())
+    owner = np.searchsorted(offsets, starts, side="right") - 1
+    at = int(starts[0]) - offsets[owner[0]]
+    return (data.take_windows(genome.bases, starts, length), f"{contigs[owner[0]]}:{at}-{at + length}",
+            f"from {len(set(owner))} of {len(contigs)} records")
 
 
 def over_bases(of_kmers, k, stride):
@@ -407,16 +420,15 @@ def plot_attention(args):
     device, *_ = training.set_up(args.device, "float32", join=False)
     nets, found, rows = {name: read_bert(path) for name, path in label_paths(args).items()}, {}, []
     length = min((bert.config.block_size - 3) * stride + bert.config.k for bert, stride in nets.values())
-    bases, place = random_windows(data.Genome(args.fasta, args.cache), args.windows, length)
     longest = max(bert.config.k for bert, _ in nets.values())
-    if bases.shape[1] < longest:
-        raise ValueError(f"--fasta {args.fasta[0]}: no {longest} bases without N for a window; give more")
+    genome = data.Genome(args.fasta, args.cache)
+    bases, place, sampled = random_windows(genome, args.windows, length, longest)
     for name, (bert, stride) in nets.items():
         tokens = data.kmer_tokens(bases.to(device), bert.config.k, stride, specials=True)
         a = found[name] = attention(bert.to(device), tokens, stride)
         rows += [(name, i, *numbers) for i, numbers in enumerate(a["numbers"].tolist(), 1)]
         rows.append((name, f"uniform, {tokens.shape[1]} tokens", *a["uniform"].tolist()))
-    print(f"{len(bases)} windows of {bases.shape[1]} bases, the same for all")
+    print(f"{len(bases)} windows of {bases.shape[1]} bases, the same for all, {sampled}")
     columns = ["to [CLS]", "to [SEP]", f"to +-{REACH} k-mers", "entropy", "contrast"]
     print_table(["checkpoint", "layer", *columns], rows)
     return {"": draw_attention(found, place), "_maps": draw_maps(found)}
@@ -428,7 +440,8 @@ def plot_masks(args):
     if counts[-1].sum() < 4 ** args.k:
         raise ValueError(f"--fasta {args.fasta[0]}: {counts[-1].sum()} {args.k}-mers are too few for "
                          f"an NPMI table; give more sequence or a smaller --k")
-    bases, _ = random_windows(genome, 1000, 509 + args.k)    # 510 k-mers, as in pretraining
+    bases, _, sampled = random_windows(genome, 1000, 509 + args.k, args.k)     # 510 k-mers, as in pretraining
+    print(f"{len(bases)} windows of {bases.shape[1]} bases {sampled}")
     rows = mask_rows(bases, cm_gems.npmi_rank(cm_gems.npmi(counts)), args.k)
     print_table(["masking", "masked", "bases hidden"], [
         (name, masked, float((share == 1).mean())) for name, masked, share in rows])
@@ -473,21 +486,24 @@ def parse_args():
         figure.set_defaults(plot=plot)
         add = figure.add_argument
         if name in ("loss", "embeddings", "attention"):
-            add("paths", nargs="+", help="run folders" if name == "loss" else "checkpoints or hf:FOLDER")
+            add("paths", type=file_name, nargs="+",
+                help="run folders" if name == "loss" else "checkpoints or hf:FOLDER")
             add("--names", nargs="+", help="their labels (default: the paths)")
         if name == "results":
-            add("paths", nargs=1, help="output folder of finetune.py")
+            add("paths", type=file_name, nargs=1, help="output folder of finetune.py")
         if name == "attention":
-            add("--fasta", nargs="+", required=True, help="sequences to attend to")
+            add("--fasta", type=file_name, nargs="+", required=True, help="sequences to attend to")
             add("--windows", type=training.number(int, 1), default=64, help="random windows (%(default)s)")
             add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
         if name == "masks":
-            add("--fasta", nargs="+", default=["demo"], help="sequences to mask (%(default)s)")
-            add("--data_dir", default="data", help="folder of the demo genome (%(default)s)")
+            add("--fasta", type=file_name, nargs="+", default=["demo"],
+                help="sequences to mask (%(default)s)")
+            add("--data_dir", type=file_name, default="data", help="folder of the demo genome (%(default)s)")
             add("--k", type=training.number(int, 2, 9), default=6, help="k of the k-mers (%(default)s)")
         if name in ("attention", "masks"):
-            add("--cache", help="folder for packed genomes (default: beside the FASTA)")
-        add("--out", default=f"out/figures/{name}", help="file without .png or .pdf (%(default)s)")
+            add("--cache", type=file_name, help="folder for packed genomes (default: beside the FASTA)")
+        add("--out", type=file_name, default=f"out/figures/{name}",
+            help="file without .png or .pdf (%(default)s)")
         add("--dpi", type=training.number(int, 20, 2000), default=200, help="of the PNG (%(default)s)")
     return parser.parse_args()
 
@@ -498,9 +514,11 @@ if __name__ == "__main__":
         if not os.path.basename(args.out):
             raise ValueError(f"--out {args.out!r}: not a file name; give one without .png or .pdf")
         for suffix, fig in args.plot(args).items():
-            path = args.out + suffix
-            os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-            for kind in ("png", "pdf"):                      # each appears once it is complete
-                fig.savefig(f"{path}.tmp", format=kind, dpi=args.dpi)
-                os.replace(f"{path}.tmp", f"{path}.{kind}")
-            print(f"wrote {path}.png, {path}.pdf")
+            os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
+            names = [f"{args.out}{suffix}.{kind}" for kind in ("png", "pdf")]
+            for name in names:
+                picture = io.BytesIO()                       # matplotlib answers a full disk in many ways
+                fig.savefig(picture, format=name[-3:], dpi=args.dpi)
+                with data.new_path(name, replace=True) as f:
+                    f.write(picture.getvalue())
+            print(f"wrote {', '.join(names)}")

@@ -5,19 +5,17 @@
 """
 import argparse
 import collections
-import contextlib
 import io
 import itertools
 import os
-import signal
-import sys
+
+import training                                              # first: it takes Ctrl-C while torch is imported
+from training import file_name, number
 
 import numpy as np
 
 import data
 import finetune
-import training
-from training import number
 
 LONGEST = 1 << 20                                            # bases of a sequence without --window
 
@@ -60,27 +58,18 @@ def read_blocks(sequences, size=1 << 24):
         total += len(codes)
 
 
-@contextlib.contextmanager
-def new_file(out, source, suffix):
-    """A binary file that becomes `out` once it is whole; default: source's stem + suffix, in this folder."""
-    out = out or os.path.splitext(os.path.basename(source).removesuffix(".gz"))[0] + suffix
-    if os.path.exists(out):
-        raise ValueError(f"--out {out}: exists already; name another file")
-    try:
-        with open(out + ".tmp", "wb") as f:
-            yield f
-        os.replace(f.name, out)
-        print(f"wrote {out}")
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(out + ".tmp")
+def output(args, suffix):
+    """--out; by default FILE's stem + suffix, in this folder."""
+    return args.out or os.path.splitext(os.path.basename(args.file).removesuffix(".gz"))[0] + suffix
 
 
 def add_flags(parser):
     """The flags that predict and embed share; returns the function that adds the next one."""
     add, positive = parser.add_argument, number(int, 1)
-    add("file", metavar="FILE", help="FASTA, or a .csv, .tsv or .txt with a column sequence; plain or gzip")
-    add("--init", required=True, help="checkpoint (predict: a fine-tuned one), hf:FOLDER or findna:FILE")
+    add("file", type=file_name, metavar="FILE",
+        help="FASTA, or a .csv, .tsv or .txt with a column sequence; plain or gzip")
+    add("--init", type=file_name, required=True,
+        help="checkpoint (predict: a fine-tuned one), hf:FOLDER or findna:FILE")
     add("--window", type=positive, help="cut each sequence into windows of N bases")
     add("--step", type=positive, help="bases between the starts of windows (--window)")
     add("--long", choices=("chunk", "truncate"), help="beyond block_size: windows, or cut (as fine-tuned)")
@@ -89,14 +78,13 @@ def add_flags(parser):
     add("--micro_batch_size", type=positive, default=128, help="windows per forward pass (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
-    add("--out", help="file to write (default: FILE's name with another ending, in this folder)")
+    add("--out", type=file_name,
+        help="file to write (default: FILE's name with another ending, in this folder)")
     return add
 
 
 def open_model(args, **changes):
     """The Model of these flags, on the device."""
-    if not args.file or args.out == "":
-        raise ValueError(f"{'FILE' if not args.file else '--out'} '': is empty; name a file")
     if args.step and not args.window:
         raise ValueError("--step: belongs to --window; add that or drop it")
     device, dtype, *_ = training.set_up(args.device, args.dtype, join=False)
@@ -106,26 +94,48 @@ def open_model(args, **changes):
     return model
 
 
-def predict(model, args):
-    """Writes a row a sequence: id, length, class with probabilities, or values of a regression."""
-    names, regression, counts = model.classes(), model.net.spec["regression"], collections.Counter()
-    with new_file(args.out, args.file, ".predictions.tsv") as file, io.TextIOWrapper(file) as f:
-        columns = names if regression else ["class", *(f"p_{name}" for name in names)]
-        f.write("\t".join(["id", "length", *columns]) + "\n")
-        for ids, rows in read_blocks(read_sequences(args.file, args.window, args.step)):
-            lengths = np.diff(rows.offsets)
-            for name, length, values in zip(ids, lengths, model.predict(rows)):
-                cells = [] if regression else [names[values.argmax()]]
-                f.write("\t".join([name, str(length), *cells, *(f"{value:.6g}" for value in values)]) + "\n")
-            counts.update({"sequences": len(ids), "with_n": rows.notes["with_n"]} | model.net.count(lengths))
+def excel_safe(cell):
+    """Text that a spreadsheet does not run as a formula."""
+    return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
+
+
+def count_block(net, rows, n_bases):
+    """What is unusual in the sequences of a block: {name: number of them}."""
+    unread = int((n_bases == 0).sum())
+    return {"sequences": len(n_bases), "with_n": rows.notes["with_n"]} | net.count(np.diff(rows.offsets)) | {
+        "without a base that the network reads": unread}
+
+
+def say_counts(counts):
     print(", ".join(f"{name} {count:,}" for name, count in counts.items()))
+
+
+def predict(model, args):
+    """Writes a row a sequence: id, length, n_bases, class with probabilities, or values of a regression."""
+    names, regression, counts = model.classes(), model.net.spec["regression"], collections.Counter()
+    text, out = excel_safe if args.excel_safe else str, output(args, ".predictions.tsv")
+    with data.new_path(out) as file, io.TextIOWrapper(file, "utf-8") as f:
+        columns = names if regression else ["class", *(f"p_{name}" for name in names)]
+        f.write("\t".join(["id", "length", "n_bases", *map(text, columns)]) + "\n")
+        for ids, rows in read_blocks(read_sequences(args.file, args.window, args.step)):
+            n_bases, outputs = finetune.n_bases(model.net, rows), model.predict(rows, args.empty)
+            for name, length, n, values in zip(ids, np.diff(rows.offsets), n_bases, outputs):
+                cells = [] if regression else [text(names[values.argmax()])]
+                cells += [f"{value:.6g}" for value in values]
+                if not n and not args.empty:
+                    cells = [""] * len(cells)
+                f.write("\t".join([text(name), str(length), str(n), *cells]) + "\n")
+            counts.update(count_block(model.net, rows, n_bases))
+    print(f"wrote {out}")
+    say_counts(counts)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_flags(parser)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # leaves no half-written file
+    add = add_flags(parser)
+    add("--empty", action="store_true", help="also predict sequences of which the network reads no base")
+    add("--excel_safe", action="store_true", help="an apostrophe before names that begin with =, +, - or @")
     with training.user_errors():
         args = parser.parse_args()
         predict(open_model(args), args)

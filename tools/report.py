@@ -7,10 +7,12 @@ import argparse
 import itertools
 import os
 
+import training                                              # first: it takes Ctrl-C while torch is imported
+from training import file_name
+
 import numpy as np
 
 import data
-import training
 
 
 def published(n, task, split):
@@ -84,9 +86,10 @@ def report_task(task, data_dir, fasta):
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("tasks", nargs="+", help=f"tasks (emp/H3) or groups: {' '.join(data.GROUPS)}")
-    parser.add_argument("--data_dir", default="data", help="folder of the benchmark sets (%(default)s)")
-    parser.add_argument("--fasta", nargs="+", help="genome of coordinate tables: one FASTA, or one a class")
+    add = parser.add_argument
+    add("tasks", nargs="+", help=f"tasks (emp/H3) or groups: {' '.join(data.GROUPS)}")
+    add("--data_dir", type=file_name, default="data", help="folder of the benchmark sets (%(default)s)")
+    add("--fasta", type=file_name, nargs="+", help="genome of coordinate tables: one FASTA, or one a class")
     args = parser.parse_args()
     status = 0
     with training.user_errors():

@@ -8,17 +8,19 @@ whatever differs between runs of a task); a row is one task with one metric.
 """
 import argparse
 import csv
+import io
 import itertools
 import os
 import sys
 from collections import namedtuple
+
+import training                                              # first: it takes Ctrl-C while torch is imported
 
 import numpy as np
 from scipy import stats
 
 import data
 import finetune
-import training
 
 PAPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "results", "paper.csv")
 METRICS = {"mcc": "MCC", "acc": "accuracy", "f1_macro": "macro F1", "f1_binary": "binary F1",
@@ -266,13 +268,14 @@ def write_table(out, paper_csv=PAPER):
     table = make_table(read_runs(out), paper_csv)
     values = [[name, *key, *column[key]] for name, column in table.columns.items()
               for key, _ in table.rows if key in column]
-    paths = [os.path.join(out, name) for name in ("table.md", "table.csv")]
-    with open(f"{paths[0]}.tmp", "w", encoding="utf-8") as f:
-        print(*table.lines, sep="\n", file=f)
-    with open(f"{paths[1]}.tmp", "w", encoding="utf-8", newline="") as f:
-        csv.writer(f).writerows([["column", *Key._fields, *Cell._fields], *values])
-    for path in paths:
-        os.replace(f"{path}.tmp", path)
+    as_csv = io.StringIO()
+    csv.writer(as_csv).writerows([["column", *Key._fields, *Cell._fields], *values])
+    markdown = "".join(f"{line}\n" for line in table.lines)
+    with (data.new_path(os.path.join(out, "table.md"), replace=True) as md,
+          data.new_path(os.path.join(out, "table.csv"), replace=True) as f):
+        md.write(markdown.encode())
+        f.write(as_csv.getvalue().encode())
+        md.flush()                                           # both are whole, or neither is there
     sys.stdout.reconfigure(errors="replace")                 # an ASCII terminal has no plus-minus sign
     print(*table.lines, sep="\n")
 
@@ -280,7 +283,7 @@ def write_table(out, paper_csv=PAPER):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", default="out/finetune", metavar="OUT",
+    parser.add_argument("out", type=training.file_name, nargs="?", default="out/finetune", metavar="OUT",
                         help="folder of results.jsonl (%(default)s)")
     with training.user_errors():
         write_table(parser.parse_args().out)
