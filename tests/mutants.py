@@ -160,7 +160,7 @@ MUTANTS += mutants("finetune.py", [GOLDEN, "-k", "finetune or seed"], {
     "the same order in each epoch": ('key["seed"], epoch)', 'key["seed"], 0)'),
     "dev scored with dropout": ("net.eval()\n    outputs = apply(net, dev", "outputs = apply(net, dev"),
     "no dropout after an evaluation": ("net.train()", "pass"),
-    "the same dev for every seed": ('p["val"]), seed)\n', 'p["val"]), 42)\n'),
+    "the same dev for every seed": ('p["val"]), seed, names)\n', 'p["val"]), 42, names)\n'),
     "betas of BERT": ("(0.9, 0.999), 1e-8", "(0.9, 0.98), 1e-8"),
     "gradients pile up": ("optimizer.zero_grad()", "pass"),
     "EMP for 10 epochs": ('"emp": dict(epochs=100)', '"emp": dict(epochs=10)', [UNIT["defaults"]]),

@@ -199,7 +199,7 @@ def test_kills(here, survived):
         real(*args), die()
     for module, name, n, fault in (                          # one after the other, of the same run
             ("training", "stop_requested", 5, die), ("torch", "save", 3, amid), ("os", "fsync", 2, die),
-            ("training", "stop_requested", 2, die), ("os", "link", 1, after), ("fcntl", "flock", 2, die)):
+            ("training", "stop_requested", 2, die), ("os", "link", 1, after), ("fcntl", "flock", 3, die)):
         assert tune({0: at_call(module, name, n, fault)}, save_every=0, **SMALL).code == -9
         assert results() == []
         survived()
