@@ -504,7 +504,7 @@ HEADS = {"bert": BertHead, "mixer": MixerHead, "cnn": CnnHead, "penguinn": Pengu
 SPEC = {"kind": HEADS.__contains__, "n_out": is_size, "k": is_size, "length": is_size,
         "stride": lambda x: x is None or is_size(x), "n_blocks": lambda x: x is None or is_size(x),
         "n_cls": lambda x: x == 0 or is_size(x), "regression": lambda x: type(x) is bool,
-        "classes": lambda x: all(type(name) is str and name for name in x),
+        "classes": lambda x: type(x) in (list, tuple) and all(type(name) is str and name for name in x),
         "long": lambda x: x in ("chunk", "truncate"), "dtype": lambda x: x in ("float32", "bfloat16"),
         "pool": lambda x: x in ("mean", "cls", "both"), "head": lambda x: x in ("linear", "mlp"),
         "binary": lambda x: type(x) is bool}

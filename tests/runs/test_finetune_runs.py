@@ -2,6 +2,7 @@
 import csv
 import functools
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -136,6 +137,22 @@ def test_a_run_and_its_row(here):
     rows = done(csv=SPLITS, **LEARN)[1]
     assert sorted(row["rows"]["test"] for row in rows) == [16, 100, 101] and ROW in rows and ALONE in rows
     assert len(done(csv=SPLITS, **LEARN | {"epochs": 1})[1]) == 4                # another number: another run
+
+
+def test_class_names_belong_to_the_identity_of_a_run(here):
+    [row] = done(csv="small.csv", init="kmer")[1]
+    text = Path("small.csv").read_text()
+    Path("small.csv").write_text(text.replace(",no", ",absent").replace(",yes", ",present"))   # in this order
+    rows = done(csv="small.csv", init="kmer")[1]
+    assert sorted(row["classes"] for row in rows) == [["absent", "present"], ["no", "yes"]]
+    key = "task shots seed init weights mode pool protocol overrides metric numbers data".split()
+    parts = [{name: row[name] for name in names} for names in (key, "kind long dtype n_out".split())]
+    identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+    Path("out/results.jsonl").write_text(json.dumps(row | {"id": identity, "seconds": 1}))     # an old row
+    assert len(done(csv="small.csv", init="kmer")[1]) == 2   # of other names, so it is another run
+    Path("small.csv").write_text(text)
+    out, rows = done(csv="small.csv", init="kmer")
+    assert "done before" in out and len(rows) == 2 and re.search(r"^\| csv/small .* \(1 seed\)", out, re.M)
 
 
 @pytest.mark.parametrize("protocol, name, best", [("strict", "dev_mcc", max), ("dnabert2", "dev_loss", min),

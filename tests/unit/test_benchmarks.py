@@ -107,6 +107,13 @@ def test_split_rows():
     assert [part.labels.shape for part in parts] == [(8, 2), (2, 2)] and parts[0].labels.dtype == np.float64
 
 
+def test_a_class_that_is_too_rare_is_named():
+    rows = data.rows_from(dna(30, 20, 0), [0, 1] * 14 + [1, 2])
+    said = refusal(data.split_rows, rows, (0.8, 0.1, 0.1), 0, ("a", "b", "=x\x1b"))
+    assert "class '=x\\x1b' has 1" in said and "30 different sequences" in said and "members" not in said
+    assert "class 2 has 1" in refusal(data.split_rows, rows, (0.8, 0.1, 0.1), 0)
+
+
 def test_task_table():
     sizes = {"emp": 10, "tf_m": 5, "tf_h": 5, "pd": 3, "cpd": 3, "ssp": 1, "covid": 1, "eap": 1, "gue28": 28,
              "randommask28": 28, "cmgems27": 27, "gb8": 8, "gb5": 5, "mtcdna": 3, "fewshot": 5}
