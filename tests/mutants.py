@@ -167,6 +167,14 @@ MUTANTS += mutants("finetune.py", [GOLDEN, "-k", "finetune or seed"], {
     "flags do not win": ("else {}) | flags", "else {})")})
 MUTANTS += mutants("finetune.py", [GOLDEN, "-k", "finetune or seed"], {
     "the same head for every seed": ("training.seed(seed)", "training.seed(42)")})
+MUTANTS += mutants("finetune.py", [UNIT["finetune"]], {
+    "models get their names at once": ("fcntl.flock(f, fcntl.LOCK_EX)", "pass"),
+    "a test of one class is collapsed": ("bool(collapsed) and vary(labels)", "bool(collapsed)"),
+    "standardises each split": ("(rows.labels - mean) / sd for", "(rows.labels - rows.labels.mean(0)) for"),
+    "scores the seen rows": ("scores(outputs[~seen], labels[~seen]", "scores(outputs[seen], labels[seen]")})
+MUTANTS += mutants("data.py", [UNIT["finetune"]], {
+    "the strands are different": ("min(key, other[n - end:n - start])", "key"),
+    "float32 targets": ("labels.astype(np.float64)", "labels.astype(np.float32)")})
 
 
 def copy_repository(folder):
