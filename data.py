@@ -781,7 +781,7 @@ def write_demo_genome(path, seed=42):
 # number or from-to; rows: published row counts by split; folder: under data_dir, in the source's own layout.
 Task = namedtuple("Task", "name suite classes regression metric length rows folder source licence")
 # The sequences of a split. bases: uint8 codes, end to end; offsets: int64 (n + 1,), their limits in bases;
-# labels: int64 (n,) ids, float32 (n, targets) or None; notes: {what is unusual but accepted: its rows}.
+# labels: int64 (n,) ids, float64 (n, targets) or None; notes: {what is unusual but accepted: its rows}.
 Rows = namedtuple("Rows", "bases offsets labels notes")
 BINARY = "negative", "positive"
 SUITES = {                                                   # suite: where it comes from, licence as stated
@@ -892,8 +892,8 @@ MTCDNA = {"Mus_musculus": 0, "Mus_spretus": 0, "Chelonoidis_abingdonii": 1, "Gop
 DELIMITER = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 WHOLE = re.compile(r"0|-?[1-9]\d*", re.ASCII)
-CLASS_NAME = re.compile(r"(?!=|[+-]?(nan|inf|infinity|na|n/a|none|null|[\d.]+e[+-]?\d+)$)(?=.*[^\W\d_])"
-                        r"[^\x00-\x1f\x7f-\x9f]+", re.IGNORECASE)
+DIGITS = re.compile(r"\d+", re.ASCII)                        # 01, 02, 10: names where one begins with a zero
+CLASS_NAME = re.compile(r"(?!=|[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$)[^\x00-\x1f\x7f-\x9f]+", re.IGNORECASE)
 
 
 def task_names(args):
@@ -904,10 +904,15 @@ def task_names(args):
     return list(dict.fromkeys(name for arg in args for name in GROUPS.get(arg, [arg])))
 
 
-def row_keys(rows):
-    """Return one bytes object per sequence, to compare and count."""
-    bases, offsets = rows.bases.tobytes(), rows.offsets.tolist()
-    return [bases[start:end] for start, end in zip(offsets, offsets[1:])]
+def row_keys(rows, strands=True):
+    """Return one bytes object per sequence, to compare and count. A sequence and its reverse complement share
+    the lesser of the two; strands=False tells them apart."""
+    bases, offsets, n = rows.bases.tobytes(), rows.offsets.tolist(), len(rows.bases)
+    keys = [bases[start:end] for start, end in zip(offsets, offsets[1:])]
+    if not strands:
+        return keys
+    other = reverse_complement(rows.bases).tobytes()         # of all of them, end to end
+    return [min(key, other[n - end:n - start]) for key, start, end in zip(keys, offsets, offsets[1:])]
 
 
 def rows_of(bases, lengths, labels, notes, **masks):
@@ -916,9 +921,12 @@ def rows_of(bases, lengths, labels, notes, **masks):
     if labels is not None:
         labels = np.asarray(labels)
         is_ids = labels.dtype.kind == "i"
-        labels = labels.astype(np.int64) if is_ids else labels.astype(np.float32).reshape(len(lengths), -1)
+        labels = labels.astype(np.int64) if is_ids else labels.astype(np.float64).reshape(len(lengths), -1)
     rows = Rows(bases, np.concatenate([[0], np.cumsum(lengths)]), labels, {})
-    counts = {"duplicates": len(lengths) - len(set(row_keys(rows)))}
+    n_exact, keys = len(set(row_keys(rows, strands=False))), row_keys(rows)
+    counts = {"duplicates": len(keys) - n_exact, "reverse_complements": n_exact - len(set(keys))}
+    if labels is not None:                                   # of one sequence, on either strand
+        counts["conflicting_labels"] = len(set(zip(keys, map(str, labels.tolist())))) - len(set(keys))
     for name, mask in {"with_n": bases == 4, **masks}.items():
         counts[name] = int(np.logical_or.reduceat(mask, rows.offsets[:-1]).sum())
     return rows._replace(notes=counts | notes)
@@ -950,9 +958,10 @@ def take_rows(rows, index):
     return rows_of(bases, lengths, None if rows.labels is None else rows.labels[index], {})
 
 
-def split_rows(rows, fractions, seed):
+def split_rows(rows, fractions, seed, names=()):
     """Split Rows at random, class by class, into one Rows per fraction of the different sequences.
-    Scikit-learn's stratified split; equal sequences stay together and count with their first label."""
+    Scikit-learn's stratified split; equal sequences, on either strand, stay together and count with their
+    first label. names: of the classes, for the message where one is too small."""
     from sklearn.model_selection import train_test_split
     first_row = {}                                           # sequence: its first row
     first = np.array([first_row.setdefault(key, i) for i, key in enumerate(row_keys(rows))])
@@ -964,9 +973,19 @@ def split_rows(rows, fractions, seed):
                                           stratify=classes[rest], random_state=seed)
             parts.append(part)
     except ValueError as e:
-        n = len(first_row)
-        raise ValueError(f"split {fractions}: {n} different sequences are too few ({e}); give more") from None
+        raise ValueError(f"split {fractions}: {too_few(classes[np.unique(first)], names, e)}") from None
     return [take_rows(rows, np.flatnonzero(np.isin(first, part))) for part in (*parts, rest)]
+
+
+def too_few(labels, names, error):
+    """Return in words why these labels of the different sequences cannot be split."""
+    classes, counts = np.unique(labels, return_counts=True)
+    if len(classes) < 2:
+        return f"{len(labels)} different sequences are too few ({error}); give more"
+    rarest = int(classes[counts.argmin()])
+    name = quoted(names[rarest]) if names else rarest
+    return (f"{len(labels)} different sequences, of which class {name} has {counts.min()}: too few; give "
+            f"more of it, leave it out, or give train, dev and test as tables")
 
 
 def table_text(path):
@@ -1031,15 +1050,24 @@ def read_columns(path, wanted):
     return {name: [row[i].strip(" \t") for row in rows] for name, i in columns.items()}, places
 
 
+def label_kind(names):
+    """Return the pattern of a table's own labels: WHOLE numbers where there is one, or names. Digits are
+    names if one begins with a zero and no two are the same number."""
+    codes = all(map(DIGITS.fullmatch, names)) and len({name.lstrip("0") for name in names}) == len(set(names))
+    if codes and not all(map(WHOLE.fullmatch, names)):
+        return DIGITS
+    return WHOLE if any(map(WHOLE.fullmatch, names)) else CLASS_NAME
+
+
 def class_ids(texts, classes, places):
-    """Turn labels into ids; returns the ids and the classes in their order. '1.0' is 1.
+    """Turn labels into ids; returns the ids and the classes in their order. '1.0' and '+1' are 1.
     classes=None takes those found, sorted: all whole numbers or all names, and at least two."""
-    names = {text: re.sub(r"^(-?\d+)\.0*$", r"\1", text) for text in dict.fromkeys(texts)}
-    kind = WHOLE if WHOLE.fullmatch(names[texts[0]]) else CLASS_NAME
+    names = {text: re.sub(r"^(?:\+|(-))?(\d+)(?:\.0*)?$", r"\1\2", text) for text in dict.fromkeys(texts)}
+    kind = label_kind(names.values())
     for text, name in names.items():
         known = name in classes if classes else kind.fullmatch(name)
         if not known:
-            advice = f"use one of {', '.join(classes)}" if classes else "use only whole numbers or names"
+            advice = f"use one of {', '.join(classes)}" if classes else "use only whole numbers or only names"
             if NUMBER.fullmatch(text) and float(text) % 1 > 0:
                 advice += "; for a regression give --targets label"
             raise ValueError(f"{places[texts.index(text)]}: label {quoted(text)} is not a class; {advice}")

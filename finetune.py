@@ -48,6 +48,7 @@ import models
 
 BETAS, EPS = (0.9, 0.999), 1e-8                              # AdamW: DNABERT-2, Liang et al., GeneMask
 SORTED = 50                                                  # batches that are sorted by length together
+FAR = 1e15                                                   # sd: the square of a target has to fit float32
 KMER = 5                                                     # k of the k-mer floor (--init kmer)
 
 # warmup: an int counts steps, a float is a share of them; eval_every 0: once an epoch; select: which weights
@@ -92,6 +93,12 @@ DEFAULT_PROTOCOL = {"GUE": "randommask", "DeepSTARR": "randommask", "GenomicBenc
 SCHEDULES = {"linear": training.linear, "cosine": training.cosine, "constant": lambda *_: 1.0}
 FLAGS = ("batch_size", "lr", "weight_decay", "epochs", "warmup", "dropout")            # override a protocol
 DEMO = dict(task=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64, lr=1e-3, epochs=4)
+
+# A row of results.jsonl: how its line begins, what it must hold
+HALF = b'{"id": "'
+ROW = {"id": str, "task": str, "shots": int | None, "seed": int, "init": str, "weights": str, "data": str,
+       "mode": str, "pool": str | None, "protocol": str, "overrides": dict, "long": str, "stride": int | None,
+       "metric": str, "score": float | int | None, "collapsed": bool, "test": dict}
 
 # One run of the plan; what --init gives (spec and weights, or None; its name and the digest of the weights)
 Plan = namedtuple("Plan", "name shots repeat init protocol")
@@ -538,7 +545,19 @@ class PenguinnHead(models.Penguinn):
         self.spec = spec
 
 
+def is_size(x):
+    return type(x) is int and x > 0
+
+
 HEADS = {"bert": BertHead, "mixer": MixerHead, "cnn": CnnHead, "penguinn": PenguinnHead, "hf": HfHead}
+# What the parts of a spec may be; models.py checks the sizes of the network
+SPEC = {"kind": HEADS.__contains__, "n_out": is_size, "k": is_size, "length": is_size,
+        "stride": lambda x: x is None or is_size(x), "n_blocks": lambda x: x is None or is_size(x),
+        "n_cls": lambda x: x == 0 or is_size(x), "regression": lambda x: type(x) is bool,
+        "classes": lambda x: type(x) in (list, tuple) and all(type(name) is str and name for name in x),
+        "long": lambda x: x in ("chunk", "truncate"), "dtype": lambda x: x in ("float32", "bfloat16"),
+        "pool": lambda x: x in ("mean", "cls", "both"), "head": lambda x: x in ("linear", "mlp"),
+        "binary": lambda x: type(x) is bool}
 DEFAULTS = {"long": "chunk", "dtype": "float32", "n_out": 1, "pool": "mean", "head": "linear",
             "n_blocks": None}                                # what a spec may leave out
 
@@ -560,6 +579,9 @@ def check_spec(spec, weights):
     """Raises if a spec and its weights disagree; allocates nothing, whatever sizes the spec claims."""
     if spec.get(spec["kind"], {}).get("n_layer", 0) > len(weights):
         raise LookupError("more layers than weights")
+    wrong = [name for name, value in spec.items() if name in SPEC and not SPEC[name](value)]
+    if wrong:
+        raise LookupError(f"{wrong[0]} is {spec[wrong[0]]!r:.20}")
     if "classes" in spec and (type(spec["regression"]) is not bool or len(spec["classes"]) != spec["n_out"]):
         raise LookupError("classes and outputs disagree")
     with torch.device("meta"), warnings.catch_warnings():
@@ -759,7 +781,8 @@ def load_model(init, device="cpu", eval_network=None, **changes):
 
 
 def scores(outputs, labels, task):
-    """Outputs (n, n_out), labels -> {metric: value}; None where undefined (PCC of a constant prediction).
+    """Outputs (n, n_out), labels -> {metric: value}; None where undefined (PCC of a constant, MCC where all
+    labels are one class).
 
     ArithmeticError when an output is not finite.
     """
@@ -772,6 +795,11 @@ def scores(outputs, labels, task):
     return {name: float(value) if math.isfinite(value) else None for name, value in row.items()}
 
 
+def vary(labels):
+    """Whether not all rows have the same label or targets."""
+    return bool((labels != labels[0]).any())
+
+
 def regression_scores(outputs, labels, names):
     pcc, rho = ([correlation(x, y)[0] if len(x) > 1 else math.nan for x, y in zip(outputs.T, labels.T)]
                 for correlation in (stats.pearsonr, stats.spearmanr))
@@ -781,12 +809,12 @@ def regression_scores(outputs, labels, names):
 
 def class_scores(outputs, labels, n_classes):
     predicted = outputs.argmax(1)
-    row = {"mcc": metrics.matthews_corrcoef(labels, predicted),
+    row = {"mcc": metrics.matthews_corrcoef(labels, predicted) if vary(labels) else math.nan,
            "acc": metrics.accuracy_score(labels, predicted),
            "f1_macro": metrics.f1_score(labels, predicted, average="macro"),
            "balanced_acc": metrics.balanced_accuracy_score(labels, predicted)}
     if n_classes == 2:
-        row |= {"f1_binary": metrics.f1_score(labels, predicted),
+        row |= {"f1_binary": metrics.f1_score(labels, predicted, zero_division=math.nan),
                 "auroc": metrics.roc_auc_score(labels, outputs[:, 1] - outputs[:, 0])}
     return row
 
@@ -812,9 +840,10 @@ def fit_linear(train, labels, test, task):
     """scikit-learn's logistic regression (regression: ridge) on standardised features: outputs on test."""
     model = linear_model.RidgeCV(np.logspace(-1, 5, 7)) if task.regression else \
         linear_model.LogisticRegression(max_iter=1000, C=0.01)
-    model = pipeline.make_pipeline(preprocessing.StandardScaler(), model).fit(train, labels)
+    mean = labels.mean(0) if task.regression else 0          # apart, as float32 features give float32 outputs
+    model = pipeline.make_pipeline(preprocessing.StandardScaler(), model).fit(train, labels - mean)
     if task.regression:
-        return model.predict(test).reshape(len(test), -1)
+        return mean + model.predict(test).reshape(len(test), -1)
     outputs = model.decision_function(test)
     return outputs if outputs.ndim > 1 else np.stack([-outputs, outputs], 1) / 2
 
@@ -960,26 +989,47 @@ def read_csv(args):
     classes = tuple(args.targets or notes.pop("classes"))
     rows = [data.rows_from(sequences, labels, notes)]
     print(f"{first}: {len(labels):,} rows; {rows[0].notes}", flush=True)
+    if targets:
+        describe_targets(rows[0].labels, args.targets)
     for path in others:
         sequences, labels, notes = data.read_table(path, classes, args.targets)
         rows.append(data.rows_from(sequences, labels, notes))
     if not others:
-        names, rows = ("train", "dev", "test"), data.split_rows(rows[0], args.split, args.seed)
+        names, rows = ("train", "dev", "test"), data.split_rows(rows[0], args.split, args.seed, classes)
     stem = os.path.basename(first).removesuffix(".gz")
     task = data.Task(f"csv/{os.path.splitext(stem)[0]}", "csv", classes, bool(args.targets),
                      "pcc" if args.targets else "mcc", "", {}, "", first, "yours")
     return task, dict.fromkeys(("train", "dev", "test")) | dict(zip(names, rows))
 
 
+def describe_targets(labels, names):
+    """Prints how many values each target has, and what to do instead where these are 0 and 1."""
+    values = {name: np.unique(x) for name, x in zip(names, labels.T)}
+    print(f"  different values: {', '.join(f'{name} {len(x):,}' for name, x in values.items())}", flush=True)
+    binary = [name for name, x in values.items() if set(x) <= {0, 1}]
+    if binary:
+        print(f"  {', '.join(binary)}: only 0 and 1, which --targets trains as a regression (MSE, PCC); for "
+              f"two classes, name one such column label and drop --targets", flush=True)
+
+
 def fingerprint(splits):
-    """12 hex digits of the sequences and labels of all splits."""
+    """12 hex digits of the sequences and labels of all splits.
+
+    Targets count as float32; if that moves one by over a millionth of their sd, what it loses counts, too.
+    """
     digest = hashlib.sha256()
-    for array in (array for rows in splits.values() if rows for array in rows[:3]):
-        digest.update(np.ascontiguousarray(array).view(np.uint8))
+    for bases, offsets, labels, _ in filter(None, splits.values()):
+        arrays = [bases, offsets, labels]
+        if labels.ndim > 1:
+            arrays[2] = labels.astype(np.float32)
+            lost = labels - arrays[2]
+            arrays += [lost] * bool((abs(lost) > 1e-6 * labels.std(0)).any())
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).view(np.uint8))
     return digest.hexdigest()[:12]
 
 
-def assign(splits, p, seed):
+def assign(splits, p, seed, names=()):
     """Rows to train on, select by (None: no selection) and test on; and in words, what is tested on."""
     (train, dev, test), tested_on = (splits[split] for split in ("train", "dev", "test")), "test"
     if test is None:
@@ -989,10 +1039,10 @@ def assign(splits, p, seed):
     if not p or p.get("select") == "last":                   # no numbers: a linear model
         dev = None
     elif "select" not in p:                                  # a linear model that repeats
-        train, dev = data.split_rows(train, (1 - p["val"], p["val"]), seed)[0], None
+        train, dev = data.split_rows(train, (1 - p["val"], p["val"]), seed, names)[0], None
         tested_on += f"; fitted on {1 - p['val']:.0%} of train"
     elif dev is None:
-        train, dev = data.split_rows(train, (1 - p["val"], p["val"]), seed)
+        train, dev = data.split_rows(train, (1 - p["val"], p["val"]), seed, names)
         tested_on += f"; dev is {p['val']:.0%} of train"
     return {"train": train, "dev": dev, "test": test}, tested_on
 
@@ -1028,7 +1078,7 @@ def complete(spec, key, args, task, longest):
     return {"kind": kind, "long": args.long or "chunk", "dtype": args.dtype, "n_out": len(task.classes)} | own
 
 
-def model_path(key, folder, args):
+def model_path(key, folder):
     """Where the model of a run goes: TASK/INIT.pt, or under the run's id if another run has that name."""
     name = key["init"].removesuffix("/last.pt").rstrip("/").split("/")[-1].removesuffix(".pt").split()[0]
     name = ("random_" if key["init"].startswith("random:") else "") + name.split(":")[-1]
@@ -1040,36 +1090,65 @@ def model_path(key, folder, args):
     return path
 
 
-def save_model(net, task, run, steps, folder, path):
-    """Writes the fine-tuned model, with its classes, to path."""
+def save_model(net, task, run, steps, folder, args):
+    """Writes the fine-tuned model, with its classes; returns its path, which no other run takes meanwhile."""
     config = run["config"] | {"classes": task.classes, "regression": task.regression}
     state = {"step": steps, "model": net.state_dict(), "optimizer": {}, "id": os.path.basename(folder)}
     os.makedirs(os.path.join(folder, "model"), exist_ok=True)
     training.save(run | state | {"config": config}, os.path.join(folder, "model"))
-    os.replace(os.path.join(folder, "model", "last.pt"), path)
+    with locked_results(args.out):
+        path = model_path(run["args"], folder)
+        os.replace(os.path.join(folder, "model", "last.pt"), path)
+    return path
+
+
+def standardised(parts, task):
+    """(parts with float32 targets of mean 0, sd 1 on train; mean; sd). ValueError for what overflows."""
+    mean, sd = parts["train"].labels.mean(0), parts["train"].labels.std(0)
+    for name, size, spread in zip(task.classes, abs(mean), sd):
+        if max(size, spread) > 1e30 or spread < 1e-30:
+            raise ValueError(f"{task.name}: {name} has mean {size:.3g} and sd {spread:.3g} in train, which "
+                             f"float32 cannot hold; give it in other units")
+    targets = {split: (rows.labels - mean) / sd for split, rows in parts.items() if rows}
+    for split, x in targets.items():
+        i, j = np.unravel_index(abs(x).argmax(), x.shape)
+        if abs(x[i, j]) > FAR:
+            value = f"{task.classes[j]} {parts[split].labels[i, j]:g} in {split}"
+            raise ValueError(f"{task.name}: {value}: over {FAR:g} sd from the mean of train; correct it")
+    parts = {split: rows and rows._replace(labels=targets[split].astype(np.float32))
+             for split, rows in parts.items()}
+    return parts, mean, sd
+
+
+def to_units(net, mean, sd, task):
+    """Turns standardised outputs into the units of the table; says where float32 is too coarse for these."""
+    for name, m, s, step in zip(task.classes, mean, sd, np.spacing(abs(mean).astype(np.float32))):
+        if step > s / 1000:
+            print(f"  {name}: the model file will predict in steps of {step:g} (mean {m:g}, sd {s:g}); "
+                  f"subtract {m:g} from the column for finer ones", flush=True)
+    with torch.no_grad():
+        sd, mean = (torch.as_tensor(x, dtype=torch.float32, device=net.out.weight.device) for x in (sd, mean))
+        net.out.weight.mul_(sd[:, None])
+        net.out.bias.mul_(sd).add_(mean)
 
 
 def tuned_outputs(net, parts, task, run, folder, args):
     """Fine-tunes; (outputs on test, what happened). The model of the first seed is kept."""
     device = next(net.parameters()).device
-    if task.regression:                                      # trains on targets standardised to train
-        mean, sd = parts["train"].labels.mean(0), parts["train"].labels.std(0) + 1e-12
-        parts = {split: rows and rows._replace(labels=(rows.labels - mean) / sd)
-                 for split, rows in parts.items()}
+    if task.regression:
+        parts, mean, sd = standardised(parts, task)
     parts = {split: rows and on_device(rows, device, rows.labels) for split, rows in parts.items()}
     if args.compile:
         net.compile()
     result = fine_tune(net, parts, task, run, folder, args)
-    if task.regression:                                      # predicts in the units of the table
-        with torch.no_grad():
-            sd, mean = (torch.as_tensor(x, device=device) for x in (sd, mean))
-            net.out.weight.mul_(sd[:, None])
-            net.out.bias.mul_(sd).add_(mean)
-    if run["args"]["seed"] == args.seed:
-        result["model"] = model_path(run["args"], folder, args)
-        save_model(net, task, run, result["steps"], folder, result["model"])
     net.eval()
-    return apply(net, parts["test"], args.micro_batch_size), result
+    outputs = apply(net, parts["test"], args.micro_batch_size)
+    if task.regression:                                      # predicts in the units of the table
+        outputs = outputs * sd + mean
+        to_units(net, mean, sd, task)
+    if run["args"]["seed"] == args.seed:
+        result["model"] = save_model(net, task, run, result["steps"], folder, args)
+    return outputs, result
 
 
 def score_run(outputs, parts, task, metric, seen):
@@ -1079,38 +1158,68 @@ def score_run(outputs, parts, task, metric, seen):
     collapsed = len(set(outputs.argmax(1))) == 1
     if task.regression:                                      # one value, relative to the spread of targets
         collapsed = (outputs.std(0) <= 1e-6 * parts["train"].labels.std(0)).all()
-    row = {"score": test[metric], "collapsed": bool(collapsed), "test": test}
+    row = {"score": test[metric], "collapsed": bool(collapsed) and vary(labels), "test": test}
     if 0 < seen.sum() < len(seen):
         row["test_unseen"] = scores(outputs[~seen], labels[~seen], task)
     return row
 
 
+def shown(name, value):
+    """A score as text, in percent but for the error."""
+    return f"{name} undefined" if value is None else f"{name} {value if name == 'mse' else 100 * value:.4g}"
+
+
 def print_scores(row):
-    shown = [f"{name} {value if name == 'mse' else 100 * value:.4g}" for name, value in row["test"].items()
-             if value is not None]
+    scores, metric = [shown(*score) for score in row["test"].items()], row["metric"]
     if "test_unseen" in row:
-        unseen = row["test_unseen"][row["metric"]] or 0
-        shown.append(f"without rows of train: {row['metric']} {100 * unseen:.2f}")
+        scores.append(f"without rows of train: {shown(metric, row['test_unseen'][metric])}")
     collapsed = " | COLLAPSED: one class (or value) for all rows" if row["collapsed"] else ""
     model = f" | model {row['model']}" if "model" in row else ""
-    print(f"  test {', '.join(shown)}{collapsed}{model}", flush=True)
+    print(f"  test {', '.join(scores)}{collapsed}{model}", flush=True)
+
+
+def run_id(key, spec):
+    return hashlib.sha256(json.dumps([key, spec], sort_keys=True).encode()).hexdigest()[:8]
+
+
+def is_unchanged(row, task, parts, train):
+    """Whether a row made before ids held class names is of these classes, and would be the same today.
+
+    Then, sequences of the other strand were different ones, and the mcc of labels of one class was 0.
+    """
+    was_split = "of train" in row["tested_on"] and train.notes["reverse_complements"]
+    return (row["classes"] == list(task.classes) and vary(parts["test"].labels) and not was_split
+            and row["counts"].get("test_in_train", 0) == rows_in(parts["test"], parts["train"]).sum())
+
+
+def check_parts(parts, task, key):
+    """ValueError for labels that nothing can be learnt from, or chosen by."""
+    train, dev = parts["train"], parts["dev"]
+    if task.regression:
+        for name, x in zip(task.classes, train.labels.T):
+            if not vary(x):
+                raise ValueError(f"{task.name}: {name} is {x[0]:g} in all rows of train; leave it out")
+    elif dev and key["numbers"]["select"] == "score" and key["metric"] == "mcc" and not vary(dev.labels):
+        raise ValueError(f"{task.name}: all dev rows are of one class, so mcc cannot choose the weights; "
+                         f"give rows of each class")
 
 
 def run_one(task, splits, key, start, args, device):
     """Trains by the protocol, tests once, appends the row of results unless it is there; returns its id."""
     began, shots = time.perf_counter(), f" {key['shots']}-shot" if key["shots"] else ""
-    parts, tested_on = assign(splits, key["numbers"], key["seed"])
+    parts, tested_on = assign(splits, key["numbers"], key["seed"], task.classes)
+    check_parts(parts, task, key)
     spec = complete(start.spec, key, args, task, int(np.diff(parts["train"].offsets).max()))
-    identity = hashlib.sha256(json.dumps([key, spec], sort_keys=True).encode()).hexdigest()[:8]
+    identity, old = run_id(key, spec), run_id({name: key[name] for name in key if name != "classes"}, spec)
     title = f"{task.name}{shots} | {key['init']} | seed {key['seed']}"
-    if identity in {row.get("id") for row in read_rows(args.out)}:
-        print(f"{title} | done before, see {args.out}/results.jsonl", flush=True)
-        return identity
-    net = None                                               # the k-mer floor has none
+    for row in read_rows(args.out):
+        if row["id"] == identity or row["id"] == old and is_unchanged(row, task, parts, splits["train"]):
+            print(f"{title} | done before, see {args.out}/results.jsonl", flush=True)
+            return row["id"]
+    net, seen = None, rows_in(parts["test"], parts["train"])                   # the k-mer floor has no net
     if spec["kind"] in HEADS:
         net = build_net(spec | {"pool": args.pool}, start.weights, key["seed"]).to(device)
     sizes = {split: len(rows.labels) for split, rows in parts.items() if rows}
-    seen = rows_in(parts["test"], parts["train"])
     counts = count_rows(parts, net, seen)
     print(f"{title} | protocol {key['protocol']}\n  rows {sizes}; tested on {tested_on}; counts {counts}\n"
           f"  classes {dict(enumerate(task.classes))}; {key['numbers']}", flush=True)
@@ -1122,7 +1231,7 @@ def run_one(task, splits, key, start, args, device):
     else:
         outputs, result = linear_outputs(net, parts, task, args.micro_batch_size, device), {}
     row = {"id": identity} | key | score_run(outputs, parts, task, key["metric"], seen) | {
-        "tested_on": tested_on, "rows": sizes, "classes": task.classes, "counts": counts,
+        "tested_on": tested_on, "rows": sizes, "counts": counts,
         "device": str(device), "stride": 1, "seconds": round(time.perf_counter() - began, 1)} | spec | result
     row.pop("files", None)                                   # of a tokenizer: megabytes, in the model
     append_row(args.out, row)
@@ -1133,33 +1242,59 @@ def run_one(task, splits, key, start, args, device):
     return identity
 
 
-def append_row(out, row):
-    """Adds a line to results.jsonl; ranks and other runs may write at the same time."""
+@contextlib.contextmanager
+def locked_results(out):
+    """results.jsonl, open to append to; ranks and other runs wait until it is closed."""
     os.makedirs(out, exist_ok=True)
     with open(os.path.join(out, "results.jsonl"), "a+b") as f:
         fcntl.flock(f, fcntl.LOCK_EX)
+        yield f
+
+
+def append_row(out, row):
+    """Adds a line to results.jsonl. Removes only half a row of ours, which a full disk left at the end."""
+    with locked_results(out) as f:
         f.seek(0)
-        f.truncate(f.read().rfind(b"\n") + 1)                # drops half a row
+        text = f.read()
+        start = text.rfind(b"\n") + 1
+        if text[start:].startswith(HALF) and not parse_row(text[start:]):
+            f.truncate(start)
+        elif text[start:]:
+            f.write(b"\n")
         f.write(json.dumps(row, allow_nan=False).encode() + b"\n")
         f.flush()
         os.fsync(f.fileno())
 
 
+def parse_row(line):
+    """A line of results.jsonl -> the row of a run, or None."""
+    try:
+        row = json.loads(line)
+        sizes, own_dev = row.get("rows", {"train": 0, "test": 0}), "dev is" in row.get("tested_on", "")
+        sound = {"train", "test", *["dev"] * own_dev} <= sizes.keys()
+        sound = sound and all(type(n) is int for n in sizes.values())
+        return row if sound and all(isinstance(row[name], kinds) for name, kinds in ROW.items()) else None
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        return None
+
+
+@functools.cache
+def say_once(text):
+    print(training.plain(text), flush=True)
+
+
 def read_rows(out):
-    """Rows of results.jsonl, [] where there is none. ValueError names a line that is broken."""
+    """Rows of results.jsonl, [] where there is none. A line that is not a run is named and passed over."""
     path, rows = os.path.join(out, "results.jsonl"), []
     if not os.path.exists(path):
         return rows
-    with open(path, errors="replace") as f:
+    with open(path, encoding="utf-8-sig", errors="replace") as f:
         fcntl.flock(f, fcntl.LOCK_SH)
         for n, line in enumerate(f, 1):
-            if not line.endswith("\n"):                      # half a row of a full disk; its run continues
-                break
-            try:
-                rows.append(dict(json.loads(line)))
-            except (ValueError, TypeError, RecursionError):
-                raise ValueError(f"{path}: line {n}: not a run; delete the line and run its task "
-                                 f"again") from None
+            row = parse_row(line)
+            rows += [row] if row else []
+            if not row and line.strip():
+                say_once(f"{path}: line {n}: not a run ({data.quoted(line[:40])}); passed over")
     return rows
 
 
@@ -1195,7 +1330,7 @@ def make_key(plan, task, start, digest, args):
     return {"task": task.name, "shots": plan.shots, "seed": args.seed + plan.repeat, "init": start.name,
             "weights": start.digest, "mode": args.mode, "pool": args.pool if args.mode == "probe" else None,
             "protocol": plan.protocol, "overrides": flags, "metric": main_metric(plan.protocol, task),
-            "numbers": p, "data": digest}
+            "numbers": p, "data": digest, "classes": list(task.classes)}
 
 
 def run_all(plans, starts, args, device):

@@ -27,6 +27,15 @@ PAD = 0
 EPS = 1e-12                                                  # LayerNorm epsilon (DNABERT's config.json)
 
 
+def check_sizes(config):
+    """Raises ValueError unless the sizes of a config are positive integers and its dropout is in [0, 1)."""
+    for name, size in vars(config).items():
+        if name != "dropout" and (type(size) is not int or size < 1):
+            raise ValueError(f"{name} is {size!r:.80}, expected a positive integer")
+    if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:
+        raise ValueError(f"dropout is {config.dropout!r:.80}, expected a number in [0, 1)")
+
+
 @dataclasses.dataclass
 class BertConfig:
     """Sizes of a Bert. Defaults: DNABERT's config.json (bert-base, k = 6). ValueError if they do not fit."""
@@ -39,11 +48,7 @@ class BertConfig:
     dropout: float = 0.1                                     # on hidden states and attention weights
 
     def __post_init__(self):
-        for name, size in vars(self).items():
-            if name != "dropout" and (type(size) is not int or size < 1):
-                raise ValueError(f"{name} is {size!r:.80}, expected a positive integer")
-        if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout!r:.80}, expected a number in [0, 1)")
+        check_sizes(self)
         if self.n_embd % self.n_head:
             raise ValueError(f"--n_embd {self.n_embd}: not a multiple of --n_head {self.n_head}; change one")
 
@@ -172,6 +177,9 @@ class ChordMixerConfig:
     hidden: int = 512
     dropout: float = 0.0
 
+    def __post_init__(self):
+        check_sizes(self)
+
     @property
     def n_blocks(self):                                      # per layer: ceil(log2 length)
         return (self.length - 1).bit_length()
@@ -265,6 +273,7 @@ class EncoderConfig:
     dropout: float = 0.0
 
     def __post_init__(self):
+        check_sizes(self)
         if self.n_embd % self.n_head:
             raise ValueError(f"--n_embd {self.n_embd}: not a multiple of --n_head {self.n_head}; change one")
 

@@ -160,13 +160,21 @@ MUTANTS += mutants("finetune.py", [GOLDEN, "-k", "finetune or seed"], {
     "the same order in each epoch": ('key["seed"], epoch)', 'key["seed"], 0)'),
     "dev scored with dropout": ("net.eval()\n    outputs = apply(net, dev", "outputs = apply(net, dev"),
     "no dropout after an evaluation": ("net.train()", "pass"),
-    "the same dev for every seed": ('p["val"]), seed)\n', 'p["val"]), 42)\n'),
+    "the same dev for every seed": ('p["val"]), seed, names)\n', 'p["val"]), 42, names)\n'),
     "betas of BERT": ("(0.9, 0.999), 1e-8", "(0.9, 0.98), 1e-8"),
     "gradients pile up": ("optimizer.zero_grad()", "pass"),
     "EMP for 10 epochs": ('"emp": dict(epochs=100)', '"emp": dict(epochs=10)', [UNIT["defaults"]]),
     "flags do not win": ("else {}) | flags", "else {})")})
 MUTANTS += mutants("finetune.py", [GOLDEN, "-k", "finetune or seed"], {
     "the same head for every seed": ("training.seed(seed)", "training.seed(42)")})
+MUTANTS += mutants("finetune.py", [UNIT["finetune"]], {
+    "models get their names at once": ("fcntl.flock(f, fcntl.LOCK_EX)", "pass"),
+    "a test of one class is collapsed": ("bool(collapsed) and vary(labels)", "bool(collapsed)"),
+    "standardises each split": ("(rows.labels - mean) / sd for", "(rows.labels - rows.labels.mean(0)) for"),
+    "scores the seen rows": ("scores(outputs[~seen], labels[~seen]", "scores(outputs[seen], labels[seen]")})
+MUTANTS += mutants("data.py", [UNIT["finetune"]], {
+    "the strands are different": ("min(key, other[n - end:n - start])", "key"),
+    "float32 targets": ("labels.astype(np.float64)", "labels.astype(np.float32)")})
 
 
 def copy_repository(folder):

@@ -48,16 +48,15 @@ def balance(task, rows):
 
 def report_rows(task, split, rows):
     """Print the size, lengths and balance of one split, and how many rows are unusual."""
-    lengths, keys = np.diff(rows.offsets), data.row_keys(rows)
-    conflicts = len(set(zip(keys, map(str, rows.labels.tolist())))) - len(set(keys))
-    notes = rows.notes | {"conflicting_labels": conflicts}
-    unusual = ", ".join(f"{name} {n:,}" for name, n in notes.items() if n)
-    print(f"  {split}: {published(len(keys), task, split)} rows; bases min {lengths.min()}, median "
+    lengths = np.diff(rows.offsets)
+    unusual = ", ".join(f"{name} {n:,}" for name, n in rows.notes.items() if n)
+    print(f"  {split}: {published(len(lengths), task, split)} rows; bases min {lengths.min()}, median "
           f"{np.median(lengths):g}, max {lengths.max()}; {balance(task, rows)}; {unusual or 'sound'}")
 
 
 def report_overlap(splits):
-    """Print how many sequences each two splits share; train files of a few-shot task overlap by design."""
+    """Print how many sequences, on either strand, each two splits share; train files of a few-shot task
+    overlap by design."""
     keys = {split: data.row_keys(rows) for split, rows in splits.items()}
     for a, b in itertools.combinations(keys, 2):
         both = set(keys[a]) & set(keys[b])

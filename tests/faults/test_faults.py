@@ -470,7 +470,8 @@ def test_full_disk(fresh, survived, disk, method, case):
 @fault("full disk (in a row of the results)")
 def test_full_disk_in_the_results(fresh):
     whole = fresh("finetune", 12)
-    others = [json.dumps({"id": str(i), "note": "x" * 50_000}) + "\n" for i in range(2)]
+    others = [json.dumps(json.loads(Path(whole, "out/results.jsonl").read_text()) | {
+        "id": str(i), "note": "x" * 50_000}) + "\n" for i in range(2)]
     Path("out/results.jsonl").write_text("".join(others))
     full = at_call("fcntl", "flock", 1, lambda real, *args: (
         resource.setrlimit(resource.RLIMIT_FSIZE, (sum(map(len, others)) + 99,) * 2), real(*args)),

@@ -266,9 +266,9 @@ BROKEN = {
     "attention good.pt": "--fasta", "attention good.pt --fasta none.fa": "none.fa",
     "attention good.pt --fasta text/log.jsonl": "log.jsonl", "masks --fasta short.fa": "too few",
     "results rm": "no results yet", "loss huge": "line 1", "loss deep": "line 1", "loss columns": "line 1",
-    "results deep": "line 1", "loss rm --out ''": "--out", "attention good.pt --fasta tiny.fa": "3 bases",
-    "embeddings heads.pt": "heads.pt",
-    "results text": "line 1", "loss rm --out rm/log.jsonl/x": "rm/log.jsonl"}
+    "results deep": "no results yet", "loss rm --out ''": "--out", "embeddings heads.pt": "heads.pt",
+    "attention good.pt --fasta tiny.fa": "3 bases",
+    "results text": "no results yet", "loss rm --out rm/log.jsonl/x": "rm/log.jsonl"}
 
 
 def bad_files():

@@ -2,6 +2,7 @@
 import csv
 import functools
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -138,6 +139,22 @@ def test_a_run_and_its_row(here):
     assert len(done(csv=SPLITS, **LEARN | {"epochs": 1})[1]) == 4                # another number: another run
 
 
+def test_class_names_belong_to_the_identity_of_a_run(here):
+    [row] = done(csv="small.csv", init="kmer")[1]
+    text = Path("small.csv").read_text()
+    Path("small.csv").write_text(text.replace(",no", ",absent").replace(",yes", ",present"))   # in this order
+    rows = done(csv="small.csv", init="kmer")[1]
+    assert sorted(row["classes"] for row in rows) == [["absent", "present"], ["no", "yes"]]
+    key = "task shots seed init weights mode pool protocol overrides metric numbers data".split()
+    parts = [{name: row[name] for name in names} for names in (key, "kind long dtype n_out".split())]
+    identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
+    Path("out/results.jsonl").write_text(json.dumps(row | {"id": identity, "seconds": 1}))     # an old row
+    assert len(done(csv="small.csv", init="kmer")[1]) == 2   # of other names, so it is another run
+    Path("small.csv").write_text(text)
+    out, rows = done(csv="small.csv", init="kmer")
+    assert "done before" in out and len(rows) == 2 and re.search(r"^\| csv/small .* \(1 seed\)", out, re.M)
+
+
 @pytest.mark.parametrize("protocol, name, best", [("strict", "dev_mcc", max), ("dnabert2", "dev_loss", min),
                                                   ("martinek", "dev_loss", min), ("fewshot", "step", max)])
 def test_which_evaluation_is_tested(here, protocol, name, best):
@@ -199,7 +216,7 @@ def test_kills(here, survived):
         real(*args), die()
     for module, name, n, fault in (                          # one after the other, of the same run
             ("training", "stop_requested", 5, die), ("torch", "save", 3, amid), ("os", "fsync", 2, die),
-            ("training", "stop_requested", 2, die), ("os", "link", 1, after), ("fcntl", "flock", 2, die)):
+            ("training", "stop_requested", 2, die), ("os", "link", 1, after), ("fcntl", "flock", 3, die)):
         assert tune({0: at_call(module, name, n, fault)}, save_every=0, **SMALL).code == -9
         assert results() == []
         survived()

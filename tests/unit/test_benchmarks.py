@@ -58,7 +58,7 @@ def put_table(path, sequences, labels, column="sequence"):
 
 
 def texts(rows):
-    return [data.decode(np.frombuffer(key, np.uint8)) for key in data.row_keys(rows)]
+    return [data.decode(np.frombuffer(key, np.uint8)) for key in data.row_keys(rows, strands=False)]
 
 
 def pairs(rows):
@@ -82,7 +82,7 @@ def test_57_tables(case, tmp_path):
     read = data.read_table(path, classes * (not {"targets", "found"} & set(case)), case.get("targets"))
     rows, counts = data.rows_from(*read), case.get("notes", {})
     assert texts(rows) == [expand(sequence).upper() for sequence, _ in case["rows"]]
-    assert rows.labels.dtype == (np.float32 if "targets" in case else np.int64)
+    assert rows.labels.dtype == (np.float64 if "targets" in case else np.int64)
     assert np.array_equal(rows.labels, np.array([label for _, label in case["rows"]], rows.labels.dtype))
     assert rows.notes.pop("classes", None) == (tuple(case["found"]) if "found" in case else None)
     assert {name: n for name, n in rows.notes.items() if n} == counts
@@ -104,7 +104,14 @@ def test_split_rows():
     assert sorted(sum(map(pairs, parts), [])) == sorted(pairs(rows))
     assert len(set(sum((list(set(texts(part))) for part in parts), []))) == 100
     parts = data.split_rows(data.rows_from(dna(10, 8, 0), [[i, -i / 2] for i in range(10)]), (0.8, 0.2), 0)
-    assert [part.labels.shape for part in parts] == [(8, 2), (2, 2)] and parts[0].labels.dtype == np.float32
+    assert [part.labels.shape for part in parts] == [(8, 2), (2, 2)] and parts[0].labels.dtype == np.float64
+
+
+def test_a_class_that_is_too_rare_is_named():
+    rows = data.rows_from(dna(30, 20, 0), [0, 1] * 14 + [1, 2])
+    said = refusal(data.split_rows, rows, (0.8, 0.1, 0.1), 0, ("a", "b", "=x\x1b"))
+    assert "class '=x\\x1b' has 1" in said and "30 different sequences" in said and "members" not in said
+    assert "class 2 has 1" in refusal(data.split_rows, rows, (0.8, 0.1, 0.1), 0)
 
 
 def test_task_table():
@@ -287,7 +294,7 @@ def test_report_on_made_data(tmp_path, capsys, monkeypatch):
     code, out, err = report(capsys, monkeypatch, "tf_h/4", "tf_h/1", "--data_dir", tmp_path)
     assert (code, err) == (2, "") and "tf/1: no train.csv, dev.csv, test.csv" in out
     for said in ("train: 5 (published 19,000: differs) rows; bases min 101, median 101, max 101; 0:3, 1:2; ",
-                 "duplicates 2, lower_case 1, conflicting_labels 1", "1:1; with_n 1", "1:1; duplicates 1",
+                 "duplicates 2, conflicting_labels 1, lower_case 1", "1:1; with_n 1", "1:1; duplicates 1",
                  "train and dev: 1 sequences in both, 40.0% and 50.0% of", "dev and test: 0 sequences"):
         assert said in out
     for args in (["tf_h/9"], ["tf_h/4", "--data", "x"], []):

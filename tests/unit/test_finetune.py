@@ -2,8 +2,11 @@
 import collections
 import csv
 import gzip
+import hashlib
 import os
 import re
+import time
+from multiprocessing.pool import ThreadPool
 from types import SimpleNamespace
 
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 import data
 import finetune
 import models
+import training
 from harness import SHARED, cases, random_dna
 
 BLOCK, K = 34, 3                                             # a window: 32 3-mers, 34 bases
@@ -130,7 +134,10 @@ def test_scores_equal_hand_calculations():
     assert finetune.scores(outputs[:1], labels[:1], xy)["pcc"] is None           # one row
     got = finetune.scores(np.tile([0., 1], (4, 1)), np.array([0, 1, 1, 1]), two)
     assert got == pytest.approx(got | {"mcc": 0, "f1_binary": 6 / 7, "f1_macro": 3 / 7, "auroc": 0.5})
-    assert finetune.scores(np.eye(2), np.array([1, 1]), two)["auroc"] is None
+    got = finetune.scores(np.eye(2), np.array([1, 1]), two)  # labels of one class
+    assert (got["mcc"], got["auroc"], got["f1_binary"], got["acc"]) == (None, None, 2 / 3, 0.5)
+    got = finetune.scores(np.tile([1., 0], (3, 1)), np.zeros(3, int), two)
+    assert (got["mcc"], got["f1_binary"], got["f1_macro"], got["balanced_acc"]) == (None, None, 1, 1)
     tasks = {"emp/H3": "mcc", "covid": "f1_macro", "eap": "pcc", "gb/human_ocr_ensembl": "acc"}
     assert {name: finetune.main_metric("randommask", data.TASKS[name]) for name in tasks} == tasks
     assert [finetune.main_metric("martinek", data.TASKS[f"gb/human_{name}"]) for name in (
@@ -158,3 +165,177 @@ def test_kmer_counts():
     for text, row in zip(texts, finetune.kmer_counts(rows._replace(bases=rows.bases.numpy())), strict=True):
         want = collections.Counter(text[i:i + 5] for i in range(len(text) - 4) if "N" not in text[i:i + 5])
         assert {names[i]: row[i] for i in row.nonzero()[0]} == want
+
+
+def task_of(*classes, regression=True):
+    return SimpleNamespace(name="csv/t", regression=regression, classes=classes)
+
+
+def some_rows(labels, texts=None):
+    rng = np.random.default_rng(0)
+    return data.rows_from(texts or [random_dna(20, rng) for _ in labels], labels)
+
+
+def test_a_test_of_one_class_has_no_mcc_and_is_not_collapsed(capsys):
+    ids, seen = np.zeros(4, int), np.array([True, False, False, False])
+    for guess, labels, collapsed, said in ((0, ids, False, "mcc undefined, acc 100,"),
+                                           (1, ids, False, "mcc undefined, acc 0,"),
+                                           (0, [0, 0, 0, 1], True, "mcc 0, acc 75,")):
+        parts = {"train": some_rows([0, 1]), "test": some_rows(labels)}
+        task = task_of("a", "b", regression=False)
+        row = finetune.score_run(np.eye(2)[[guess] * 4], parts, task, "mcc", seen)
+        assert row["collapsed"] is collapsed
+        finetune.print_scores(row | {"metric": "mcc"})
+        out = capsys.readouterr().out
+        assert said in out and ("COLLAPSED" in out) == collapsed
+        assert f"without rows of train: mcc {'0' if collapsed else 'undefined'}" in out
+    parts = {"train": some_rows([[1.], [2.]]), "test": some_rows([[1.]])}
+    assert not finetune.score_run(np.ones((1, 1)), parts, task_of("y"), "pcc", ids[:1])["collapsed"]
+
+
+def test_targets_stay_apart_until_they_are_standardised(capsys):
+    labels = [[1e9 + i, i / 7] for i in range(60)]
+    parts, task = {"train": some_rows(labels), "dev": None, "test": some_rows(labels[:9])}, task_of("a", "b")
+    assert parts["train"].labels.tolist() == labels          # as in the table
+    found, mean, sd = finetune.standardised(parts, task)
+    x = found["train"].labels
+    assert x.dtype == np.float32 and len(np.unique(x[:, 0])) == 60 and found["dev"] is None
+    assert x.mean(0) == pytest.approx([0, 0], abs=1e-6) and x.std(0) == pytest.approx([1, 1])
+    assert found["test"].labels * sd + mean == pytest.approx(np.array(labels[:9]), rel=1e-15, abs=1e-5)
+    net = SimpleNamespace(out=torch.nn.Linear(3, 2))
+    weight, bias = net.out.weight.detach().clone(), net.out.bias.detach().clone()
+    finetune.to_units(net, mean, sd, task)
+    assert re.fullmatch(r"  a: the model file will predict in steps of 64 .*\n", capsys.readouterr().out)
+    torch.testing.assert_close(net.out.weight[1], weight[1] * sd[1].item())
+    torch.testing.assert_close(net.out.bias[1], bias[1] * sd[1].item() + mean[1].item())
+    counts = np.random.default_rng(0).random((60, 4)).astype(np.float32)         # the floor, too
+    got = finetune.fit_linear(counts, parts["train"].labels, counts, task)
+    small = finetune.fit_linear(counts, parts["train"].labels - [1e9, 0], counts, task)
+    assert got - [1e9, 0] == pytest.approx(small, abs=1e-5) and len(np.unique(got[:, 0])) == 60
+
+
+@pytest.mark.parametrize("labels, dev, what", [
+    ([1, 2, 3], [1, 1e30], "a 1e[+]30 in dev: over 1e[+]15 sd"), ([1, 2, 3], [-3e38], "a -3e[+]38 in dev"),
+    ([1e38, 3e38], None, "a has mean 2e[+]38 and sd 1e[+]38"), ([0, 1e-39], None, ".* sd 5e-40 .* units")])
+def test_targets_that_overflow_are_refused(labels, dev, what):
+    parts = {"train": some_rows([[x] for x in labels]), "dev": dev and some_rows([[x] for x in dev])}
+    with pytest.raises(ValueError, match=f"^csv/t: {what}"):
+        finetune.standardised(parts, task_of("a"))
+
+
+def test_labels_that_teach_nothing_are_refused():
+    key = {"numbers": {"select": "score"}, "metric": "mcc"}
+    parts = {"train": some_rows([[1., 0.1], [2., 0.1]]), "dev": None}
+    with pytest.raises(ValueError, match="csv/t: b is 0.1 in all rows of train"):
+        finetune.check_parts(parts, task_of("a", "b"), key)
+    parts, task = {"train": some_rows([0, 1]), "dev": some_rows([1, 1])}, task_of("a", "b", regression=False)
+    with pytest.raises(ValueError, match="csv/t: all dev rows are of one class"):
+        finetune.check_parts(parts, task, key)
+    finetune.check_parts(parts, task, key | {"numbers": {"select": "loss"}})
+    finetune.check_parts(parts | {"dev": None}, task, {"numbers": {}, "metric": "mcc"})
+
+
+def test_targets_are_described(capsys):
+    finetune.describe_targets(np.array([[0., 1, 5], [1, 1, 6], [1, 1, 7.5]]), ["a", "b", "c"])
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "  different values: a 2, b 1, c 3"
+    assert second.startswith("  a, b: only 0 and 1, ") and "regression" in second and "label" in second
+    finetune.describe_targets(np.array([[0.], [0.5]]), ["a"])
+    assert capsys.readouterr().out == "  different values: a 2\n"
+
+
+def test_fingerprints_of_targets():
+    def digest(*splits):
+        parts = [array for rows in splits for array in rows[:3]]
+        return hashlib.sha256(b"".join(array.tobytes() for array in parts)).hexdigest()[:12]
+    ids, plain, fine = some_rows([0, 1, 1]), some_rows([[0.1], [7], [8]]), some_rows([[1e9], [1e9 + 1], [0]])
+    rounded = [rows._replace(labels=rows.labels.astype(np.float32)) for rows in (plain, fine)]
+    assert finetune.fingerprint({"train": ids, "dev": None, "test": ids}) == digest(ids, ids)
+    assert finetune.fingerprint({"train": plain}) == digest(rounded[0])          # as before float64
+    near = [some_rows([[1e9 + i], [1e9 + 1], [1e9 + 9]]) for i in (0, 2)]        # alike in float32
+    assert len({finetune.fingerprint({"train": rows}) for rows in near}) == 2
+
+
+def test_both_strands_are_one_sequence():
+    texts = [random_dna(30, np.random.default_rng(i)) for i in range(40)]
+    other = [data.decode(data.reverse_complement(data.encode(text))) for text in texts]
+    rows = data.rows_from(texts + other, [0, 1] * 20 + [0, 1] * 19 + [1, 0])
+    assert rows.notes["reverse_complements"] == 40 and rows.notes["conflicting_labels"] == 2
+    splits = {"train": rows, "dev": None, "test": data.rows_from(other[:3] + ["ACGT"], [0, 1, 0, 1])}
+    assert finetune.rows_in(splits["test"], rows).tolist() == [True] * 3 + [False]
+    parts, _ = finetune.assign(splits, {"val": 0.25, "select": "score"}, 1)
+    assert [len(parts[split].labels) for split in ("train", "dev")] == [60, 20]
+    assert not finetune.rows_in(parts["dev"], parts["train"]).any()
+    counts = finetune.count_rows(parts | {"dev": None}, None, finetune.rows_in(parts["test"], rows))
+    assert counts["train_reverse_complements"] == 30 and counts["test_in_train"] == 3
+
+
+def test_a_row_of_before_is_done_where_nothing_changed():
+    old = {"classes": ["a", "b"], "tested_on": "test", "counts": {}}
+    task, rng = task_of("a", "b", regression=False), np.random.default_rng(5)
+    texts = [random_dna(20, rng) for _ in range(6)]
+    other = data.decode(data.reverse_complement(data.encode(texts[0])))
+    train, strands = some_rows([0, 1, 0], texts[:3]), some_rows([0, 1, 0], [*texts[:2], other])
+    test, one = some_rows([0, 1], texts[3:5]), some_rows([1, 1], texts[3:5])
+    both, dev = some_rows([0, 1], [other, texts[3]]), {"tested_on": "test; dev is 10% of train"}
+    for row, tested, rows, same in (
+            (old, test, train, True), (old | {"classes": ["b", "a"]}, test, train, False),
+            (old, both, train, False), (old | {"counts": {"test_in_train": 1}}, both, train, True),
+            (old | dev, test, train, True), (old | dev, test, strands, False), (old, test, strands, True),
+            (old, one, train, False)):
+        parts = {"train": rows, "test": tested}
+        assert finetune.is_unchanged(row, task, parts, rows) == same
+
+
+def test_two_runs_of_one_name_that_end_at_once(tmp_path, monkeypatch):
+    """Each decides on its file before the other one has written; the lock keeps them apart."""
+    decide = finetune.model_path
+    monkeypatch.setattr(finetune, "model_path", lambda *args: (decide(*args), time.sleep(0.2))[0])
+    monkeypatch.setattr(finetune.training, "save", lambda state, out: torch.save(
+        {"format": 1} | state, os.path.join(out, "last.pt")))            # as it is, but for the fsync
+    args, task, net = SimpleNamespace(out=tmp_path), task_of("a", regression=True), bert_head()
+
+    def save(i):
+        run = {"method": "finetune", "config": {}, "data": "", "args": {"init": f"e{i}/rm/last.pt"}}
+        return finetune.save_model(net, task, run, 1, tmp_path / "csv_t" / f"id{i}", args)
+    with ThreadPool(3) as pool:
+        paths = pool.map(save, range(3))
+    assert [training.load(path)["id"] for path in paths] == ["id0", "id1", "id2"] and len(set(paths)) == 3
+    assert sum(os.path.basename(path) == "rm.pt" for path in paths) == 1
+    assert save(0) == paths[0]                               # again, after a kill before the row
+
+
+NAN = float("nan")
+SIZES, RATES = (0, -1, 1.5, "2", True, None, [2], NAN), (NAN, -0.1, 1, 2.0, "0.1", None, [])
+NAMES, WORDS = ([1, 2], ["a"], ["a", None], ["a", ""], [["a"], "b"], [NAN, "b"], 5), ("x", 5, None, NAN, [])
+WRONG = {"bert": {**dict.fromkeys(("n_layer", "n_head", "n_embd", "block_size", "vocab_size"), SIZES),
+                  "dropout": RATES},
+         "mixer": {**dict.fromkeys(("length", "n_layer", "track_size", "hidden"), SIZES), "dropout": RATES},
+         "of bert": {**dict.fromkeys(("n_out", "k", "kind"), SIZES), "classes": NAMES, "regression": (0, "x"),
+                     "stride": (0, 4, -1, 1.0, "1", [1], NAN), "long": WORDS, "dtype": WORDS},
+         "of mixer": {"classes": NAMES, "pool": WORDS, "head": WORDS, "n_cls": (-1, "1", 1.5, None, NAN),
+                      "n_blocks": (0, -1, 1.5, "2", NAN, [1])}}
+WRONG = [(part, name, value) for part in WRONG for name, values in WRONG[part].items() for value in values]
+
+
+@pytest.mark.fault("checkpoints with a wrong value: finetune", n=len(WRONG))
+def test_a_wrong_value_in_a_checkpoint_is_one_line(monkeypatch, survived):
+    head = dict(classes=["a", "b"], n_out=2, regression=False, long="chunk", dtype="float32", pool="mean")
+    mixer = dict(length=26, n_layer=1, track_size=4, hidden=8, dropout=0.0)
+    bert = finetune.BertHead.body_spec(models.BertConfig(69, 34, 1, 2, 16, 32))
+    sound = {"bert": bert | head, "mixer": head | {
+        "kind": "mixer", "mixer": mixer, "n_cls": 0, "head": "linear", "n_blocks": None}}
+    weights = {kind: finetune.build_net(spec).state_dict() for kind, spec in sound.items()}
+
+    def read(kind, spec):
+        monkeypatch.setattr(training, "load", lambda path: {
+            "config": spec, "model": weights[kind], "method": "finetune", "args": {}})
+        return finetune.read_checkpoint("x.pt")
+    for kind in sound:
+        assert read(kind, sound[kind]) == (sound[kind], weights[kind])
+    for part, name, value in WRONG:
+        kind = part.split()[-1]
+        change = {name: value} if "of" in part else {part: sound[kind][part] | {name: value}}
+        with pytest.raises(ValueError, match="^--init x.pt: not a model of these scripts"):
+            print(part, name, value, read(kind, sound[kind] | change)[0])
+        survived()

@@ -9,6 +9,7 @@ from harness import ROOT
 from scipy import stats
 
 import data
+import finetune
 from tools.table import METRICS, PROBE, UNLIKE, write_table
 
 PAPER = ROOT / "results" / "paper.csv"
@@ -110,6 +111,7 @@ NO_TEST = "dev (there is no test); dev is 10% of train"
     ("eap", split(402296, 41186, tested_on="dev (there is no test)"), "tested on 41,186 of dev"),
     ("gb/human_enhancers_cohn", split(18759, 6948, 2085, OWN_DEV), "trained on 20,844 rows"),
     ("gb/human_enhancers_cohn", split(18759, 6948, 2084, OWN_DEV), ""),
+    ("gb/human_enhancers_cohn", split(18759, 6948, tested_on="test; fitted on 90% of train"), ""),
     ("emp/H3", split(11971, 1497, 1497), ""), ("emp/H3", split(11971, 1497), ""),    # a probe has no dev
     ("prom_core", split(20, 5920), ""), ("prom_core", split(20, 592), "trained on 20 rows, tested on 592"),
     ("mtcdna/1024", split(60, 20, 20), ""), ("emp/H3", {}, "")])                     # nothing to compare with
@@ -207,20 +209,46 @@ def test_only_the_same_metric_and_mode_is_shown(table):
     assert "FinDNA, accuracy of gb/" in text and "selects the model" not in text
 
 
-@pytest.mark.parametrize("line, what", {
-    "{": "not a run", "[1]": "not a run", "": "not a run", '{"task": "emp/H3"}': "no 'shots'",
-    json.dumps(run("eap", "a", "high")): "not a run", json.dumps(run("eap", ["a"], 1)): "not a run",
-    json.dumps(run("eap", "a", 1, rows={"test": 5})): "no 'train'",
-    json.dumps(run("eap", "a", 1, rows=5)): "not a run"}.items())
-def test_a_broken_line_is_named(tmp_path, line, what):
-    path = tmp_path / "results.jsonl"
-    for text in (None, ""):
+FOREIGN = ["{", "[1]", "hello", "\x1b[2J", "null", "1", "[" * 99_999, '{"id": "0"}', *map(json.dumps, (
+    run("eap", "a", "high"), run("eap", ["a"], 1), run("eap", "a", 1, rows={"test": 5}),
+    run("eap", "a", 1, rows=5), run("eap", "a", 1, rows={"train": "5", "test": 5}),
+    run("eap", "a", 1, rows={"train": 5, "test": 5}, tested_on=OWN_DEV), run("eap", "a", 1, tested_on=5),
+    *({name: value for name, value in run("eap", "a", 1).items() if name != lost} for lost in finetune.ROW),
+    *(run("eap", "a", 1) | {name: [[]]} for name in finetune.ROW)))]
+
+
+@pytest.mark.fault("foreign rows in results.jsonl", n=len(FOREIGN))
+def test_foreign_rows_are_named_passed_over_and_kept(tmp_path, capsys, survived):
+    path, ours = tmp_path / "results.jsonl", [run("emp/H3", "a", 0.5), run("emp/H4", "a", 0.6)]
+    for text in (None, "", "hello\n"):
+        if text is not None:
+            path.write_text(text)
         with pytest.raises(ValueError, match=r"results.jsonl: no results yet; run finetune.py first"):
             write_table(tmp_path, PAPER)
-        path.write_text("")
-    path.write_text(json.dumps(run("emp/H3", "a", 0.5)) + f"\n{line}\n")
-    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: line 2: {what}; delete the line"):
-        write_table(tmp_path, PAPER)
+    first, second = map(json.dumps, ours)
+    for line in FOREIGN:
+        finetune.say_once.cache_clear()
+        capsys.readouterr()
+        path.write_text(f"\ufeff{first}\r\n\n{line}\n{second}", encoding="utf-8")    # without a last newline
+        assert finetune.read_rows(tmp_path) == ours == finetune.read_rows(tmp_path)
+        said = capsys.readouterr().out
+        assert said.startswith(f"{path}: line 3: not a run (") and said.count("\n") == 1
+        assert said[:-1].isprintable()
+        before = path.read_bytes()
+        finetune.append_row(tmp_path, ours[0])
+        assert path.read_bytes() == before + b"\n" + first.encode() + b"\n"
+        survived()
+    write_table(tmp_path, PAPER)
+    assert "60.00 (1 seed)" in capsys.readouterr().out
+
+
+def test_half_a_row_of_ours_is_replaced(tmp_path):
+    row = run("emp/H3", "a", 0.5)
+    text = json.dumps(row) + "\n"
+    for tail, kept in ((text[:-9], ""), (text[:8], ""), (text[:-1], text), ('{"a"', '{"a"\n'), ("[", "[\n")):
+        (tmp_path / "results.jsonl").write_text(text + tail)
+        finetune.append_row(tmp_path, row)
+        assert (tmp_path / "results.jsonl").read_text() == text + kept + text
 
 
 def test_values_of_unknown_mode_and_costs_are_beside_nothing(table):
