@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 600                                                  # seconds for the tests of one mutant
 GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.py"
 UNIT = {name: f"tests/unit/test_{name}.py" for name in (
-    "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules", "models",
-    "randommask")}
+    "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules", "models",
+    "randommask", "table", "tools")}
 Mutant = namedtuple("Mutant", "file what old new tests")
 
 
@@ -213,6 +213,34 @@ MUTANTS += mutants("training.py", [UNIT["finetune_rules"]], {
         "os.replace(tmp, last)\n        folder = os.open(out, os.O_RDONLY)\n        os.fsync(folder)",
         "folder = os.open(out, os.O_RDONLY)\n        os.fsync(folder)\n        os.replace(tmp, last)")})
 
+MUTANTS += mutants("data.py", [UNIT["tools"]], {
+    "MTcDNA split by another seed": ("test_size=0.2, random_state=1", "test_size=0.2, random_state=2"),
+    "MTcDNA's dev is 20 % of the rest": ("test_size=0.25", "test_size=0.2"),
+    "5,000 bases are enough for MTcDNA": ("len(codes) > 5000", "len(codes) >= 5000"),
+    "few-shot draws of rows as they are": ("np.random.default_rng(42).permutation(len(labels))",
+                                           "np.arange(len(labels))"),
+    "the first few-shot draw always": ("order[:, draw]", "order[:, 0]"),
+    "minus strand is read forwards": ('text.translate(complement)[::-1] if strand == "-"',
+                                      'text if strand == "-"', [UNIT["benchmarks"], "-k", "coordinates["]),
+    "coordinates from 1": ("int(start), int(end), strand))", "int(start) - 1, int(end), strand))",
+                           [UNIT["benchmarks"], "-k", "coordinates["])})
+MUTANTS += mutants("tools/predict.py", [UNIT["tools"]], {
+    "the least likely class": ("values.argmax()", "values.argmin()"),
+    "counts of the last block only": ("counts.update(", "counts = collections.Counter("),
+    "no window at the end": ("in [*range(0, last, step), last]", "in range(0, last + 1, step)")})
+MUTANTS += mutants("tools/embed.py", [UNIT["tools"]], {
+    "offsets of each block from 0": ("rows.offsets[1:] + offsets[-1][-1]", "rows.offsets[1:]"),
+    "sums over the k-mers of a base": ("total / count.clamp(min=1)", "total")})
+MUTANTS += mutants("tools/export.py", [UNIT["tools"]], {
+    "scores of all runs": ('row["id"] == state.get("id")', "True"),
+    "losses of the first row": ("log[-1].items()", "log[0].items()"),
+    "the untrained head, too": ('if "classes" in net.spec or name.startswith("backbone.")', "")})
+MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "pooled or common or published"], {
+    "sd of the population": ("ddof=1", "ddof=0"),
+    "of equal runs, the first": ("runs[tuple(run[part] for part in PARTS)] = run",
+                                 "runs.setdefault(tuple(run[part] for part in PARTS), run)"),
+    "an own dev is not of train": ('rows["dev"] if own_dev else 0', "0"),
+    "mean over the sets that some have": ("len(row) and row.all()", "len(row) and row.any()")})
 MUTANTS += mutants("tests/conftest.py", [UNIT["campaign"]], {
     "cases are credited without counting": ("int(report.passed and n == 1)", "n"),
     "cases may be missing": ("report.passed and counted != n", "False")})
