@@ -110,10 +110,10 @@ def test_mtcdna_is_split_as_the_paper_splits_it(tmp_path):
     """train_test_split twice with seed 1: 20 % test, 25 % of the rest dev; 5,000 bases are not enough."""
     rng, want = np.random.default_rng(0), []
     for species, label in data.MTCDNA.items():
-        cdna = [random_dna(n, rng) for n in (5001, 5000, 5100, 6000, 5050)]
+        cdna = [random_dna(n, rng) for n in (5001, 5000, 5100, 6000, 5050, 5200, 5300)]
         put_fasta(tmp_path / f"MTcDNA/{species}.cdna.all.fa", dict(enumerate(cdna)))
         want += [(text[:1024], label) for text in cdna if len(text) > 5000]
-    rest, test = train_test_split(np.arange(16), test_size=0.2, random_state=1)
+    rest, test = train_test_split(np.arange(24), test_size=0.2, random_state=1)
     train, dev = train_test_split(rest, test_size=0.25, random_state=1)
     for split, rows in data.read_task("mtcdna/1024", tmp_path).items():
         assert pairs(rows) == [want[i] for i in {"train": train, "dev": dev, "test": test}[split]]
