@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 600                                                  # seconds for the tests of one mutant
 GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.py"
 UNIT = {name: f"tests/unit/test_{name}.py" for name in (
-    "cm_gems", "data", "defaults", "findna", "finetune", "models", "randommask")}
+    "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules", "models",
+    "randommask", "table", "tools")}
 Mutant = namedtuple("Mutant", "file what old new tests")
 
 
@@ -91,6 +92,9 @@ MUTANTS += mutants("findna.py", [GOLDEN, "-k", "findna"], {
     "noise of 0.1": ("EDIT, NOISE, FLIP = 20, 0.2", "EDIT, NOISE, FLIP = 20, 0.1", [UNIT["findna"]]),
     "complement without reversal": ("one_hot[..., :4].flip(1, 2)", "one_hot[..., :4].flip(2)",
                                     [UNIT["findna"]]),
+    "other validation windows each time": (
+        "seed, 0, i))\n            view_u", "seed, run.step, i))\n            view_u",
+        [HELD_OUT, "-k", "findna"]),
     "alpha of 0.9": ('"--alpha", type=number(float, 1e-9, 1), default=0.5',
                      '"--alpha", type=number(float, 1e-9, 1), default=0.9', [UNIT["defaults"]])})
 
@@ -110,6 +114,9 @@ MUTANTS += mutants("cm_gems.py", [GOLDEN, "-k", "cm_gems"], {
     "validates with dropout": ("model.eval()", "model.train()"),
     "no dropout after a validation": ("model.train()", "model.eval()"),
     "cm_step easy throughout": ('masker = "global" if rng.random() < share', 'masker = "global" if False'),
+    "other validation windows each time": ("forward(model, held_out, strategy",
+                                           "forward(model, (*held_out[:2], step), strategy",
+                                           [HELD_OUT, "-k", "cm_gems"]),
     "short pieces only": ("2 * (L - k) * quantile", "(L - k) * quantile", [UNIT["cm_gems"]]),
     "switches at a drop only": ("abs(perplexities[-1] - perplexities[-2])",
                                 "(perplexities[-2] - perplexities[-1])", [UNIT["cm_gems"]]),
@@ -176,6 +183,76 @@ MUTANTS += mutants("data.py", [UNIT["finetune"]], {
     "the strands are different": ("min(key, other[n - end:n - start])", "key"),
     "float32 targets": ("labels.astype(np.float64)", "labels.astype(np.float32)")})
 
+ALL_ROWS = 'np.concatenate([rows.labels for rows in parts.values() if rows])'
+MUTANTS += mutants("finetune.py", [UNIT["finetune_rules"]], {
+    "targets centered by all splits": ('parts["train"].labels.mean(0)', f"{ALL_ROWS}.mean(0)"),
+    "targets scaled by all splits": ('parts["train"].labels.std(0) + 1e-12', f"{ALL_ROWS}.std(0) + 1e-12"),
+    "features standardised by train and test": (
+        "preprocessing.StandardScaler()", "preprocessing.FunctionTransformer(preprocessing.StandardScaler()"
+        ".fit(np.concatenate([train, test])).transform)"),
+    "features as they are": ("preprocessing.StandardScaler()", "preprocessing.FunctionTransformer()"),
+    "test_unseen is what was seen": ("scores(outputs[~seen], labels[~seen]",
+                                     "scores(outputs[seen], labels[seen]"),
+    "counts half of test_in_train": ("int(seen.sum())", "int(seen[::2].sum())"),
+    "BERT counts nothing cut": ("(lengths > longest).sum()", "(lengths > 10 ** 9).sum()"),
+    "BERT counts what just fits": ("(lengths > longest).sum()", "(lengths >= longest).sum()"),
+    "CNN counts nothing cut": ('{"truncated": int((lengths > self.length).sum())}', "{}"),
+    "CNN counts what just fits": ('"truncated": int((lengths > self.length)',
+                                  '"truncated": int((lengths >= self.length)'),
+    "Encoder counts nothing cut": ("(lengths > self.room).sum()", "(lengths > 10 ** 9).sum()"),
+    "counts what is cut in train only": (
+        "for rows in parts.values() if rows]))", 'for rows in [parts["train"]]]))'),
+    "the same dropout at each step": ('training.seed(key["seed"], step)', 'training.seed(key["seed"], 0)'),
+    "the same dropout for every seed": ('training.seed(key["seed"], step)', "training.seed(42, step)"),
+    "one table split alike for every seed": ("args.split, args.seed)", "args.split, 42)"),
+    "the same rows of a probe for every seed": ('p["val"]), seed)[0]', 'p["val"]), 42)[0]'),
+    "a row of results without fsync": ("os.fsync(f.fileno())", "pass"),
+    "a row of results synced before it is flushed": ("f.flush()\n        os.fsync(f.fileno())",
+                                                     "os.fsync(f.fileno())\n        f.flush()")})
+MUTANTS += mutants("data.py", [UNIT["finetune_rules"]], {
+    "splits alike for every seed": ("random_state=seed)", "random_state=42)")})
+MUTANTS += mutants("training.py", [UNIT["finetune_rules"]], {
+    "fsync of another file": ("os.fsync(f.fileno())", "os.fsync(os.open(out, os.O_RDONLY))"),
+    "fsync behind the rename": (
+        "os.fsync(f.fileno())",
+        "os.replace(tmp, last)\n            tmp = last\n            os.fsync(f.fileno())"),
+    "no fsync of the folder": ("os.fsync(folder) ", "# "),
+    "fsync of the folder before the rename": (
+        "os.replace(tmp, last)\n        folder = os.open(out, os.O_RDONLY)\n        os.fsync(folder)",
+        "folder = os.open(out, os.O_RDONLY)\n        os.fsync(folder)\n        os.replace(tmp, last)")})
+
+MUTANTS += mutants("data.py", [UNIT["tools"]], {
+    "MTcDNA split by another seed": ("test_size=0.2, random_state=1", "test_size=0.2, random_state=2"),
+    "MTcDNA's dev is 20 % of the rest": ("test_size=0.25", "test_size=0.2"),
+    "5,000 bases are enough for MTcDNA": ("len(codes) > 5000", "len(codes) >= 5000"),
+    "few-shot draws of rows as they are": ("np.random.default_rng(42).permutation(len(labels))",
+                                           "np.arange(len(labels))"),
+    "the first few-shot draw always": ("order[:, draw]", "order[:, 0]"),
+    "minus strand is read forwards": ('text.translate(complement)[::-1] if strand == "-"',
+                                      'text if strand == "-"', [UNIT["benchmarks"], "-k", "coordinates["]),
+    "coordinates from 1": ("int(start), int(end), strand))", "int(start) - 1, int(end), strand))",
+                           [UNIT["benchmarks"], "-k", "coordinates["])})
+MUTANTS += mutants("tools/predict.py", [UNIT["tools"]], {
+    "the least likely class": ("values.argmax()", "values.argmin()"),
+    "counts of the last block only": ("counts.update(", "counts = collections.Counter("),
+    "no window at the end": ("in [*range(0, last, step), last]", "in range(0, last + 1, step)")})
+MUTANTS += mutants("tools/embed.py", [UNIT["tools"]], {
+    "offsets of each block from 0": ("rows.offsets[1:] + offsets[-1][-1]", "rows.offsets[1:]"),
+    "sums over the k-mers of a base": ("total / count.clamp(min=1)", "total")})
+MUTANTS += mutants("tools/export.py", [UNIT["tools"]], {
+    "scores of all runs": ('row["id"] == state.get("id")', "True"),
+    "losses of the first row": ("log[-1].items()", "log[0].items()"),
+    "the untrained head, too": ('if "classes" in net.spec or name.startswith("backbone.")', "")})
+MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "pooled or common or published"], {
+    "sd of the population": ("ddof=1", "ddof=0"),
+    "of equal runs, the first": ("runs[tuple(run[part] for part in PARTS)] = run",
+                                 "runs.setdefault(tuple(run[part] for part in PARTS), run)"),
+    "an own dev is not of train": ('rows["dev"] if own_dev else 0', "0"),
+    "mean over the sets that some have": ("len(row) and row.all()", "len(row) and row.any()")})
+MUTANTS += mutants("tests/conftest.py", [UNIT["campaign"]], {
+    "cases are credited without counting": ("int(report.passed and n == 1)", "n"),
+    "cases may be missing": ("report.passed and counted != n", "False")})
+
 
 def copy_repository(folder):
     """The code and its tests in folder/copy, beside the shared data if there are any."""
@@ -207,9 +284,10 @@ def run_tests(copy, tests):
 def kill(mutant):
     """Name of the test that fails on the mutant; None if it survives."""
     with tempfile.TemporaryDirectory() as folder:
-        path = copy_repository(Path(folder)) / mutant.file
+        copy = copy_repository(Path(folder))
+        path = copy / mutant.file
         path.write_text(path.read_text().replace(mutant.old, mutant.new))
-        code, output = run_tests(path.parent, mutant.tests)
+        code, output = run_tests(copy, mutant.tests)
     failed = re.findall(r"^(?:FAILED|ERROR) \S*?([^/\s]+::\S.*?)(?: - .*)?$", output, re.M)
     if code not in (0, 1) or code and not failed:            # such as a mutant that is not Python
         raise SystemExit(f"{mutant.file}: {mutant.what}: the tests ended with {code}\n{output[-3000:]}")
