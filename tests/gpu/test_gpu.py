@@ -73,3 +73,15 @@ for device in ("cpu", "cuda"):
 assert torch.dist(*sums) / sums[0].norm() < 1e-4, torch.dist(*sums)
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+def test_saving_takes_no_memory_of_the_gpu(tmp_path):
+    """The file is read back on the CPU."""
+    code = """
+import sys, torch, training
+weights = torch.zeros(50_000_000, device="cuda")
+before = torch.cuda.max_memory_allocated()
+training.save({"model": {"x": weights}}, sys.argv[1])
+assert torch.cuda.max_memory_allocated() - before < 1e6, torch.cuda.max_memory_allocated() - before
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, timeout=120)
