@@ -691,7 +691,7 @@ def save(state, out, milestone=None):
             torch.save({"format": FORMAT, "made_with": made_with()} | state, f)
             f.flush()
             os.fsync(f.fileno())
-        torch.load(tmp, weights_only=True, mmap=True)
+        torch.load(tmp, map_location="cpu", weights_only=True, mmap=True)
         for source, name in ((tmp, milestone), (last, "prev.pt")):             # second names, not copies
             if name and os.path.exists(source):
                 with contextlib.suppress(FileNotFoundError):

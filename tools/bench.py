@@ -2,23 +2,27 @@
 
     python -m tools.bench                                    every comparison that this machine can run
     python -m tools.bench --only tokenize,mask --rounds 25
-    python -m tools.bench --device cuda --only gpu
     python -m tools.bench cost                               parameters, FLOPs, memory, time of the networks
+    python -m tools.bench gpu --out DIR                      all that a GPU can tell in 470 s (bench_gpu.py)
 
-Times are CPU seconds of one thread (gpu: wall seconds). Peers and ours take turns in every round, in
-alternating order. ratio = peer / ours, median over rounds [lowest..highest]; "ours again" is the noise floor.
+Times are CPU seconds of one thread. Peers and ours take turns in every round, in alternating order.
+ratio = peer / ours, median over rounds [lowest..highest]; "ours again" is the noise floor.
 Every result is checked against the peer's before it is timed. Needs tools/requirements.txt.
 """
 import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import functools
 import itertools
 import os
+import platform
 import random
+import re
 import runpy
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -79,6 +83,21 @@ def interleave(variants, rounds):
         for name in list(timers)[::-1 if i % 2 else 1]:
             times[name].append(timers[name].timeit(calls[name]) / calls[name])
     return times
+
+
+def machine():
+    """The machine, torch, the date and the commit, as text: what a measured number depends on."""
+    found = None
+    with contextlib.suppress(OSError):                       # no such file but on Linux
+        found = re.search(r"model name\s*: (.*)", open("/proc/cpuinfo").read())
+    name = found[1] if found else platform.processor() or platform.machine()
+    describe = ["git", "-C", os.path.dirname(__file__), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    return (f"{name}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, torch {torch.__version__}, "
+            f"{datetime.date.today()}, commit {commit}")
 
 
 def line(item, text, *goals):
@@ -158,20 +177,42 @@ def random_batch(n):
     return data.corrupt(tokens, torch.rand(n, T) < 0.16, V)
 
 
-def hugging_face(model):
+def hugging_face(model, kinds=("eager", "sdpa")):
     """transformers' BertForMaskedLM with our weights, for each attention implementation: {name: model}."""
     from transformers import BertForMaskedLM
     with tempfile.TemporaryDirectory() as tmp:
         models.save_hf(model, tmp + "/hf")
         return {f"HF {kind}": BertForMaskedLM.from_pretrained(tmp + "/hf", attn_implementation=kind).train()
-                for kind in ("eager", "sdpa")}
+                for kind in kinds}
+
+
+def hf_classifier(net):
+    """transformers' BertForSequenceClassification with the weights of our classifier and sdpa."""
+    from transformers import BertForSequenceClassification
+    with tempfile.TemporaryDirectory() as tmp:
+        models.save_hf(net, tmp + "/hf", ("a", "b"))
+        return BertForSequenceClassification.from_pretrained(tmp + "/hf", attn_implementation="sdpa").train()
+
+
+def trainer_step(peer, tokens, labels, bf16=False):
+    """A function that takes a step of transformers' Trainer, with its default optimizer, a fused AdamW."""
+    optimizer, mask = torch.optim.AdamW(peer.parameters(), 3e-5, fused=True), torch.ones_like(tokens)
+
+    def step():
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
+            loss = peer(tokens, attention_mask=mask, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    return step
 
 
 def bert_step(network, batch, bf16, **options):
-    """A function that trains one step on batch() and returns the mean loss; HF uses torch's default AdamW."""
+    """A function that trains one step on batch() and returns the mean loss; both with a fused AdamW."""
     ours = isinstance(network, models.Bert)
     optimizer = (training.make_optimizer(network, 1e-4, 0.01, randommask.BETAS, randommask.EPS) if ours
-                 else torch.optim.AdamW(network.parameters(), 1e-4))
+                 else torch.optim.AdamW(network.parameters(), 1e-4, fused=True))
 
     def step():
         inputs, labels = batch()
@@ -243,7 +284,7 @@ def mask(rounds):
     centers, m = torch.rand(B, T) < P, torch.tensor(random.choices(SPANS, k=B))
     masked = data.span_mask(centers, tokens > data.MASK, (m - 1) // 2, m // 2)
     assert torch.equal(loop_batch(tokens, centers, m.tolist())[1] >= 0, masked)
-    loop = (lambda: loop_batch(tokens, torch.rand(B, T) < P, random.choices(SPANS, k=B)), 20)
+    loop = (lambda: loop_batch(tokens, torch.rand(B, T) < P, random.choices(SPANS, k=B)), 35)
     compare("mask", {"per-center loop": loop},
             lambda: data.corrupt(tokens, randommask.random_mask(tokens, len(SPANS), P), V),
             rounds, B * T / 1e6, "Mtok/s")
@@ -253,13 +294,18 @@ def train(rounds):
     """Forward, backward and AdamW of a BERT with 4 layers of 256: 8 x 512 tokens, 16 % of them masked."""
     batch = random_batch(8)
     for bf16, goal, tolerance in ((False, 1.2, 1e-5), (True, 1.35, 0.02)):
-        model = models.Bert(MINI)
-        peers = {name: (bert_step(network, lambda: batch, bf16), goal)
-                 for name, network in hugging_face(model).items()}
-        ours = bert_step(model, lambda: batch, bf16)
-        losses = torch.stack([ours(), *(step() for step, _ in peers.values())])
+        model, name = models.Bert(MINI), "train bf16" if bf16 else "train fp32"
+        networks = hugging_face(model)
+        networks["HF sdpa compiled"], ours = copy.deepcopy(networks["HF sdpa"]), copy.deepcopy(model)
+        for network in (networks["HF sdpa compiled"], ours):
+            network.compile()
+        peers = {name: (bert_step(network, lambda: batch, bf16), goal) for name, network in networks.items()}
+        steps = [bert_step(network, lambda: batch, bf16) for network in (model, ours)]
+        losses = torch.stack([step() for step in (*steps, *(step for step, _ in peers.values()))])
         assert losses.max() - losses.min() < tolerance, losses
-        compare("train bf16" if bf16 else "train fp32", peers, ours, rounds, 8 * T / 1e3, "ktok/s")
+        compare(name, peers, steps[0], rounds, 8 * T / 1e3, "ktok/s")
+        both = {name: peer for name, peer in peers.items() if "compiled" in name}
+        compare(f"{name} c.", both, steps[1], rounds, 8 * T / 1e3, "ktok/s")       # ours compiled, too
 
 
 def our_classifier(L, config):
@@ -274,29 +320,22 @@ def our_classifier(L, config):
 
 def fine_tuning(rounds):
     """A fine-tuning step of MINI with dropout 0.1, from bases to AdamW; the peer's loop is Trainer's."""
-    from transformers import BertForSequenceClassification
     for L in (70, 300):
         net, tokens, labels, backward = our_classifier(L, dataclasses.replace(MINI, dropout=0.1))
-        with tempfile.TemporaryDirectory() as tmp:
-            models.save_hf(net, tmp + "/hf", ("a", "b"))
-            peer = BertForSequenceClassification.from_pretrained(tmp + "/hf")
+        peer, compiled = hf_classifier(net), hf_classifier(net)
         with torch.no_grad():
             assert (net.eval()(tokens) - peer.eval()(tokens).logits).abs().max() < 1e-5
-        our_optimizer = training.make_optimizer(net.train(), 3e-5, 0, (0.9, 0.999), 1e-8)
-        optimizer = torch.optim.AdamW(peer.train().parameters(), 3e-5)
+        optimizer = training.make_optimizer(net.train(), 3e-5, 0, (0.9, 0.999), 1e-8)
+        compiled.compile()
 
         def ours():
             backward()
             training.scale_gradients(net, torch.ones(()), 1.0)
-            our_optimizer.step()
-            our_optimizer.zero_grad()
-
-        def theirs():
-            peer(tokens, attention_mask=torch.ones_like(tokens), labels=labels).loss.backward()
-            torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        compare(f"fine-tune {L}", {"HF Trainer loop": (theirs, 1.2)}, ours, rounds, 32, "rows/s")
+        peers = {"HF Trainer loop": (trainer_step(peer.train(), tokens, labels), 1.2),
+                 "the same compiled": (trainer_step(compiled, tokens, labels), 1.2)}
+        compare(f"fine-tune {L}", peers, ours, rounds, 32, "rows/s")
 
 
 def loop_gene_mask(tokens, rank, centers):
@@ -340,14 +379,14 @@ def cm_masks(rounds):
     def released(token):                                     # decodes the id, then asks a dict
         return rank_of.get(tokenizer.decode(token).replace(" ", ""), len(rank_of))
     tokens = data.kmer_tokens(torch.randint(4, (B, LENGTH), dtype=torch.uint8), K, 1, specials=True)
-    for masker, loop in (("genemask", loop_gene_mask), ("global", loop_global_mask)):
+    for masker, loop, goal in (("genemask", loop_gene_mask, 40), ("global", loop_global_mask, 100)):
         p, ours = cm_gems.center_probability(masker, K), cm_gems.MASKERS[masker]
 
         def centers():
             return data.draw_centers(tokens.shape, p, tokens.device) & (tokens > data.MASK)
         drawn = centers()
         assert torch.equal(ours(tokens, npmi_rank, drawn), loop(tokens, released, drawn))
-        compare(masker, {"released loop": (lambda: loop(tokens, released, centers()), 100),
+        compare(masker, {"released loop": (lambda: loop(tokens, released, centers()), goal),
                          "loop, list": (lambda: loop(tokens, in_list, centers()), None)},
                 lambda: ours(tokens, npmi_rank, centers()), rounds, B * T / 1e6, "Mtok/s")
 
@@ -361,7 +400,7 @@ def npmi_counts(rounds):
         return Counter(text[i:i + K] for i in range(len(text) - K + 1))
     theirs = peer()
     assert cm_gems.count_kmers(bases, runs, K)[-1].tolist() == [theirs[name] for name in list(WORDS)[5:]]
-    rate = compare("count k-mers", {"Counter": (peer, 40)}, lambda: cm_gems.count_kmers(bases, runs, K),
+    rate = compare("count k-mers", {"Counter": (peer, 60)}, lambda: cm_gems.count_kmers(bases, runs, K),
                    rounds, len(bases) / 1e6, "Mb/s", 310)
     line("count k-mers", f"3.1 Gb in {3100 / rate:.1f} s on this core")
 
@@ -397,7 +436,7 @@ def fasta(rounds):
             shutil.rmtree(cache, ignore_errors=True)
             return data.Genome(path, cache)
         assert np.array_equal(np.concatenate([data.encode(s) for s in peer()]), ours().bases)
-        compare("fasta", {"pyfaidx": (peer, None)}, ours, rounds, 100, "Mb/s", 100)
+        compare("fasta", {"pyfaidx": (peer, 2)}, ours, rounds, 100, "Mb/s", 100)
         tracemalloc.start()
         ours()
         peak = tracemalloc.get_traced_memory()[1] / 1e6
@@ -432,31 +471,6 @@ def ddp(rounds):
     line("ddp", f"gradient of 2 ranks, relative error {error:.1e}", (error <= 1e-6, "<= 1e-6"))
     line("ddp", f"all-reduced per step: {sent[0] / n:.4g} x 4 bytes x parameters, and {8 * sent[1]} bytes",
          (sent[:6] == [n, 4] * 3, "1x, <= 64 bytes"))
-
-
-def gpu(rounds):
-    """BERT-base, bf16, compiled, 3.1 Gb of bases on the GPU; only our step makes its batch."""
-    model, batch = models.Bert(models.BertConfig(dropout=0.0)), [x.to("cuda") for x in random_batch(B)]
-    networks = {name: network.to("cuda") for name, network in hugging_face(model).items()}
-    with torch.no_grad():
-        loss_sum, count = model.to("cuda")(*batch)
-        assert (loss_sum / count - networks["HF sdpa"](batch[0], labels=batch[1]).loss).abs() < 1e-4
-    model.compile()
-    networks["HF sdpa compiled"] = torch.compile(networks["HF sdpa"])
-    peers = {name: (bert_step(network, lambda: batch, True), goal)
-             for (name, network), goal in zip(networks.items(), (1.8, 1.35, 1.05))}
-    bases = torch.randint(4, (3_100_000_000,), dtype=torch.uint8, device="cuda")
-    table = data.window_table(np.array([[0, len(bases)]]), LENGTH)
-    slots = models.mask_capacity(B * T, 1 - (1 - P) ** SPANS[-1], SPANS[-1] + 2)
-    ours = bert_step(model, lambda: get_batch(bases, table, random.getrandbits(20)), True, capacity=slots)
-    rate = compare("gpu", peers, ours, rounds, B * T / 1e3, "ktok/s") * 1e3
-    share, peak = (get_batch(bases, table, 0)[1] >= 0).float().mean(), matmul_peak("cuda", torch.bfloat16)[0]
-    mfu = rate * model.flops_per_token(T, share.item()) / peak
-    line("gpu", f"MFU {mfu:.1%} of {peak / 1e12:.0f} TFLOP/s (8192^3 product)", (mfu >= 0.55, ">= 55 %"))
-    torch.cuda.set_sync_debug_mode("error")                  # raises where the host waits for the GPU
-    ours()
-    torch.cuda.set_sync_debug_mode("default")
-    line("gpu", "no host sync in a step")
 
 
 class PlainMixer(models.ChordMixer):
@@ -739,42 +753,52 @@ def cost(rounds, device="cpu", batch=1, max_seconds=60, shapes=SHAPES, lengths=M
             line("cost", f"{text} {peak / 1e9:>9.3g} {seconds * 1e3:>9.4g}")
 
 
-if __name__ == "__main__":
-    items = {item.__name__: item for item in (
-        tokenize, data_path, mask, cm_masks, npmi_counts, train, fine_tuning, memory, fasta, ddp, chordmixer,
-        rotation, views, ema, gpu)}
+def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add, positive = parser.add_argument, training.number(int, 1)
-    add("items", nargs="*", metavar="ITEM", help="as --only; cost is run only where it is named")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="cpu: without gpu")
-    add("--only", default=",".join(items), help="comma-separated items (%(default)s)")
+    add("items", nargs="*", metavar="ITEM", help="as --only; cost and gpu are run only where they are named")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of cost and gpu (%(default)s)")
+    add("--only", type=lambda text: text.split(","), help=f"comma-separated items ({','.join(ITEMS)})")
+    add("--out", metavar="DIR", help="gpu: folder of its rows")
     add("--rounds", type=positive, default=5, help="of timing (%(default)s)")
     add("--batch", type=positive, help="cost: sequences of a step (CUDA 16, CPU 1)")
     add("--max_seconds", type=training.number(float, 0), default=60,
         help="cost: steps that would take longer are counted, but not run (%(default)s)")
     args = parser.parse_args()
-    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
-    names = args.items or args.only.split(",")
-    items["cost"] = functools.partial(cost, device=device, max_seconds=args.max_seconds,
-                                      batch=args.batch or (16 if device == "cuda" else 1))
-    if unknown := set(names) - set(items):
-        parser.error(f"no item {', '.join(unknown)}; choose from {', '.join(items)}")
+    if ("gpu" in args.items) != bool(args.out) or args.out and len(args.items) > 1:
+        parser.error("gpu: give it alone, with --out DIR")
+    unknown = set(args.items or args.only or ()) - {*ITEMS, "cost", "gpu"}
+    if unknown:
+        parser.error(f"no item {', '.join(unknown)}; choose from {', '.join(ITEMS)}, cost, gpu")
+    return args
+
+
+ITEMS = {item.__name__: item for item in (
+    tokenize, data_path, mask, cm_masks, npmi_counts, train, fine_tuning, memory, fasta, ddp, chordmixer,
+    rotation, views, ema)}
+
+if __name__ == "__main__":
+    args = parse_args()
     os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error",
                    "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    if args.out:
+        from tools import bench_gpu
+        with training.user_errors():
+            sys.exit(bench_gpu.main(args.out, args.device, args.only))
+    device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
+    names = args.items or args.only or ITEMS
+    items = ITEMS | {"cost": functools.partial(cost, device=device, max_seconds=args.max_seconds,
+                                               batch=args.batch or (16 if device == "cuda" else 1))}
     torch.set_num_threads(1)
     torch.manual_seed(0)
     # malloc keeps memory after it has freed such large matrices, as in a training run
     peaks = ", ".join(f"{rate / 1e9:.3g} {name} ({n}^3)" for name, (rate, n) in (
         (name, matmul_peak("cpu", getattr(torch, name))) for name in ("float32", "bfloat16")))
-    print(f"torch {torch.__version__}, CPU, 1 thread, load {os.getloadavg()[0]:.1f}/{os.cpu_count()} cores; "
-          f"matrix product in GFLOP/s: {peaks}\n")
-    if names != ["cost"]:
+    print(f"{machine()}; 1 thread; matrix product in GFLOP/s: {peaks}\n")
+    if list(names) != ["cost"]:
         line("item", f"{'peer':16} {'peer':>11} {'ours':>10}  {'ratio [lowest..highest]':24} {'ours':>12}")
     for name in names:
-        if name == "gpu" and (args.device == "cpu" or not torch.cuda.is_available()):
-            print("gpu            skipped, no CUDA device")
-            continue
         try:
             items[name](args.rounds)
         except ModuleNotFoundError as e:
