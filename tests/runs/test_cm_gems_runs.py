@@ -3,6 +3,8 @@ import csv
 import importlib
 import json
 import math
+import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 
 import cm_gems
 import models
-from harness import SHARED, equal, log_rows, random_dna, refused, run, write_fasta
+from harness import SHARED, at_call, equal, log_rows, random_dna, refused, run, write_fasta
 from methods import METHODS, STEPS, fresh, go, whole         # noqa: F401, fixtures
 
 GOLDEN = SHARED / "golden" / "genemask_golden.json"
@@ -118,6 +120,30 @@ def test_npmi_only(out, tmp_path):
     [b] = tmp_path.glob("*.nanodna/npmi_3_textbook_*.csv")
     assert sum(int(row["count"]) for row in csv.DictReader(b.open())) == 2998
     assert "too small for an NPMI" in refused(pretrain([*count, "--k", "7", "--npmi_contigs", "b"]))
+
+
+@pytest.mark.fault("stopped while counting k-mers", n=2)
+def test_a_stop_while_counting_leaves_no_table(out, tmp_path, survived):
+    fasta = write_fasta(tmp_path / "g.fa", {"a": random_dna(3000, np.random.default_rng(0))})
+    for which, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        stop = {0: at_call("data", "kmer_tokens", 2, lambda real, *args: os.kill(os.getpid(), which))}
+        result = run(["--npmi_only", "--k", 3, "--genome", fasta, "--device", "cpu"], stop, 1, "cm_gems.py")
+        assert result.code == code and result.err.count("\n") == 1 and "counting k-mers" in result.err, result
+        assert not [*tmp_path.glob("*.nanodna/npmi*")]
+        survived()
+
+
+def test_a_run_says_what_its_windows_reach(out, tmp_path):
+    """One contig of windows, 9 too short for one: passes are over what is reached."""
+    texts = {"a": random_dna(3000, np.random.default_rng(0))} | {f"c{i}": "ACGTTG" * 4 for i in range(9)}
+    fasta = write_fasta(tmp_path / "g.fa", texts)
+    result = run(["--k", 2, "--genome", fasta, "--device", "cpu", "--block_size", 30, "--n_layer", 1,
+                  "--n_head", 1, "--n_embd", 8, "--n_inner", 8, "--steps", 1, "--batch_size", 4,
+                  "--micro_batch_size", 4, "--eval_windows", 2, "--out", out],
+                 script="cm_gems.py")
+    reached = "reached  by training windows 1 of 10 contigs, 2,970 bases; by validation windows 1, 30 bases"
+    assert result.code == 0 and reached in result.out, result
+    assert "warning" not in result.out and "0.03 passes over the bases reached" in result.out, result
 
 
 PUBLISHED = ("ngram,naive.pmi,norm_dp_true_pmi,norm_pmi_rank_rel\n"
