@@ -124,10 +124,9 @@ def npmi_table(args, genome):
                          f"different ones; use a larger genome, a smaller --k or --npmi_table")
     values = npmi(counts) if args.npmi == "published" else npmi(counts, max_part=args.k, halve_p=False)
     try:
-        with data.new_path(path, replace=True) as f:         # ranks may write it at the same time
-            f.write(("\n".join(npmi_lines(values, counts[-1], args.k)) + "\n").encode())
+        data.write_whole(path, "\n".join(npmi_lines(values, counts[-1], args.k)) + "\n")
     except OSError as e:
-        raise ValueError(f"{e}; or give --cache FOLDER") from None
+        raise ValueError(f"{path}: cannot be written ({e.strerror}); give --cache FOLDER") from None
     return values, counts[-1], path
 
 

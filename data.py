@@ -531,18 +531,23 @@ def pack_contigs(paths, source, write):
             "crc_bases": crc}
 
 
-def write_index(folder, index):
-    """Write index.json with its checksum, whole or not at all."""
-    path, crc = os.path.join(folder, "index.json"), zlib.crc32(json.dumps(index).encode())
+def write_whole(path, text):
+    """Write a small file of a cache, whole or not at all."""
     tmp = f"{path}.{os.getpid()}.tmp"                        # ranks may write it at the same time
     try:
         with new_file(tmp) as f:
-            f.write(json.dumps(index | {"crc_index": crc}).encode())
+            f.write(text.encode())
         os.replace(tmp, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(tmp)
         raise
+
+
+def write_index(folder, index):
+    """Write index.json with its checksum."""
+    crc = zlib.crc32(json.dumps(index).encode())
+    write_whole(os.path.join(folder, "index.json"), json.dumps(index | {"crc_index": crc}))
 
 
 def build_cache(paths, source, folder):
