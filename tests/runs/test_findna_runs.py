@@ -158,7 +158,7 @@ def test_predict_and_embed(table):
             ("embed", f"--init {init} --out {{0}}.npz --per_base"),
             ("embed", f"--init {init} --out {{0}}.cls.npz --pool cls"))):
         assert run([f"{name}.fa", *flags.format(name).split()], script=f"tools.{tool}").code == 0
-    rows, [row] = ([line.split("\t")[2:] for line in open(f"{name}.tsv")][1:] for name in ("all", "one"))
+    rows, [row] = ([line.split("\t")[3:] for line in open(f"{name}.tsv")][1:] for name in ("all", "one"))
     assert sum(row[0] == "01"[i % 2] for i, row in enumerate(rows)) >= 57
     assert [float(p) for p in rows[7][1:]] == pytest.approx([float(p) for p in row[1:]], abs=1e-5)
     state = torch.load(init, weights_only=True)
