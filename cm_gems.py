@@ -427,7 +427,7 @@ Next, your own DNA: its words, in seconds, and a model for a laptop (--help list
   python cm_gems.py --genome YOUR.fa.gz --out out/mine --block_size 26 --n_layer 2 --n_head 2 --n_embd 64 \\
       --n_inner 256 --dropout 0 --batch_size 256 --micro_batch_size 128 --lr 8e-3 --steps 3000""")
 
-    with training.user_errors(OSError, torch.OutOfMemoryError):
+    with training.user_errors(OSError, MemoryError, torch.OutOfMemoryError):
         for step in run.steps(validate):
             strategy, lr = curriculum["strategy"], args.lr * training.linear(step, args.steps, args.warmup)
             sums = run.new_sums(3)                           # loss, masked tokens, k-mers

@@ -412,7 +412,7 @@ if __name__ == "__main__":
         return row
 
     warned = False
-    with training.user_errors(OSError, torch.OutOfMemoryError):
+    with training.user_errors(OSError, MemoryError, torch.OutOfMemoryError):
         for step in run.steps(validate):
             lr = args.lr * training.cosine(step, args.steps, args.warmup)
             ema = ema_at(step, args.steps, args.ema)

@@ -1469,7 +1469,7 @@ if __name__ == "__main__":
         check_args(args)
         starts, plans = {init: read_start(init, args) for init in args.init}, list(plan_runs(args))
     training.catch_signals()
-    with training.user_errors(OSError, torch.OutOfMemoryError):
+    with training.user_errors(OSError, MemoryError, torch.OutOfMemoryError):
         code, ids = run_all(plans[rank::world], starts, args, device)
     if world > 1:
         ids = gather_ids(ids, world)

@@ -200,7 +200,7 @@ if __name__ == "__main__":
             row[f"val_loss_span{span}"] = evaluate(1) if phase > 1 else row["val_loss"]
         return row | ({"val_loss_next_phase": evaluate(phase + 1)} if step in edges else {})
 
-    with training.user_errors(OSError, torch.OutOfMemoryError):
+    with training.user_errors(OSError, MemoryError, torch.OutOfMemoryError):
         for step in run.steps(validate):
             phase, lr = phase_at(step, edges), args.lr * training.linear(step, args.steps, args.warmup)
             sums = run.new_sums(2)                           # loss, masked tokens

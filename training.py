@@ -36,14 +36,13 @@ import zipfile
 HERE = os.path.dirname(os.path.realpath(__file__))
 if os.path.dirname(os.path.realpath(sys.argv[0])) in (HERE, os.path.join(HERE, "tools")):  # else: a notebook
     def leave(which, frame):
-        """Ends at Ctrl-C or SIGTERM until catch_signals, also while torch is imported: 130 or 143."""
-        print(f"stopped by {signal.Signals(which).name}", file=sys.stderr, flush=True)
-        raise SystemExit(128 + which)
+        """Ends at SIGTERM until catch_signals, also during the imports; what is half written is removed."""
+        print("stopped  by SIGTERM", file=sys.stderr, flush=True)
+        raise SystemExit(143)
 
     def safe(text, write=sys.stdout.write):
         """Writes text without the terminal escapes that names in other people's files may hold."""
         return write("".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text))
-    signal.signal(signal.SIGINT, leave)
     signal.signal(signal.SIGTERM, leave)
     sys.stdout.write = safe
 

@@ -32,7 +32,7 @@ import weakref
 from collections import Counter, namedtuple
 from statistics import median
 
-import training                                              # first: it takes Ctrl-C while torch is imported
+import training                                              # first: it answers Ctrl-C in the slow imports
 
 import numpy as np
 import torch

@@ -33,7 +33,7 @@ import zipfile
 import zlib
 from collections import namedtuple
 
-import training                                              # first: it takes Ctrl-C while torch is imported
+import training                                              # first: it answers Ctrl-C in the slow imports
 
 from tqdm import tqdm
 

@@ -10,7 +10,7 @@ NaN where the network reads nothing: sequences shorter than k or all N, bases in
 import argparse
 import collections
 
-import training                                              # first: it takes Ctrl-C while torch is imported
+import training                                              # first: it answers Ctrl-C in the slow imports
 
 import numpy as np
 import torch

@@ -10,7 +10,7 @@ import json
 import os
 import re
 
-import training                                              # first: it takes Ctrl-C while torch is imported
+import training                                              # first: it answers Ctrl-C in the slow imports
 from training import file_name
 
 import data

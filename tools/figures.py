@@ -15,7 +15,7 @@ import json
 import math
 import os
 
-import training                                              # first: it takes Ctrl-C while torch is imported
+import training                                              # first: it answers Ctrl-C in the slow imports
 from training import file_name
 
 import numpy as np

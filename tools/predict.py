@@ -9,7 +9,7 @@ import io
 import itertools
 import os
 
-import training                                              # first: it takes Ctrl-C while torch is imported
+import training                                              # first: it answers Ctrl-C in the slow imports
 from training import file_name, number
 
 import numpy as np

@@ -14,7 +14,7 @@ import os
 import sys
 from collections import namedtuple
 
-import training                                              # first: it takes Ctrl-C while torch is imported
+import training                                              # first: it answers Ctrl-C in the slow imports
 
 import numpy as np
 from scipy import stats
