@@ -535,6 +535,8 @@ def start(call, item, function, name):
     def main():
         os.setsid()
         os.chdir(call.work)
+        # cold, as on a new machine; a killed job can leave half a file there
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{call.work}/cache", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
@@ -609,7 +611,6 @@ def main(out, device, only=None):
     os.makedirs(out, exist_ok=True)
     cuda, began, end = device == "cuda", time.monotonic(), 0
     scale = 1 if cuda else 100                               # a CPU is given more time
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")                # of each of the lanes
     print("| item | what | numbers |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as work:
         call, seen = Call(rows, work, device, WHOLE if cuda else TINY), 0
