@@ -315,10 +315,11 @@ def ceilings(call):
 
 
 def attention(call, kind):
-    """Attention forward and backward by one of torch's kernels, with a mask as models.py makes it."""
+    """Attention forward and backward by one of torch's kernels; layout and mask as in models.py."""
     B, H, D = call.size.heads
     for T, masked, p in itertools.product(call.size.lengths, (False, True), (0.0, 0.1)):
-        q, k, v, grad = torch.randn(4, B, H, T, D, device=call.device, dtype=torch.bfloat16)
+        x = torch.randn(4, B, T, H, D, device=call.device, dtype=torch.bfloat16)
+        q, k, v, grad = x.movedim(0, 2).contiguous().permute(2, 0, 3, 1, 4)
         inputs = [x.requires_grad_() for x in (q, k, v)]
         mask = torch.arange(T, device=call.device) < T - torch.arange(B, device=call.device)[:, None] % 8
 
@@ -376,7 +377,7 @@ def ranks(call, script):
     ddp, alone, broken = (f"{demo_flags(call, script, new_folder(call))} --eval_every 9999" for _ in range(3))
     facts = run_script(call, script, ddp + " --compile", (as_one_of_many, ), strict)
     run_script(call, script, alone + " --compile")
-    code = run_script(call, script, broken, (as_one_of_many, infinite_norm))["code"]
+    code = run_script(call, script, broken + " --no-compile", (as_one_of_many, infinite_norm))["code"]
     weights = [weights_of(re.search(r"--out (\S+)", flags)[1]) for flags in (ddp, alone)]
     yield {"name": script} | facts | {"infinite gradient: exit code": code} | distance(*weights)
 
@@ -535,6 +536,8 @@ def start(call, item, function, name):
     def main():
         os.setsid()
         os.chdir(call.work)
+        # cold, as on a new machine; a killed job can leave half a file there
+        os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{call.work}/cache", "TORCHINDUCTOR_COMPILE_THREADS": "4"}
         os.dup2(handle, 1)
         os.dup2(handle, 2)
         sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))
@@ -609,7 +612,6 @@ def main(out, device, only=None):
     os.makedirs(out, exist_ok=True)
     cuda, began, end = device == "cuda", time.monotonic(), 0
     scale = 1 if cuda else 100                               # a CPU is given more time
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")                # of each of the lanes
     print("| item | what | numbers |\n|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as work:
         call, seen = Call(rows, work, device, WHOLE if cuda else TINY), 0
