@@ -34,7 +34,8 @@ import time
 import zipfile
 
 HERE = os.path.dirname(os.path.realpath(__file__))
-if os.path.dirname(os.path.realpath(sys.argv[0])) in (HERE, os.path.join(HERE, "tools")):  # else: a notebook
+SCRIPT = os.path.realpath(sys.argv[0]) if os.path.isfile(sys.argv[0]) else ""
+if os.path.dirname(SCRIPT) in (HERE, os.path.join(HERE, "tools")):             # else: a notebook, python -c
     def leave(which, frame):
         """Ends at SIGTERM until catch_signals, also during the imports; what is half written is removed."""
         print("stopped  by SIGTERM", file=sys.stderr, flush=True)
@@ -633,7 +634,8 @@ def open_run(out, args, start):
     with create(path + ".tmp") as f:                         # a full disk must not empty the old one
         json.dump(vars(args), f, indent=1)
     os.replace(path + ".tmp", path)
-    copy(sys.argv[0], os.path.join(out, os.path.basename(sys.argv[0])))
+    if os.path.isfile(sys.argv[0]):                          # not python -c
+        copy(sys.argv[0], os.path.join(out, os.path.basename(sys.argv[0])))
     cut_log(out, start)
     return lock
 

@@ -57,7 +57,8 @@ def start(args, patches={}, ranks=1, script="randommask.py"):
         for name in [name for name in sys.modules if name.split(".")[0] in LOCAL]:
             del sys.modules[name]                            # imported anew, as in a new process
         os.environ.update(env | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
-        sys.argv = [str(ROOT / script), *map(str, args)]
+        path = script if script.endswith(".py") else f"{script.replace('.', '/')}.py"
+        sys.argv = [str(ROOT / path), *map(str, args)]
         patches.get(rank, lambda: None)()
         if script.endswith(".py"):
             runpy.run_path(sys.argv[0], run_name="__main__")
@@ -132,6 +133,13 @@ def expand(spec):
 def write_case(case, path):
     path.write_bytes(bytes.fromhex(case["hex"]) if "hex" in case else expand(case["text"]).encode("latin-1"))
     return path
+
+
+def results_row(**fields):
+    """A row of results.jsonl."""
+    return {"id": "0", "task": "csv/t", "shots": None, "seed": 42, "init": "kmer", "weights": "", "data": "",
+            "mode": "finetune", "pool": None, "protocol": "strict", "overrides": {}, "long": "chunk",
+            "stride": 1, "metric": "mcc", "score": 0.5, "collapsed": False, "test": {}} | fields
 
 
 def equal(a, b):

@@ -218,9 +218,9 @@ def hook(watcher):
             raise SystemExit(0)
     steps, seed = training.Run.steps, training.seed
 
-    def run_steps(run):
+    def run_steps(run, validate):
         training.seed = seed                                 # finetune.py has no Run: it seeds each step
-        for step in steps(run):
+        for step in steps(run, validate):
             advance()
             yield step
 

@@ -168,7 +168,7 @@ def test_which_evaluation_is_tested(here, protocol, name, best):
     stop = row["tested_step"] + 150 if protocol == "martinek" else 250           # its patience: 3 epochs
     assert row["steps"] == min(250, stop)
     use("predict", "dev.csv", init=row["model"], out="dev.tsv")
-    right = np.mean([a == b for a, b in zip(column("dev.tsv", 2), labels)])
+    right = np.mean([a == b for a, b in zip(column("dev.tsv", 3), labels)])
     assert right == row["dev"]["acc"] if row["dev"] else protocol == "fewshot" and "dev" not in row["rows"]
 
 
@@ -193,7 +193,7 @@ def test_regression_answers_in_the_units_of_its_targets(here):
     assert not row["collapsed"] and row["metric"] == "pcc"   # however small the units
     use("predict", "gc.csv", init=row["model"], out="p.tsv")
     for n in (1, 2):
-        want, got = np.float64(column("gc.csv", n)), np.float64(column("p.tsv", n + 1))
+        want, got = np.float64(column("gc.csv", n)), np.float64(column("p.tsv", n + 2))
         assert np.mean((want - got) ** 2) < 0.1 * np.var(want) and np.corrcoef(want, got)[0, 1] > 0.95
 
 
@@ -252,7 +252,7 @@ def test_a_stop_between_runs(here):
     flags = dict(csv="small.csv", mode="probe", init=[MODEL, HERE / ALONE["model"]])
     stop = at_call("data", "read_table", 1, lambda read, *args, **kwargs: (
         os.kill(os.getpid(), signal.SIGTERM), read(*args, **kwargs))[1])
-    assert tune({0: stop}, **flags).code == 143 and len(results()) == 1 and len(done(**flags)[1]) == 2
+    assert tune({0: stop}, **flags).code == 143 and len(results()) == 0 and len(done(**flags)[1]) == 2
 
 
 @pytest.mark.fault("sweep on two ranks: finetune")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import ROOT, SHARED, at_call, contents, random_dna, refused, run, write_fasta
+from harness import ROOT, SHARED, at_call, contents, random_dna, refused, results_row, run, write_fasta
 
 import data
 import finetune
@@ -41,10 +41,7 @@ def here(tmp_path, monkeypatch):
     torch.save(state | {"method": "finetune", "config": spec, "model": net.state_dict()}, "tuned.pt")
     for name, records in CASE.items():
         write_fasta(tmp_path / name, records)
-    row = {"id": "0", "task": "csv/t", "shots": None, "metric": "mcc", "init": "kmer", "weights": "",
-           "data": "", "mode": "finetune", "pool": None, "protocol": "strict", "stride": 1, "long": "chunk",
-           "overrides": {}, "seed": 42, "collapsed": False, "score": 0.5}
-    Path("results.jsonl").write_text(json.dumps(row) + "\n")
+    Path("results.jsonl").write_text(json.dumps(results_row()) + "\n")
     return tmp_path
 
 

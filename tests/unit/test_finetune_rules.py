@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from harness import random_dna, run
+from harness import random_dna, results_row, run
 from sklearn import linear_model, metrics
 from sklearn.model_selection import train_test_split
 
@@ -181,7 +181,7 @@ def test_dropout_is_another_at_each_step(out):
 
 
 def keys_of(rows):
-    return sorted(data.decode(np.frombuffer(key, np.uint8)) for key in data.row_keys(rows))
+    return sorted(data.decode(np.frombuffer(key, np.uint8)) for key in data.row_keys(rows, strands=False))
 
 
 def sk_split(index, labels, share, seed):
@@ -271,7 +271,7 @@ def test_a_power_cut_leaves_a_checkpoint(out, disk, monkeypatch, links):
 def test_a_power_cut_leaves_the_row_of_results(out, disk):
     """A row is on the disk before append_row returns, hence before the run's checkpoints are removed."""
     for n in range(3):
-        finetune.append_row(str(out), {"id": str(n), "score": 0.5})
+        finetune.append_row(str(out), results_row(id=str(n)))
         assert is_certain(disk, out / "results.jsonl")
         assert [row["id"] for row in finetune.read_rows(str(out))] == [str(i) for i in range(n + 1)]
 

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from harness import ROOT
+from harness import ROOT, results_row
 from scipy import stats
 
 import data
@@ -18,10 +18,8 @@ EMP = data.GROUPS["emp"]
 
 
 def run(task, init, score, seed=42, **fields):
-    return {"id": "0", "task": task, "shots": None, "seed": seed, "init": init, "weights": "",
-            "data": "", "long": "chunk", "pool": None, "mode": "finetune", "protocol": "randommask",
-            "stride": 1, "overrides": {}, "metric": data.TASKS[task].metric,
-            "score": score, "collapsed": False, "test": {}} | fields
+    return results_row(task=task, init=init, score=score, seed=seed, protocol="randommask",
+                       metric=data.TASKS[task].metric) | fields
 
 
 def split(train, test, dev=None, tested_on="test"):

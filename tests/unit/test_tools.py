@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from harness import random_dna, write_fasta
+from harness import random_dna, results_row, write_fasta
 from sklearn.model_selection import train_test_split
 from test_benchmarks import pairs, put_fasta, put_table
 from test_finetune_rules import K, SPEC
@@ -37,7 +37,7 @@ def texts_and_args(lengths, **more):
     write_fasta(Path("t.fa"), texts)
     predict.add_flags(parser)
     args = parser.parse_args(["t.fa", "--init", "x.pt", "--out", "t.out"])
-    vars(args).update(more)
+    vars(args).update(dict(empty=False, excel_safe=False) | more)
     return texts, args
 
 
@@ -86,7 +86,7 @@ def test_every_base_is_in_a_window(length, window, step, starts):
 
 def test_an_export_tells_the_scores_of_its_own_run(out):
     (out / "t").mkdir(parents=True)
-    rows = [{"id": id, "task": "t", "seed": i, "test": {"mcc": i / 4}} for i, id in enumerate("abc")]
+    rows = [results_row(id=id, task="t", seed=i, test={"mcc": i / 4}) for i, id in enumerate("abc")]
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert export.recorded(str(out / "t/x.pt"), {"id": "b"}) == [{"mcc": 0.25, "task": "t", "seed": 1}]
     (out / "t/log.jsonl").write_text('{"step": 5, "loss": 3.0}\n{"step": 9, "loss": 2.0, "val_loss": 4.0}\n')
