@@ -67,12 +67,13 @@ def test_setups_are_named_by_what_differs_in_a_task(table):
                   run("emp/H3", "a", 0.3, mode="probe"),
                   run("gb/demo_human_or_worm", "a", 0.9, protocol="findna", overrides={"epochs": 5}),
                   run("prom_core", "a", 0.7, shots=50), run("prom_core", "a", 0.6, shots=10),
-                  run("silencer", "a", 1) | {"task": "mine"}])
+                  run("silencer", "a", 1) | {"task": "mine"}, run("silencer", "a", 1) | {"task": "a|b"}])
     assert list(cells(text, "emp/H3"))[3:] == ["a, stride 1", "a, stride 6", "a, probe, stride 1"]
     assert cells(text, "mine")["a, stride 1"] == "100.00 (1 seed)"
     assert "protocol randommask or protocol findna; long chunk; no overrides or epochs 5" in text
     tasks = re.findall(r"^\| (\S+(?: \d+-shot)?) ", text.split("Beside")[0], re.M)[2:]
-    assert tasks == ["emp/H3", "gb/demo_human_or_worm", "prom_core 10-shot", "prom_core 50-shot", "mine"]
+    assert tasks == ["emp/H3", "gb/demo_human_or_worm", "prom_core 10-shot", "prom_core 50-shot",
+                     r"a\|b", "mine"]
 
 
 def test_changed_weights_and_tables_are_columns_of_their_own(table):
@@ -81,6 +82,9 @@ def test_changed_weights_and_tables_are_columns_of_their_own(table):
                   run("emp/H4", "c", 0.7)])
     assert {*cells(text, "emp/H4")} - {"", "task", "metric"} == {
         "a (w1) (data d1)", "a (w2)", "b (data d1)", "b (data d2)", "c"}
+    text = table([run("emp/H3", "a", 0.5, seed, data="d1") for seed in (42, 43)] +
+                 [run("emp/H3", "b", 0.6, data="d2")])       # a clash in one seed names the data of all
+    assert cells(text, "emp/H3")["a (data d1)"] == "50.00 ± 0.00 (2)"
 
 
 def test_means_are_over_the_sets_in_common(table):
