@@ -1263,10 +1263,13 @@ def locked_results(out):
 
 
 def append_row(out, row):
-    """Adds a line to results.jsonl. Removes only half a row of ours, which a full disk left at the end."""
+    """Adds a line to results.jsonl, unless the run is there: two commands may have done it at once. Removes
+    only half a row of ours, which a full disk left at the end."""
     with locked_results(out) as f:
         f.seek(0)
         text = f.read()
+        if any(old["id"] == row["id"] for old in filter(None, map(parse_row, text.splitlines()))):
+            return
         start = text.rfind(b"\n") + 1
         if text[start:].startswith(HALF) and not parse_row(text[start:]):
             f.truncate(start)

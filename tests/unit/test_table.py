@@ -239,8 +239,10 @@ def test_foreign_rows_are_named_passed_over_and_kept(tmp_path, capsys, survived)
         assert said.startswith(f"{path}: line 3: not a run (") and said.count("\n") == 1
         assert said[:-1].isprintable()
         before = path.read_bytes()
-        finetune.append_row(tmp_path, ours[0])
-        assert path.read_bytes() == before + b"\n" + first.encode() + b"\n"
+        finetune.append_row(tmp_path, ours[0])               # another command did this run: it is there
+        assert path.read_bytes() == before
+        finetune.append_row(tmp_path, new := ours[0] | {"id": "new"})
+        assert path.read_bytes() == before + b"\n" + json.dumps(new).encode() + b"\n"
         survived()
     write_table(tmp_path, PAPER)
     assert "60.00 (1 seed)" in capsys.readouterr().out
@@ -251,8 +253,8 @@ def test_half_a_row_of_ours_is_replaced(tmp_path):
     text = json.dumps(row) + "\n"
     for tail, kept in ((text[:-9], ""), (text[:8], ""), (text[:-1], text), ('{"a"', '{"a"\n'), ("[", "[\n")):
         (tmp_path / "results.jsonl").write_text(text + tail)
-        finetune.append_row(tmp_path, row)
-        assert (tmp_path / "results.jsonl").read_text() == text + kept + text
+        finetune.append_row(tmp_path, new := row | {"id": "new"})
+        assert (tmp_path / "results.jsonl").read_text() == text + kept + json.dumps(new) + "\n"
 
 
 def test_values_of_unknown_mode_and_costs_are_beside_nothing(table):
