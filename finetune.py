@@ -1215,6 +1215,14 @@ def check_parts(parts, task, key):
                          f"give rows of each class")
 
 
+def done_before(row, out):
+    """What to say of a run that has a row, and of its model if that is not there any more."""
+    path = f"{out}/results.jsonl"
+    if row.get("model") and not os.path.exists(str(row["model"])):
+        return f"done before, but its model {row['model']} is gone; remove its row from {path} to train again"
+    return f"done before, see {path}"
+
+
 def run_one(task, splits, key, start, args, device):
     """Trains by the protocol, tests once, appends the row of results unless it is there; returns its id."""
     began, shots = time.perf_counter(), f" {key['shots']}-shot" if key["shots"] else ""
@@ -1225,7 +1233,7 @@ def run_one(task, splits, key, start, args, device):
     title = f"{task.name}{shots} | {key['init']} | seed {key['seed']}"
     for row in read_rows(args.out):
         if row["id"] == identity or row["id"] == old and is_unchanged(row, task, parts, splits["train"]):
-            print(f"{title} | done before, see {args.out}/results.jsonl", flush=True)
+            print(f"{title} | {done_before(row, args.out)}", flush=True)
             return row["id"]
     net, seen = None, rows_in(parts["test"], parts["train"])                   # the k-mer floor has no net
     if spec["kind"] in HEADS:
@@ -1257,7 +1265,7 @@ def run_one(task, splits, key, start, args, device):
 def locked_results(out):
     """results.jsonl, open to append to; ranks and other runs wait until it is closed."""
     os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, "results.jsonl"), "a+b") as f:
+    with open(os.path.join(out, "results.jsonl"), "a+b", opener=training.no_links) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield f
 
@@ -1286,7 +1294,7 @@ def parse_row(line):
         row = json.loads(line)
         sizes, own_dev = row.get("rows", {"train": 0, "test": 0}), "dev is" in row.get("tested_on", "")
         sound = {"train", "test", *["dev"] * own_dev} <= sizes.keys()
-        sound = sound and all(type(n) is int for n in sizes.values())
+        sound = sound and all(type(n) is int for n in sizes.values()) and abs(row["score"] or 0) < 1.001
         return row if sound and all(isinstance(row[name], kinds) for name, kinds in ROW.items()) else None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
@@ -1302,7 +1310,7 @@ def read_rows(out):
     path, rows = os.path.join(out, "results.jsonl"), []
     if not os.path.exists(path):
         return rows
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
+    with open(path, encoding="utf-8-sig", errors="replace", opener=training.no_links) as f:
         fcntl.flock(f, fcntl.LOCK_SH)
         for n, line in enumerate(f, 1):
             row = parse_row(line)

@@ -347,3 +347,12 @@ def test_model_takes_a_list_of_strings():
     for sequences in ("ACGT", b"ACGT", [], [b"ACGT"], {"a": "ACGT"}, [None]):
         with pytest.raises(ValueError, match="give a list of one string or more"):
             model.embed(sequences)
+
+
+def test_a_lost_model_of_a_run_done_before_is_named(tmp_path):
+    path = tmp_path / "cnn.pt"
+    assert f"its model {path} is gone; remove its row from o/results.jsonl to train again" in \
+        finetune.done_before({"model": str(path)}, "o")
+    path.touch()
+    for row in ({"model": str(path)}, {"model": None}, {}):
+        assert finetune.done_before(row, "o") == "done before, see o/results.jsonl"

@@ -214,7 +214,8 @@ def test_only_the_same_metric_and_mode_is_shown(table):
 
 
 FOREIGN = ["{", "[1]", "hello", "\x1b[2J", "null", "1", "[" * 99_999, '{"id": "0"}', *map(json.dumps, (
-    run("eap", "a", "high"), run("eap", ["a"], 1), run("eap", "a", 1, rows={"test": 5}),
+    run("eap", "a", "high"), run("eap", "a", 7.5), run("eap", "a", np.nan), run("eap", ["a"], 1),
+    run("eap", "a", 1, rows={"test": 5}),
     run("eap", "a", 1, rows=5), run("eap", "a", 1, rows={"train": "5", "test": 5}),
     run("eap", "a", 1, rows={"train": 5, "test": 5}, tested_on=OWN_DEV), run("eap", "a", 1, tested_on=5),
     *({name: value for name, value in run("eap", "a", 1).items() if name != lost} for lost in finetune.ROW),
@@ -246,6 +247,15 @@ def test_foreign_rows_are_named_passed_over_and_kept(tmp_path, capsys, survived)
         survived()
     write_table(tmp_path, PAPER)
     assert "60.00 (1 seed)" in capsys.readouterr().out
+
+
+def test_a_linked_results_file_is_refused(tmp_path):
+    (tmp_path / "victim").write_text("keep\n")
+    (tmp_path / "results.jsonl").symlink_to("victim")
+    for function in (finetune.read_rows, lambda out: finetune.append_row(out, run("eap", "a", 0.5))):
+        with pytest.raises(FileExistsError, match=r"results.jsonl: a link, not followed; remove it"):
+            function(tmp_path)
+    assert (tmp_path / "victim").read_text() == "keep\n"
 
 
 def test_half_a_row_of_ours_is_replaced(tmp_path):
