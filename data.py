@@ -1073,6 +1073,8 @@ def class_ids(texts, classes, places):
         known = name in classes if classes else kind.fullmatch(name)
         if not known:
             advice = f"use one of {', '.join(classes)}" if classes else "use only whole numbers or only names"
+            if not classes and re.search(r"[\x00-\x1f\x7f-\x9f]", text):
+                advice = "remove the control character"
             if NUMBER.fullmatch(text) and float(text) % 1 > 0:
                 advice += "; for a regression give --targets label"
             raise ValueError(f"{places[texts.index(text)]}: label {quoted(text)} is not a class; {advice}")
@@ -1088,8 +1090,10 @@ def numbers(columns, places):
     """Turn columns of text into one tuple of finite floats per row."""
     for column in columns:
         for text, place in zip(column, places):
-            if not NUMBER.fullmatch(text) or abs(float(text)) > 3e38:
+            if not NUMBER.fullmatch(text):
                 raise ValueError(f"{place}: {quoted(text)} is not a finite decimal number; correct it")
+            if abs(float(text)) > 3e38:
+                raise ValueError(f"{place}: {quoted(text)} is beyond 3e38; give the column in other units")
     return list(zip(*(map(float, column) for column in columns)))
 
 

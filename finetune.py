@@ -731,6 +731,14 @@ def apply(net, rows, micro_batch_size, function=None):
     return torch.cat(parts).cpu().numpy()[np.argsort(order)]
 
 
+def texts(sequences):
+    """Return what the user gives as sequences as a list of strings; ValueError where it is none."""
+    found = [] if isinstance(sequences, str | dict) else list(sequences)
+    if not found or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"sequences: {data.quoted(str(sequences)[:40])}: give a list of one string or more")
+    return found
+
+
 class Model:
     """A trained network for use from Python: sequences are a list of strings, or Rows."""
     micro_batch_size = 128
@@ -750,7 +758,7 @@ class Model:
         return names
 
     def apply(self, sequences, function=None, empty=False):
-        rows = sequences if isinstance(sequences, data.Rows) else data.rows_from(sequences)
+        rows = sequences if isinstance(sequences, data.Rows) else data.rows_from(texts(sequences))
         outputs = apply(self.net, on_device(rows, self.device), self.micro_batch_size, function)
         if not empty:
             outputs[n_bases(self.net, rows) == 0] = math.nan
@@ -758,6 +766,8 @@ class Model:
 
     def embed(self, sequences):
         """One vector a sequence: (n, C); NaN where the network reads no base (shorter than k, all N)."""
+        if not self.net.BODY:
+            raise ValueError(f"--init {self.init}: a CNN has no embeddings; use a pretrained network")
         return self.apply(sequences, self.net.embed)
 
     def predict(self, sequences, empty=False):
@@ -995,7 +1005,8 @@ def read_csv(args):
         sequences, labels, notes = data.read_table(path, classes, args.targets)
         rows.append(data.rows_from(sequences, labels, notes))
     if not others:
-        names, rows = ("train", "dev", "test"), data.split_rows(rows[0], args.split, args.seed, classes)
+        shares = args.split or (0.8, 0.1, 0.1)
+        names, rows = ("train", "dev", "test"), data.split_rows(rows[0], shares, args.seed, classes)
     stem = os.path.basename(first).removesuffix(".gz")
     task = data.Task(f"csv/{os.path.splitext(stem)[0]}", "csv", classes, bool(args.targets),
                      "pcc" if args.targets else "mcc", "", {}, "", first, "yours")
@@ -1204,6 +1215,14 @@ def check_parts(parts, task, key):
                          f"give rows of each class")
 
 
+def done_before(row, out):
+    """What to say of a run that has a row, and of its model if that is not there any more."""
+    path = f"{out}/results.jsonl"
+    if row.get("model") and not os.path.exists(str(row["model"])):
+        return f"done before, but its model {row['model']} is gone; remove its row from {path} to train again"
+    return f"done before, see {path}"
+
+
 def run_one(task, splits, key, start, args, device):
     """Trains by the protocol, tests once, appends the row of results unless it is there; returns its id."""
     began, shots = time.perf_counter(), f" {key['shots']}-shot" if key["shots"] else ""
@@ -1214,7 +1233,7 @@ def run_one(task, splits, key, start, args, device):
     title = f"{task.name}{shots} | {key['init']} | seed {key['seed']}"
     for row in read_rows(args.out):
         if row["id"] == identity or row["id"] == old and is_unchanged(row, task, parts, splits["train"]):
-            print(f"{title} | done before, see {args.out}/results.jsonl", flush=True)
+            print(f"{title} | {done_before(row, args.out)}", flush=True)
             return row["id"]
     net, seen = None, rows_in(parts["test"], parts["train"])                   # the k-mer floor has no net
     if spec["kind"] in HEADS:
@@ -1246,16 +1265,19 @@ def run_one(task, splits, key, start, args, device):
 def locked_results(out):
     """results.jsonl, open to append to; ranks and other runs wait until it is closed."""
     os.makedirs(out, exist_ok=True)
-    with open(os.path.join(out, "results.jsonl"), "a+b") as f:
+    with open(os.path.join(out, "results.jsonl"), "a+b", opener=training.no_links) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
         yield f
 
 
 def append_row(out, row):
-    """Adds a line to results.jsonl. Removes only half a row of ours, which a full disk left at the end."""
+    """Adds a line to results.jsonl, unless the run is there: two commands may have done it at once. Removes
+    only half a row of ours, which a full disk left at the end."""
     with locked_results(out) as f:
         f.seek(0)
         text = f.read()
+        if any(old["id"] == row["id"] for old in filter(None, map(parse_row, text.splitlines()))):
+            return
         start = text.rfind(b"\n") + 1
         if text[start:].startswith(HALF) and not parse_row(text[start:]):
             f.truncate(start)
@@ -1272,7 +1294,7 @@ def parse_row(line):
         row = json.loads(line)
         sizes, own_dev = row.get("rows", {"train": 0, "test": 0}), "dev is" in row.get("tested_on", "")
         sound = {"train", "test", *["dev"] * own_dev} <= sizes.keys()
-        sound = sound and all(type(n) is int for n in sizes.values())
+        sound = sound and all(type(n) is int for n in sizes.values()) and abs(row["score"] or 0) < 1.001
         return row if sound and all(isinstance(row[name], kinds) for name, kinds in ROW.items()) else None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         return None
@@ -1288,7 +1310,7 @@ def read_rows(out):
     path, rows = os.path.join(out, "results.jsonl"), []
     if not os.path.exists(path):
         return rows
-    with open(path, encoding="utf-8-sig", errors="replace") as f:
+    with open(path, encoding="utf-8-sig", errors="replace", opener=training.no_links) as f:
         fcntl.flock(f, fcntl.LOCK_SH)
         for n, line in enumerate(f, 1):
             row = parse_row(line)
@@ -1310,7 +1332,7 @@ def plan_runs(args):
         protocol = args.protocol or DEFAULT_PROTOCOL.get(suite, "strict")
         repeats = range(args.seeds or PROTOCOLS[protocol][0]["seeds"])
         draws = data.FEW_SHOT[name][1] if name in data.FEW_SHOT else 1
-        shots_list = args.shots if suite == "few-shot" else [None]
+        shots_list = args.shots or [10] if suite == "few-shot" else [None]
         for shots, repeat, init in itertools.product(shots_list, repeats, args.init):
             if repeat < draws or protocol in LINEAR or not is_linear(init, args.mode):
                 yield Plan(name, shots, repeat, init, protocol)
@@ -1391,7 +1413,7 @@ def add_protocol_flags(parser):
     add("--protocol", choices=PROTOCOLS, help="default: that of the papers that use the set; --csv: strict")
     add("--seeds", type=positive, help="number of repeats (default: the protocol's)")
     add("--seed", type=number(int, 0, 2 ** 31), default=42, help="seed of the first repeat (%(default)s)")
-    add("--shots", type=positive, nargs="+", default=[10], help="few-shot: rows per class (%(default)s)")
+    add("--shots", type=positive, nargs="+", help="few-shot: rows per class (10)")
     add("--long", choices=("chunk", "truncate"), help="longer than block_size: windows, or cut (chunk)")
     add = parser.add_argument_group("optimization (default: the protocol's)").add_argument
     add("--batch_size", type=positive, help="sequences per step")
@@ -1415,7 +1437,7 @@ def parse_args():
     add("--data_dir", type=file_name, default="data", help="folder of the benchmark sets (%(default)s)")
     add("--fasta", type=file_name, nargs="+",
         help="reference genome for GenomicBenchmarks' coordinate tables")
-    add("--split", type=fractions, default=(0.8, 0.1, 0.1), help="shares of one --csv table (.8,.1,.1)")
+    add("--split", type=fractions, help="shares of one --csv table (.8,.1,.1)")
     add("--targets", nargs="+", metavar="COLUMN", help="--csv: regression on these columns")
     add = parser.add_argument_group("model").add_argument
     add("--init", type=file_name, nargs="+", default=["random"],
@@ -1451,6 +1473,11 @@ def check_args(args):
     """ValueError for flags that contradict each other."""
     if args.targets and not args.csv:
         raise ValueError("--targets: belongs to --csv; add that or drop it")
+    if args.split and len(args.csv or ()) != 1:
+        raise ValueError("--split: belongs to one --csv table; drop it")
+    names = data.task_names(args.task) if args.task else []
+    if args.shots and not any(data.TASKS[name].suite == "few-shot" for name in names):
+        raise ValueError("--shots: belongs to the few-shot sets (--task fewshot); drop it")
     if os.path.exists(args.out) and not os.path.isdir(args.out):
         raise ValueError(f"--out {args.out!r}: not a folder; name one")
 

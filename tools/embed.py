@@ -58,8 +58,6 @@ def say_empty(what, ids):
 
 def embed(model, args):
     """Writes ids and embeddings of all sequences; with --per_base those of all bases, and their offsets."""
-    if not model.net.BODY:
-        raise ValueError(f"--init {args.init}: a CNN has no embeddings; use a pretrained network")
     ids, embeddings, bases, offsets = [], [], [], [np.zeros(1, np.int64)]
     out, counts, empty, partial, n_nan = output(args, ".npz"), collections.Counter(), [], [], 0
     with data.new_path(out) as f:

@@ -83,8 +83,9 @@ def name_versions(runs):
         versions, label = {}, "" if part == "weights" else "data "
         for run in runs:
             versions.setdefault(tuple(run[field] for field in same), set()).add(run[part])
+        changed = {group[0] for group, found in versions.items() if len(found) > 1}    # in one seed: in all
         for run in runs:
-            if len(versions[tuple(run[field] for field in same)]) > 1:
+            if run[same[0]] in changed:
                 run["init"] += f" ({label}{run[part]})"
     return runs
 
@@ -199,6 +200,7 @@ def table_lines(rows, ours, others, notes):
             text = f"**{cell.text}**" if name in best else cell.text
             number = f" [{notes.setdefault(cell.note, len(notes) + 1)}]" if cell.note else ""
             table[-1].append(text + number)
+    table = [[cell.replace("|", r"\|") for cell in row] for row in table]       # of a file's name
     widths = [max(map(len, cells)) for cells in zip(*table)]
     table.insert(1, ["-" * width for width in widths])
     return ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in table]

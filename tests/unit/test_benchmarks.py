@@ -89,6 +89,12 @@ def test_57_tables(case, tmp_path):
     assert data.read_table(path, labels=False)[:2] == (read[0], None)
 
 
+def test_numbers_are_finite_and_not_too_large():
+    for text, words in (("1e42", "beyond 3e38; give the column in other units"), ("1e999", "beyond 3e38"),
+                        ("inf", "not a finite decimal number")):
+        assert words in refusal(data.numbers, [[text]], ["t.csv: line 2"])
+
+
 def test_split_rows():
     sequences = [s[:n] for n, s in enumerate(dna(49, 50, 1), 1)] + dna(51, 20, 2)
     rows = data.rows_from(sequences, [0] * 60 + [1] * 30 + [2] * 10)

@@ -339,3 +339,20 @@ def test_a_wrong_value_in_a_checkpoint_is_one_line(monkeypatch, survived):
         with pytest.raises(ValueError, match="^--init x.pt: not a model of these scripts"):
             print(part, name, value, read(kind, sound[kind] | change)[0])
         survived()
+
+
+def test_model_takes_a_list_of_strings():
+    model = finetune.Model("m.pt", bert_head(), "cpu")
+    assert model.embed(["ACGTACGT"]).shape == model.embed(s for s in ["ACGTACGT"]).shape
+    for sequences in ("ACGT", b"ACGT", [], [b"ACGT"], {"a": "ACGT"}, [None]):
+        with pytest.raises(ValueError, match="give a list of one string or more"):
+            model.embed(sequences)
+
+
+def test_a_lost_model_of_a_run_done_before_is_named(tmp_path):
+    path = tmp_path / "cnn.pt"
+    assert f"its model {path} is gone; remove its row from o/results.jsonl to train again" in \
+        finetune.done_before({"model": str(path)}, "o")
+    path.touch()
+    for row in ({"model": str(path)}, {"model": None}, {}):
+        assert finetune.done_before(row, "o") == "done before, see o/results.jsonl"

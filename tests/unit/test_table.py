@@ -65,12 +65,13 @@ def test_setups_are_named_by_what_differs_in_a_task(table):
                   run("emp/H3", "a", 0.3, mode="probe"),
                   run("gb/demo_human_or_worm", "a", 0.9, protocol="findna", overrides={"epochs": 5}),
                   run("prom_core", "a", 0.7, shots=50), run("prom_core", "a", 0.6, shots=10),
-                  run("silencer", "a", 1) | {"task": "mine"}])
+                  run("silencer", "a", 1) | {"task": "mine"}, run("silencer", "a", 1) | {"task": "a|b"}])
     assert list(cells(text, "emp/H3"))[3:] == ["a, stride 1", "a, stride 6", "a, probe, stride 1"]
     assert cells(text, "mine")["a, stride 1"] == "100.00 (1 seed)"
     assert "protocol randommask or protocol findna; long chunk; no overrides or epochs 5" in text
     tasks = re.findall(r"^\| (\S+(?: \d+-shot)?) ", text.split("Beside")[0], re.M)[2:]
-    assert tasks == ["emp/H3", "gb/demo_human_or_worm", "prom_core 10-shot", "prom_core 50-shot", "mine"]
+    assert tasks == ["emp/H3", "gb/demo_human_or_worm", "prom_core 10-shot", "prom_core 50-shot",
+                     r"a\|b", "mine"]
 
 
 def test_changed_weights_and_tables_are_columns_of_their_own(table):
@@ -79,6 +80,9 @@ def test_changed_weights_and_tables_are_columns_of_their_own(table):
                   run("emp/H4", "c", 0.7)])
     assert {*cells(text, "emp/H4")} - {"", "task", "metric"} == {
         "a (w1) (data d1)", "a (w2)", "b (data d1)", "b (data d2)", "c"}
+    text = table([run("emp/H3", "a", 0.5, seed, data="d1") for seed in (42, 43)] +
+                 [run("emp/H3", "b", 0.6, data="d2")])       # a clash in one seed names the data of all
+    assert cells(text, "emp/H3")["a (data d1)"] == "50.00 ± 0.00 (2)"
 
 
 def test_means_are_over_the_sets_in_common(table):
@@ -208,7 +212,8 @@ def test_only_the_same_metric_and_mode_is_shown(table):
 
 
 FOREIGN = ["{", "[1]", "hello", "\x1b[2J", "null", "1", "[" * 99_999, '{"id": "0"}', *map(json.dumps, (
-    run("eap", "a", "high"), run("eap", ["a"], 1), run("eap", "a", 1, rows={"test": 5}),
+    run("eap", "a", "high"), run("eap", "a", 7.5), run("eap", "a", np.nan), run("eap", ["a"], 1),
+    run("eap", "a", 1, rows={"test": 5}),
     run("eap", "a", 1, rows=5), run("eap", "a", 1, rows={"train": "5", "test": 5}),
     run("eap", "a", 1, rows={"train": 5, "test": 5}, tested_on=OWN_DEV), run("eap", "a", 1, tested_on=5),
     *({name: value for name, value in run("eap", "a", 1).items() if name != lost} for lost in finetune.ROW),
@@ -233,11 +238,22 @@ def test_foreign_rows_are_named_passed_over_and_kept(tmp_path, capsys, survived)
         assert said.startswith(f"{path}: line 3: not a run (") and said.count("\n") == 1
         assert said[:-1].isprintable()
         before = path.read_bytes()
-        finetune.append_row(tmp_path, ours[0])
-        assert path.read_bytes() == before + b"\n" + first.encode() + b"\n"
+        finetune.append_row(tmp_path, ours[0])               # another command did this run: it is there
+        assert path.read_bytes() == before
+        finetune.append_row(tmp_path, new := ours[0] | {"id": "new"})
+        assert path.read_bytes() == before + b"\n" + json.dumps(new).encode() + b"\n"
         survived()
     write_table(tmp_path, PAPER)
     assert "60.00 (1 seed)" in capsys.readouterr().out
+
+
+def test_a_linked_results_file_is_refused(tmp_path):
+    (tmp_path / "victim").write_text("keep\n")
+    (tmp_path / "results.jsonl").symlink_to("victim")
+    for function in (finetune.read_rows, lambda out: finetune.append_row(out, run("eap", "a", 0.5))):
+        with pytest.raises(FileExistsError, match=r"results.jsonl: a link, not followed; remove it"):
+            function(tmp_path)
+    assert (tmp_path / "victim").read_text() == "keep\n"
 
 
 def test_half_a_row_of_ours_is_replaced(tmp_path):
@@ -245,8 +261,8 @@ def test_half_a_row_of_ours_is_replaced(tmp_path):
     text = json.dumps(row) + "\n"
     for tail, kept in ((text[:-9], ""), (text[:8], ""), (text[:-1], text), ('{"a"', '{"a"\n'), ("[", "[\n")):
         (tmp_path / "results.jsonl").write_text(text + tail)
-        finetune.append_row(tmp_path, row)
-        assert (tmp_path / "results.jsonl").read_text() == text + kept + text
+        finetune.append_row(tmp_path, new := row | {"id": "new"})
+        assert (tmp_path / "results.jsonl").read_text() == text + kept + json.dumps(new) + "\n"
 
 
 def test_values_of_unknown_mode_and_costs_are_beside_nothing(table):
