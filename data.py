@@ -398,7 +398,10 @@ def open_cache(paths, cache, source):
                 break
             if found:
                 return found
-    raise ValueError(f"{folder}: cannot write the genome cache ({error}); use --cache FOLDER")
+    advice = "give another folder to --cache" if cache else "use --cache FOLDER"
+    if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        advice = f"its owner must chmod -R go+rX it; or {advice}"
+    raise ValueError(f"{folder}: cannot read or write the genome cache ({error}); {advice}")
 
 
 def check_owner(folder, named):
