@@ -227,7 +227,8 @@ class Genome:
         fit = np.unique(at[sizes >= length])                 # contigs with a window
         names = ",".join([*self.contigs][i] for i in fit[:max(1, min(5, len(fit) // 50))])
         return (f"validation is the last 1 % of each contig, and in none that is a window of {length} bases; "
-                f"use shorter windows, or hold out whole contigs, such as --val_contigs {names}")
+                f"use shorter windows, or " + ("more DNA" if len(fit) == 1 else
+                                               f"hold out whole contigs, such as --val_contigs {names}"))
 
     def advice(self):
         """Return what to do about N, as the end of a message, where it helps."""

@@ -205,6 +205,8 @@ def read_args(parser, args):
         saved = {name: value for name, value in saved.items()
                  if name in vars(args) and name not in ("out", "resume", "show_masks", "verify")}
     except (OSError, ValueError, AttributeError, RecursionError) as e:
+        if not os.path.exists(path):
+            raise
         raise ValueError(f"{path}: cannot be read ({e!r:.80}); delete it to take the checkpoint's") from None
     if unknown:
         raise ValueError(f"--resume: {args.out} is a run of another script, which has {unknown}; resume it "
@@ -831,6 +833,8 @@ def load_newest(out):
     try:
         return load(os.path.join(out, "last.pt")), None
     except ValueError as e:
+        if not os.path.exists(os.path.join(out, "prev.pt")):
+            raise
         return load(os.path.join(out, "prev.pt")), e
 
 

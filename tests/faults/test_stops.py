@@ -421,3 +421,11 @@ def test_advice_fits(here, capsys):
     with pytest.raises(SystemExit), training.user_errors():
         open("log.jsonl")
     assert capsys.readouterr().err == "error: log.jsonl: Is a directory\n"
+
+
+def test_a_broken_checkpoint_without_another(here):
+    """The error is about last.pt, not about the prev.pt that never was."""
+    os.mkdir("out")
+    Path("out/last.pt").write_bytes(b"PK half")
+    with pytest.raises(ValueError, match="out/last.pt: not a readable checkpoint"):
+        training.load_newest("out")

@@ -626,3 +626,9 @@ def test_a_cache_that_cannot_be_used(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(index))
     with pytest.raises(ValueError, match=r"its owner must chmod -R go\+rX it; or give another"):
         data.Genome(fasta, tmp_path / "cache")
+
+
+def test_one_contig_cannot_be_held_out(tmp_path):
+    genome = data.Genome(write_fasta(tmp_path / "g.fa", {"a": "ACGT" * 9, "b": "AC"}), tmp_path)
+    with pytest.raises(ValueError, match="use shorter windows, or more DNA$"):
+        genome.split(20)
