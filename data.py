@@ -227,7 +227,8 @@ class Genome:
         fit = np.unique(at[sizes >= length])                 # contigs with a window
         names = ",".join([*self.contigs][i] for i in fit[:max(1, min(5, len(fit) // 50))])
         return (f"validation is the last 1 % of each contig, and in none that is a window of {length} bases; "
-                f"use shorter windows, or hold out whole contigs, such as --val_contigs {names}")
+                f"use shorter windows, or " + ("more DNA" if len(fit) == 1 else
+                                               f"hold out whole contigs, such as --val_contigs {names}"))
 
     def advice(self):
         """Return what to do about N, as the end of a message, where it helps."""
@@ -398,7 +399,10 @@ def open_cache(paths, cache, source):
                 break
             if found:
                 return found
-    raise ValueError(f"{folder}: cannot write the genome cache ({error}); use --cache FOLDER")
+    advice = "give another folder to --cache" if cache else "use --cache FOLDER"
+    if os.path.isdir(folder) and not os.access(folder, os.R_OK | os.X_OK):
+        advice = f"its owner must chmod -R go+rX it; or {advice}"
+    raise ValueError(f"{folder}: cannot read or write the genome cache ({error}); {advice}")
 
 
 def check_owner(folder, named):

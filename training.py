@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import glob
 import itertools
 import json
 import math
@@ -83,7 +84,8 @@ def user_errors(*kinds):
         yield
     except kinds as e:
         advice = "; lower --micro_batch_size" if isinstance(e, torch.OutOfMemoryError) else ""
-        print(f"error: {plain((str(e) or repr(e)).splitlines()[0])}{advice}", file=sys.stderr, flush=True)
+        text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) and e.strerror else str(e)
+        print(f"error: {plain((text or repr(e)).splitlines()[0])}{advice}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt as e:
         answer_ctrl_c(KeyboardInterrupt, e, None)
@@ -200,14 +202,22 @@ def read_args(parser, args):
             saved = load_newest(args.out)[0]["args"]
             if read_ranks()[0] == 0:
                 print(f"resume   {path} is missing: the flags are those in the checkpoint", flush=True)
+        unknown = ", ".join(f"--{name}" for name in sorted(saved.keys() - vars(args).keys()))
         saved = {name: value for name, value in saved.items()
-                 if name in vars(args) and name not in ("out", "resume", "show_masks")}
+                 if name in vars(args) and name not in ("out", "resume", "show_masks", "verify")}
     except (OSError, ValueError, AttributeError, RecursionError) as e:
+        if not os.path.exists(path):
+            raise
         raise ValueError(f"{path}: cannot be read ({e!r:.80}); delete it to take the checkpoint's") from None
+    if unknown:
+        raise ValueError(f"--resume: {args.out} is a run of another script, which has {unknown}; resume it "
+                         f"with that script (a copy is in {args.out})")
     for name, value in saved.items():
         default = parser.get_default(name)
         kinds = (str, int, float, list, type(None)) if default is None else type(default)
-        if not isinstance(value, kinds):
+        items = {type(item) for item in value} if isinstance(value, list) else set()
+        if not isinstance(value, kinds) or items - {int if name == "keep" else str} or \
+                name == "genome" and not value:
             raise ValueError(f"{path}: {name} {value!r:.40} has the wrong type; restore the file")
         if type(value) in (int, float):
             saved[name] = str(value)
@@ -408,6 +418,8 @@ class Run:
         if self.n_micro < self.world:
             raise ValueError(f"--batch_size {args.batch_size}: {self.n_micro} micro-batches for {self.world} "
                              f"ranks; lower --micro_batch_size or raise --batch_size")
+        if writes and max(args.keep, default=0) > args.steps:
+            raise ValueError(f"--keep {max(args.keep)}: the run has {args.steps} steps; name some of these")
         self.start = self.step = 0                           # steps in the checkpoint; current step
         self.unread, self.stop = [], False
         self.row = {}                                        # of this step, while its evaluation is not done
@@ -437,7 +449,8 @@ class Run:
             raise ValueError(f"--resume: rank {self.rank} reads step {self.start} in {self.args.out}, others "
                              f"another step; give all nodes the same folder")
         if self.rank == 0:
-            self.lock = open_run(self.args.out, self.args, self.start - bool(self.row))
+            self.lock = open_run(self.args.out, self.args, self.start - bool(self.row),
+                                 fresh=not self.args.resume)
 
     def describe(self, model, genome, per_step, unit="tokens"):
         """Says what the run is. per_step: tokens (or bases) of a step, from which the speed is computed."""
@@ -533,9 +546,11 @@ class Run:
         """All ranks leave with 3 unless the sums and the gradient norm of this step are finite."""
         if not math.isfinite(sum(self.sums) + self.norm):
             if self.rank == 0:
+                advice = f"the checkpoint in {self.args.out} is older: use it with --init and a lower --lr" \
+                    if has_checkpoint(self.args.out) else "start again with a lower --lr"
                 print(f"error: step {step}: not finite (sums of losses and counts "
-                      f"{', '.join(map(str, self.sums))}; gradient norm {self.norm}); the checkpoint in "
-                      f"{self.args.out} is older: use it with --init and a lower --lr", file=sys.stderr)
+                      f"{', '.join(map(str, self.sums))}; gradient norm {self.norm}); {advice}",
+                      file=sys.stderr)
             finish(3)
 
     def mfu(self, flops_per_token):
@@ -590,8 +605,21 @@ def check_out(out, resume):
         raise ValueError(f"--out {out}: the folder of the code; name another one")
     if has_checkpoint(out) and not resume:
         raise ValueError(f"--out {out}: holds a run; continue it with --resume or choose another --out")
+    kept = sorted(glob.glob("step_*.pt", root_dir=out), key=lambda name: (len(name), name))
+    if kept and not has_checkpoint(out):
+        raise ValueError(f"--out {out}: holds {kept[-1]} of a run, but no last.pt; rename it to last.pt and "
+                         f"use --resume, or choose another --out")
     if resume and not has_checkpoint(out):
         raise ValueError(f"--resume: no checkpoint in {out}; start without --resume")
+    for name in "args.json", "log.jsonl", os.path.basename(sys.argv[0]):
+        path = os.path.join(out, name)
+        if not resume and os.path.lexists(path) and not os.path.exists(os.path.join(out, "lock")):
+            raise ValueError(f"--out {out}: holds a {name} that no run wrote; choose another --out")
+    place = os.path.abspath(out)
+    while not os.path.exists(place):
+        place = os.path.dirname(place)
+    if not os.access(place, os.W_OK):
+        raise ValueError(f"--out {out}: {place}: Permission denied; choose another --out")
 
 
 def no_links(path, flags):
@@ -617,7 +645,7 @@ def copy(source, target):
         shutil.copyfileobj(f, g)
 
 
-def open_run(out, args, start):
+def open_run(out, args, start, fresh=False):
     """Makes and locks the run folder, writes args.json and the script, cuts log rows after step `start`.
 
     Returns the lock, which the caller keeps open. ValueError when another process has it.
@@ -630,6 +658,8 @@ def open_run(out, args, start):
         raise ValueError(f"--out {out}: in use by another run; wait or choose another --out") from None
     except OSError as e:
         raise ValueError(f"--out {out}: cannot be locked ({e.strerror}); choose another place") from None
+    if fresh:
+        check_out(out, False)                                # another run may have begun and ended meanwhile
     path = os.path.join(out, "args.json")
     with create(path + ".tmp") as f:                         # a full disk must not empty the old one
         json.dump(vars(args), f, indent=1)
@@ -805,6 +835,8 @@ def load_newest(out):
     try:
         return load(os.path.join(out, "last.pt")), None
     except ValueError as e:
+        if not os.path.exists(os.path.join(out, "prev.pt")):
+            raise
         return load(os.path.join(out, "prev.pt")), e
 
 
@@ -828,7 +860,8 @@ def load_run(out, run, fixed=(), **parts):
     differ = [f"{name} {there.get(name)!r} there, {now[name]!r} now" for name in now
               if (name in fixed or name not in MAY_CHANGE) and there.get(name) != now[name]]
     if differ:
-        raise ValueError(f"--resume: {out} is another run ({'; '.join(differ)[:300]}); give its flags")
+        advice = "its FASTA files as they were" if there["data"] != now["data"] else "its flags"
+        raise ValueError(f"--resume: {out} is another run ({'; '.join(differ)[:300]}); give {advice}")
     restore(state, parts)
     made, here = state.get("made_with"), made_with()
     if isinstance(made, str) and made != here:

@@ -339,3 +339,93 @@ def test_notices_once(fresh, method, case):
     result = wait(*processes)
     assert result.codes == [0, 0] and "args.json is missing" in result.out and "torch 1.0" in result.out
     assert [file.seek(0) or file.read() for file in processes[1].files] == [b"", b""]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "randommask.py")])
+
+
+@pytest.mark.parametrize("names, resume, error", [
+    (["step_9.pt", "step_10.pt"], False, "holds step_10.pt of a run, but no last.pt; rename it"),
+    (["step_9.pt"], True, "holds step_9.pt of a run, but no last.pt; rename it"),
+    (["randommask.py"], False, "holds a randommask.py that no run wrote"),
+    (["log.jsonl"], False, "holds a log.jsonl that no run wrote"),
+    (["args.json"], False, "holds a args.json that no run wrote")])
+def test_a_start_takes_nothing_away(here, names, resume, error):
+    """Kept checkpoints are work; so is a fork of the script in the folder that --out names."""
+    os.mkdir("out")
+    for name in names:
+        Path("out", name).write_text("mine")
+    with pytest.raises(ValueError, match=error):
+        training.check_out("out", resume)
+    Path("out/lock").touch()
+    if "step_9.pt" not in names:                             # of a run that ended before its first checkpoint
+        training.check_out("out", resume)
+
+
+def test_an_out_folder_without_permission(here, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: "locked" not in str(path))
+    os.mkdir("locked")
+    with pytest.raises(ValueError, match="--out locked/a/b: .*/locked: Permission denied; choose another"):
+        training.check_out("locked/a/b", False)
+
+
+def test_another_run_between_the_look_and_the_lock(here):
+    """Two starts: the second still packs its genome while the first begins, saves and is stopped."""
+    os.mkdir("out")
+    Path("out/last.pt").write_text("of the first")
+    with pytest.raises(ValueError, match="holds a run"):
+        training.open_run("out", training.argparse.Namespace(), 0, fresh=True)
+    assert sorted(os.listdir("out")) == ["last.pt", "lock"]
+
+
+@pytest.mark.parametrize("change, error", [
+    ({"views": "MDIT+NR"}, "out is a run of another script, which has --views; resume it with that script"),
+    ({"genome": []}, r"genome \[\] has the wrong type"),
+    ({"genome": ["a.fa", 3]}, r"genome \['a.fa', 3\] has the wrong type"),
+    ({"keep": ["x"]}, r"keep \['x'\] has the wrong type"),
+    ({"verify": True}, None)])
+def test_flags_of_a_resumed_run(here, change, error):
+    """--verify is for one start: a resumed run does not do it again."""
+    parser = training.new_parser("")
+    training.add_run_flags(parser, "out", 1)
+    os.mkdir("out")
+    args = parser.parse_args([])
+    Path("out/args.json").write_text(json.dumps(vars(args) | {"out": "out"} | change))
+    if not error:
+        assert "verify" not in training.read_args(parser, args)
+        return
+    with pytest.raises(ValueError, match=error):
+        training.read_args(parser, args)
+
+
+def test_advice_fits(here, capsys):
+    """What an error advises: changed bases, a checkpoint that is none, a step behind the end, a folder."""
+    run = {"method": "m", "config": {}, "data": "new", "args": {"seed": 1}}
+    state = run | {"data": "old"}
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="give its FASTA files"):
+        patch.setattr(training, "load_newest", lambda out: (state, None))
+        training.load_run("out", run)
+    flags = dict(out="out", resume=False, device="cpu", dtype="float32", demo=False, batch_size=1,
+                 micro_batch_size=1, steps=6, keep=[7])
+    with pytest.raises(ValueError, match="--keep 7: the run has 6 steps"):
+        training.Run(training.argparse.Namespace(**flags), writes=True)
+    nan = training.Run(training.argparse.Namespace(**flags | {"keep": []}), writes=True)
+    nan.sums, nan.norm = [float("nan")], 0
+    with pytest.raises(SystemExit):
+        nan.check_finite(1)
+    assert "start again with a lower --lr" in capsys.readouterr().err
+    os.mkdir("log.jsonl")
+    with pytest.raises(SystemExit), training.user_errors():
+        open("log.jsonl")
+    assert capsys.readouterr().err == "error: log.jsonl: Is a directory\n"
+
+
+def test_a_broken_checkpoint_without_another(here):
+    """The error is about last.pt, not about the prev.pt that never was."""
+    os.mkdir("out")
+    Path("out/last.pt").write_bytes(b"PK half")
+    with pytest.raises(ValueError, match="out/last.pt: not a readable checkpoint"):
+        training.load_newest("out")

@@ -1,4 +1,5 @@
 """data.py against literal references: letters, k-mers, span masks, genomes, their windows and their cache."""
+import errno
 import gzip
 import json
 import os
@@ -611,3 +612,24 @@ def test_centers_are_independent(p):
     assert abs(centers.mean() - p) < 5 * (p * (1 - p) / centers.size) ** 0.5
     pairs = (centers[:, 1:] & centers[:, :-1]).mean()
     assert abs(pairs - p * p) < 6 * (p * p / centers.size) ** 0.5
+
+
+def test_a_cache_that_cannot_be_used(tmp_path, monkeypatch):
+    """The advice is not to give the --cache that was given; a cache that is closed to us has an owner."""
+    fasta = write_fasta(tmp_path / "g.fa", {"a": "ACGT" * 9})
+    index = data.Genome(fasta, tmp_path / "cache").bases.size and next((tmp_path / "cache").iterdir())
+
+    def closed(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(data, "read_cache", closed)
+    with pytest.raises(ValueError, match=r"\(Permission denied\); give another folder to --cache"):
+        data.Genome(fasta, tmp_path / "cache")
+    monkeypatch.setattr(os, "access", lambda path, mode: str(path) != str(index))
+    with pytest.raises(ValueError, match=r"its owner must chmod -R go\+rX it; or give another"):
+        data.Genome(fasta, tmp_path / "cache")
+
+
+def test_one_contig_cannot_be_held_out(tmp_path):
+    genome = data.Genome(write_fasta(tmp_path / "g.fa", {"a": "ACGT" * 9, "b": "AC"}), tmp_path)
+    with pytest.raises(ValueError, match="use shorter windows, or more DNA$"):
+        genome.split(20)
