@@ -84,6 +84,31 @@ def test_every_base_is_in_a_window(length, window, step, starts):
     assert [part.tolist() for _, part in cut] == [codes[at:at + window].tolist() for at in starts]
 
 
+def test_bases_between_windows_are_said(out, capsys):
+    args = texts_and_args([60, 60], step=70, window=60)[1]
+    with pytest.raises(ValueError, match="no such"):
+        predict.open_model(args)
+    assert "of every 70 bases 10 are in no window" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"weight": np.nan}, "NaN or inf in out.weight"), ({"weight": np.inf}, "NaN or inf in out.weight"),
+    ({"classes": ("no", "no", "yes")}, "two classes of one name")])
+def test_a_model_that_can_only_mislead_is_refused(change, message):
+    spec = SPEC | {"n_out": 3, "classes": NAMES, "regression": False, "pool": "mean"}
+    weights = finetune.build_net(spec, seed=3).state_dict()
+    weights["out.weight"][0, 0] = change.pop("weight", 0)
+    with pytest.raises(LookupError, match=message):
+        finetune.check_spec(spec | change, weights)
+
+
+def test_a_name_with_control_characters_is_called_that(tmp_path):
+    path = tmp_path / "a.fa"
+    path.write_text(">a\u202eb\nACGT\n", "utf-8")
+    with pytest.raises(ValueError, match=r"line 1: control character in the name 'a\\u202eb'; remove it"):
+        list(data.fasta_records(str(path)))
+
+
 def test_an_export_tells_the_scores_of_its_own_run(out):
     (out / "t").mkdir(parents=True)
     rows = [{"id": id, "task": "t", "seed": i, "test": {"mcc": i / 4}} for i, id in enumerate("abc")]
