@@ -15,6 +15,7 @@ from test_finetune_rules import K, SPEC
 
 import data
 import finetune
+import models
 from tools import embed, export, predict
 
 NAMES = ("no", "maybe", "yes")
@@ -107,6 +108,12 @@ def test_a_name_with_control_characters_is_called_that(tmp_path):
     path.write_text(">a\u202eb\nACGT\n", "utf-8")
     with pytest.raises(ValueError, match=r"line 1: control character in the name 'a\\u202eb'; remove it"):
         list(data.fasta_records(str(path)))
+
+
+def test_a_vocabulary_without_an_end_is_not_read(tmp_path):
+    (tmp_path / "vocab.txt").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="vocab.txt: not a regular file"):
+        models.kmer_order(str(tmp_path), 3)
 
 
 def test_an_export_tells_the_scores_of_its_own_run(out):
