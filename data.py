@@ -650,8 +650,10 @@ def fasta_records(path, drawn=False):
             raise ValueError(f"{path}: line {line}: old Mac (CR) line ends; convert them to LF")
         word = re.match(rb">(\S+)", header)
         name = word[1].decode("utf-8", "replace") if word else ""
-        if not name.isprintable() or not name:
+        if not name:
             raise ValueError(f"{path}: line {line}: no name in the header ({quoted(header[:40])}); add one")
+        if not name.isprintable():
+            raise ValueError(f"{path}: line {line}: control character in the name {quoted(name)}; remove it")
         if name in seen:
             raise ValueError(f"{path}: line {line}: contig name {quoted(name)} occurs twice; rename one")
         seen.add(name)

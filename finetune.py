@@ -584,6 +584,11 @@ def check_spec(spec, weights):
         raise LookupError(f"{wrong[0]} is {spec[wrong[0]]!r:.20}")
     if "classes" in spec and (type(spec["regression"]) is not bool or len(spec["classes"]) != spec["n_out"]):
         raise LookupError("classes and outputs disagree")
+    if len(set(spec.get("classes", ()))) < len(spec.get("classes", ())):
+        raise LookupError("two classes of one name")
+    broken = [name for name, tensor in weights.items() if not tensor.isfinite().all()]
+    if broken:
+        raise LookupError(f"NaN or inf in {broken[0]:.50}")
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # loading into meta tensors copies nothing
         build_net(spec, weights)

@@ -591,6 +591,8 @@ def kmer_order(folder, k):
     if not os.path.exists(path):
         print(f"{text} is missing: assuming the k-mer order A,T,C,G (DNABERT's)", flush=True)
         return list(range(len(ours)))
+    if not os.path.isfile(path):                             # a device, which never ends
+        raise ValueError(f"{path}: not a regular file; give another folder")
     try:
         ids = read_json(path)["model"]["vocab"] if path == fast else \
             {word: i for i, word in enumerate(open(path, errors="replace").read().split())}

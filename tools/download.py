@@ -401,11 +401,11 @@ def get(names, data_dir, only_check):
     ValueError, after the commands to get them by hand, where some are not sound."""
     manifest_path, manifest, failed, unreachable = os.path.join(data_dir, "manifest.json"), {}, {}, set()
     if os.path.exists(manifest_path):
-        with open(manifest_path) as f:
-            try:
+        try:
+            with open(manifest_path) as f:
                 manifest = {path: dict(entry) for path, entry in json.load(f).items()}
-            except (ValueError, TypeError, AttributeError, RecursionError):
-                raise ValueError(f"{manifest_path}: damaged; remove it, and run this again") from None
+        except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+            raise ValueError(f"{manifest_path}: damaged; remove it, and run this again") from None
     for source, file in [(name, file) for name in names for file in SOURCES[name].files]:
         try:
             entries = present(file, data_dir, manifest)

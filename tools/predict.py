@@ -87,6 +87,9 @@ def open_model(args, **changes):
     """The Model of these flags, on the device."""
     if args.step and not args.window:
         raise ValueError("--step: belongs to --window; add that or drop it")
+    if args.step and args.step > args.window:
+        print(f"--step {args.step} is beyond --window {args.window}: of every {args.step:,} bases "
+              f"{args.step - args.window:,} are in no window")
     device, dtype, *_ = training.set_up(args.device, args.dtype, join=False)
     model = finetune.load_model(args.init, device, args.eval_network, stride=args.stride, long=args.long,
                                 dtype=dtype, **changes)

@@ -12,6 +12,7 @@ import threading
 import time
 import tracemalloc
 import zipfile
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -542,3 +543,10 @@ def test_real_files_are_sound(tmp_path):
         n += entry["verified"] == "sha256"
         assert file.size / 2 < entry["bytes"] < 1.5 * file.size
     assert n >= 18
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, lambda path: path.write_text("[1, 2]")])
+def test_a_manifest_that_is_none_is_one_line(tmp_path, make):
+    make(tmp_path / "manifest.json")
+    with pytest.raises(ValueError, match="manifest.json: damaged; remove it"):
+        download.get(["emp/H3"], str(tmp_path), only_check=True)

@@ -15,6 +15,7 @@ from test_finetune_rules import K, SPEC
 
 import data
 import finetune
+import models
 from tools import embed, export, predict
 
 NAMES = ("no", "maybe", "yes")
@@ -82,6 +83,37 @@ def test_every_base_is_in_a_window(length, window, step, starts):
     cut = [*predict.cut_windows("a", codes, window, step)]
     assert [name for name, _ in cut] == [f"a:{at}-{min(at + window, length)}" for at in starts]
     assert [part.tolist() for _, part in cut] == [codes[at:at + window].tolist() for at in starts]
+
+
+def test_bases_between_windows_are_said(out, capsys):
+    args = texts_and_args([60, 60], step=70, window=60)[1]
+    with pytest.raises(ValueError, match="no such"):
+        predict.open_model(args)
+    assert "of every 70 bases 10 are in no window" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"weight": np.nan}, "NaN or inf in out.weight"), ({"weight": np.inf}, "NaN or inf in out.weight"),
+    ({"classes": ("no", "no", "yes")}, "two classes of one name")])
+def test_a_model_that_can_only_mislead_is_refused(change, message):
+    spec = SPEC | {"n_out": 3, "classes": NAMES, "regression": False, "pool": "mean"}
+    weights = finetune.build_net(spec, seed=3).state_dict()
+    weights["out.weight"][0, 0] = change.pop("weight", 0)
+    with pytest.raises(LookupError, match=message):
+        finetune.check_spec(spec | change, weights)
+
+
+def test_a_name_with_control_characters_is_called_that(tmp_path):
+    path = tmp_path / "a.fa"
+    path.write_text(">a\u202eb\nACGT\n", "utf-8")
+    with pytest.raises(ValueError, match=r"line 1: control character in the name 'a\\u202eb'; remove it"):
+        list(data.fasta_records(str(path)))
+
+
+def test_a_vocabulary_that_is_no_file_is_refused(tmp_path):
+    (tmp_path / "vocab.txt").mkdir()
+    with pytest.raises(ValueError, match="vocab.txt: not a regular file"):
+        models.kmer_order(str(tmp_path), 3)
 
 
 def test_an_export_tells_the_scores_of_its_own_run(out):
