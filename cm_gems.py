@@ -374,14 +374,19 @@ if __name__ == "__main__":
     net = training.wrap(model, args.compile, device, run.world)
     span = 2 * args.k - 1                                    # the longest
     share = 1 - (1 - max(center_p.values())) ** span         # masked tokens if all spans were that long
+    widths = 64 if args.compile or device.type == "cuda" else 1               # few shapes, for graphs
 
     def forward(network, source, strategy, step, i, n):
         """(loss sum, number of masked tokens, number of k-mers) of micro-batch i (n sequences) of source."""
         tokens, _, masked = get_batch(source, strategy, step, i, n)
         inputs, labels = data.corrupt(tokens, masked, n_vocab)
-        capacity = models.mask_capacity(tokens.numel(), share, span) if device.type == "cuda" else None
+        whole = 2 * i * args.micro_batch_size >= source[1]   # the second half: no row is padded
+        extra = 0 if whole else min(-tokens.shape[1] % widths, args.block_size - tokens.shape[1])
+        inputs, labels = F.pad(inputs, (0, extra), value=data.PAD), F.pad(labels, (0, extra), value=-100)
+        mask = None if whole else inputs != data.PAD
+        capacity = models.mask_capacity(inputs.numel(), share, span) if device.type == "cuda" else None
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss_sum, count = network(inputs, labels, mask=tokens != data.PAD, capacity=capacity)
+            loss_sum, count = network(inputs, labels, mask=mask, capacity=capacity)
         return loss_sum, count, (tokens > data.MASK).sum()
 
     @torch.no_grad()
