@@ -208,13 +208,18 @@ def center_probability(masker, k):
     return round(MASK_RATE / {"random": k, "genemask": (3 * k - 1) / 2, "global": 2 * k - 1}[masker], 4)
 
 
+def longest_piece(L, k, high):
+    """Returns the bases of the longest piece of windows of L bases up to the share `high` of all lengths."""
+    return min(L, max(k, k + math.ceil(2 * (L - k) * high) - 1))
+
+
 def cut_pieces(windows, k, low=0.0, high=1.0):
     """Cuts half of the windows (B, L) to k..L - 1 bases: tokens [CLS] k-mers [SEP] [PAD]... (B, T).
 
     The lengths are drawn from the share `low` to `high` of all lengths in order, to save padding.
     """
     L = windows.shape[1]
-    longest = min(L, max(k, k + math.ceil(2 * (L - k) * high) - 1))
+    longest = longest_piece(L, k, high)
     quantile = low + (high - low) * torch.rand(len(windows), device=windows.device)  # from 1/2 on: whole
     end = (k + (2 * (L - k) * quantile).long()).clamp(max=longest)[:, None] - k + 2        # place of [SEP]
     tokens = data.kmer_tokens(windows[:, :longest], k, 1, specials=True)
@@ -371,6 +376,7 @@ if __name__ == "__main__":
     if run.start:
         run.say(f"strategy {curriculum['strategy']} in force")
 
+    run.cost = lambda i, n, size: n * longest_piece(length, args.k, (i * args.micro_batch_size + n) / size)
     net = training.wrap(model, args.compile, device, run.world)
     span = 2 * args.k - 1                                    # the longest
     share = 1 - (1 - max(center_p.values())) ** span         # masked tokens if all spans were that long
