@@ -38,15 +38,37 @@ DEMO = dict(genome=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64,
             out="out/demo_cm_gems", eval_windows=256)
 
 
+def join_intervals(bases, intervals, ends, low, high):
+    """Returns bases low to high of the intervals (n, 2) end to end; ends: where each of them ends there."""
+    first, last = np.searchsorted(ends, (low, high - 1), side="right")
+    ends, shift = ends[first:last + 1], intervals[first:last + 1, 1] - ends[first:last + 1]
+    if (shift == shift[0]).all():                            # no N between them
+        return bases[low + shift[0]:high + shift[0]]
+    return bases[np.arange(low, high) + np.repeat(shift, np.diff(ends.clip(max=high), prepend=low))]
+
+
+def count_starts(bases, k, but):
+    """Counts the k-mers in bases that start anywhere but at these positions: (4**k,) in token order."""
+    ids = data.kmer_tokens(torch.from_numpy(bases)[None], k, 1)[0]
+    counts = torch.bincount(ids, minlength=4 ** k + 5)
+    if len(but):
+        counts -= torch.bincount(ids[but], minlength=4 ** k + 5)
+    return counts[5:].numpy()
+
+
 def count_kmers(bases, intervals, k):
     """Counts the 1- to k-mers in the intervals (n, 2) of bases, one strand: k tables in token order."""
-    table, tails = np.zeros(4 ** k, np.int64), np.full((len(intervals), k - 1), 4, np.uint8)
-    for tail, (start, end) in zip(tails, intervals.tolist()):
-        for at in range(start, end - k + 1, CHUNK):
-            chunk = torch.from_numpy(bases[at:min(at + CHUNK + k - 1, end)])[None]
-            table += torch.bincount(data.kmer_tokens(chunk, k, 1)[0], minlength=4 ** k + 5)[5:].numpy()
-        last = bases[max(start, end - k + 1):end]            # no k-mer starts here, but shorter ones do
-        tail[:len(last)] = last
+    table, ends = np.zeros(4 ** k, np.int64), np.cumsum(np.diff(intervals)[:, 0])
+    tails = intervals[:, 1:] - np.arange(k - 1, 0, -1)       # no k-mer starts here, but shorter ones do
+    inside = tails >= intervals[:, :1]
+    tails = np.where(inside, bases[tails.clip(0)], np.uint8(4))
+    but = (ends[:, None] - np.arange(k - 1, 0, -1))[inside]
+    starts = int(ends[-1:].sum()) - k + 1
+    for low in range(0, starts, CHUNK):                      # of many short intervals at a time
+        high = min(low + CHUNK, starts)
+        first, last = np.searchsorted(but, (low, high))
+        chunk = join_intervals(bases, intervals, ends, low, high + k - 1)
+        table += count_starts(chunk, k, but[first:last] - low)
     tables = [table.reshape(4 ** n, -1).sum(1) for n in range(1, k)]
     for n, shorter in enumerate(tables, 1):
         ids = data.kmer_tokens(torch.from_numpy(tails), n, 1).flatten()
