@@ -120,7 +120,7 @@ def new_parser(description):
     add("--verify", action="store_true", help="compare the packed genome with the FASTA, base by base")
     add("--ambiguous", choices=("N", "random"), default="N", help="IUPAC codes: N, or one of their bases (N)")
     add("--val_contigs", type=lambda text: text.split(","), default=[],
-        help="contigs held out for validation, comma-separated (default: the last 1 %% of each contig)")
+        help="contigs held out for validation, comma-separated (the last 1 %% of each; see docs/data.md)")
     return parser
 
 
