@@ -486,10 +486,10 @@ def load_cache(folder):
         for stat in (os.stat(folder), os.fstat(text.fileno()), os.fstat(codes.fileno())):
             if others_can_write(stat) or stat.st_uid not in owners:
                 raise ValueError(PLANTED)
-        index = json.load(text)
-        crc = index.pop("crc_index")
+        content = text.read()
+        index, crc = json.loads(content), zlib.crc32(content.rpartition(b', "crc_index": ')[0] + b"}")
         bases = np.memmap(codes, np.uint8, mode="c")
-    if crc != zlib.crc32(json.dumps(index).encode()) or index["crc_bases"] != zlib.crc32(bases):
+    if crc != index.pop("crc_index") or index["crc_bases"] != zlib.crc32(bases):
         raise ValueError("checksum")
     if isinstance(index["source"], list):
         raise ValueError(EARLIER)
@@ -536,9 +536,12 @@ def pack_contigs(paths, source, write):
             if keep and name not in keep:
                 continue
             contigs.append((path, name, len(codes)))
-            edges = np.r_[0, np.flatnonzero(np.diff(codes == 4)) + 1, len(codes)]  # N begins or ends here
-            edges = edges[codes[0] // 4:] + size             # from the first base that is not N
-            intervals += edges[:len(edges) // 2 * 2].reshape(-1, 2).tolist()
+            if codes.max() < 4:                              # most short contigs
+                intervals.append([size, size + len(codes)])
+            else:
+                edges = np.r_[0, np.flatnonzero(np.diff(codes == 4)) + 1, len(codes)]         # of N
+                edges = edges[codes[0] // 4:] + size         # from the first base that is not N
+                intervals += edges[:len(edges) // 2 * 2].reshape(-1, 2).tolist()
             size, crc = size + len(codes), zlib.crc32(codes, crc)
             n_ambiguous += ambiguous
             write(codes)
