@@ -709,19 +709,24 @@ def contig_codes(body, path, line, drawn=False):
     if b"\r" in body:
         body = body.replace(b"\r\n", b"\n").rstrip(b"\r")
     codes = np.frombuffer(body.translate(CODE.tobytes(), b"\n"), np.uint8)
-    if codes.size and codes.max() > 4:                       # blanks at line ends are fine, all else is not
+    highest = codes.max(initial=0)
+    if highest > 4:                                          # blanks at line ends are fine, all else is not
         body = re.sub(rb"[ \t]+(?=\n|\Z)", b"", body)
         codes = np.frombuffer(body.translate(CODE.tobytes(), b"\n"), np.uint8)
+        highest = codes.max(initial=0)
     if not codes.size:
         raise ValueError(f"{path}: line {line}: contig without a sequence; remove it or complete the file")
-    if codes.max() > 4:
+    if highest > 4:
         bad = re.search(rb"[^\nATCGatcg" + AMBIGUOUS + rb"]", body)
         line += 1 + body.count(b"\n", 0, bad.start())
         hint = BAD_LETTER.get(bad.group().upper(), "no IUPAC code")
         letter = quoted(bad.group())
         raise ValueError(f"{path}: line {line}: {letter} is not a DNA letter ({hint}); {LETTERS_ONLY}")
-    n_unknown = int(np.count_nonzero(codes == 4))
-    n_ambiguous = n_unknown and n_unknown - body.count(b"N") - body.count(b"n")
+    if highest < 4:
+        return codes, 0
+    letters = np.frombuffer(body, np.uint8)                  # bytes.count goes from N to N
+    n_plain = sum(np.count_nonzero(letters == ord(n)) for n in "Nn")
+    n_ambiguous = int(np.count_nonzero(codes == 4) - n_plain)
     return draw_bases(codes, body) if drawn and n_ambiguous else codes, n_ambiguous
 
 
