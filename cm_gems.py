@@ -38,15 +38,37 @@ DEMO = dict(genome=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64,
             out="out/demo_cm_gems", eval_windows=256)
 
 
+def join_intervals(bases, intervals, ends, low, high):
+    """Returns bases low to high of the intervals (n, 2) end to end; ends: where each of them ends there."""
+    first, last = np.searchsorted(ends, (low, high - 1), side="right")
+    ends, shift = ends[first:last + 1], intervals[first:last + 1, 1] - ends[first:last + 1]
+    if (shift == shift[0]).all():                            # no N between them
+        return bases[low + shift[0]:high + shift[0]]
+    return bases[np.arange(low, high) + np.repeat(shift, np.diff(ends.clip(max=high), prepend=low))]
+
+
+def count_starts(bases, k, but):
+    """Counts the k-mers in bases that start anywhere but at these positions: (4**k,) in token order."""
+    ids = data.kmer_tokens(torch.from_numpy(bases)[None], k, 1)[0]
+    counts = torch.bincount(ids, minlength=4 ** k + 5)
+    if len(but):
+        counts -= torch.bincount(ids[but], minlength=4 ** k + 5)
+    return counts[5:].numpy()
+
+
 def count_kmers(bases, intervals, k):
     """Counts the 1- to k-mers in the intervals (n, 2) of bases, one strand: k tables in token order."""
-    table, tails = np.zeros(4 ** k, np.int64), np.full((len(intervals), k - 1), 4, np.uint8)
-    for tail, (start, end) in zip(tails, intervals.tolist()):
-        for at in range(start, end - k + 1, CHUNK):
-            chunk = torch.from_numpy(bases[at:min(at + CHUNK + k - 1, end)])[None]
-            table += torch.bincount(data.kmer_tokens(chunk, k, 1)[0], minlength=4 ** k + 5)[5:].numpy()
-        last = bases[max(start, end - k + 1):end]            # no k-mer starts here, but shorter ones do
-        tail[:len(last)] = last
+    table, ends = np.zeros(4 ** k, np.int64), np.cumsum(np.diff(intervals)[:, 0])
+    tails = intervals[:, 1:] - np.arange(k - 1, 0, -1)       # no k-mer starts here, but shorter ones do
+    inside = tails >= intervals[:, :1]
+    tails = np.where(inside, bases[tails.clip(0)], np.uint8(4))
+    but = (ends[:, None] - np.arange(k - 1, 0, -1))[inside]
+    starts = int(ends[-1:].sum()) - k + 1
+    for low in range(0, starts, CHUNK):                      # of many short intervals at a time
+        high = min(low + CHUNK, starts)
+        first, last = np.searchsorted(but, (low, high))
+        chunk = join_intervals(bases, intervals, ends, low, high + k - 1)
+        table += count_starts(chunk, k, but[first:last] - low)
     tables = [table.reshape(4 ** n, -1).sum(1) for n in range(1, k)]
     for n, shorter in enumerate(tables, 1):
         ids = data.kmer_tokens(torch.from_numpy(tails), n, 1).flatten()
@@ -208,13 +230,18 @@ def center_probability(masker, k):
     return round(MASK_RATE / {"random": k, "genemask": (3 * k - 1) / 2, "global": 2 * k - 1}[masker], 4)
 
 
+def longest_piece(L, k, high):
+    """Returns the bases of the longest piece of windows of L bases up to the share `high` of all lengths."""
+    return min(L, max(k, k + math.ceil(2 * (L - k) * high) - 1))
+
+
 def cut_pieces(windows, k, low=0.0, high=1.0):
     """Cuts half of the windows (B, L) to k..L - 1 bases: tokens [CLS] k-mers [SEP] [PAD]... (B, T).
 
     The lengths are drawn from the share `low` to `high` of all lengths in order, to save padding.
     """
     L = windows.shape[1]
-    longest = min(L, max(k, k + math.ceil(2 * (L - k) * high) - 1))
+    longest = longest_piece(L, k, high)
     quantile = low + (high - low) * torch.rand(len(windows), device=windows.device)  # from 1/2 on: whole
     end = (k + (2 * (L - k) * quantile).long()).clamp(max=longest)[:, None] - k + 2        # place of [SEP]
     tokens = data.kmer_tokens(windows[:, :longest], k, 1, specials=True)
@@ -371,17 +398,23 @@ if __name__ == "__main__":
     if run.start:
         run.say(f"strategy {curriculum['strategy']} in force")
 
+    run.cost = lambda i, n, size: n * longest_piece(length, args.k, (i * args.micro_batch_size + n) / size)
     net = training.wrap(model, args.compile, device, run.world)
     span = 2 * args.k - 1                                    # the longest
     share = 1 - (1 - max(center_p.values())) ** span         # masked tokens if all spans were that long
+    widths = 64 if args.compile or device.type == "cuda" else 1               # few shapes, for graphs
 
     def forward(network, source, strategy, step, i, n):
         """(loss sum, number of masked tokens, number of k-mers) of micro-batch i (n sequences) of source."""
         tokens, _, masked = get_batch(source, strategy, step, i, n)
         inputs, labels = data.corrupt(tokens, masked, n_vocab)
-        capacity = models.mask_capacity(tokens.numel(), share, span) if device.type == "cuda" else None
+        whole = 2 * i * args.micro_batch_size >= source[1]   # the second half: no row is padded
+        extra = 0 if whole else min(-tokens.shape[1] % widths, args.block_size - tokens.shape[1])
+        inputs, labels = F.pad(inputs, (0, extra), value=data.PAD), F.pad(labels, (0, extra), value=-100)
+        mask = None if whole else inputs != data.PAD
+        capacity = models.mask_capacity(inputs.numel(), share, span) if device.type == "cuda" else None
         with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-            loss_sum, count = network(inputs, labels, mask=tokens != data.PAD, capacity=capacity)
+            loss_sum, count = network(inputs, labels, mask=mask, capacity=capacity)
         return loss_sum, count, (tokens > data.MASK).sum()
 
     @torch.no_grad()

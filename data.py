@@ -194,7 +194,15 @@ class Genome:
 
     def split(self, length, val_contigs=()):
         """Return the intervals (n, 2) for training and for validation that hold a window of `length` bases.
-        Validation is val_contigs where given, else the last 1 % of each contig whose 1 % holds a window."""
+        Validation is val_contigs where given, else the last 1 % of each contig whose 1 % holds a window; if
+        none does, whole contigs by a hash of their names, until they hold 1 % of the bases."""
+        train, val = self.cut(self.held_out(length, val_contigs), length)
+        if not len(train) or not len(val):
+            raise ValueError(f"the genome is too small: {self.too_small(length, val_contigs, len(train))}")
+        return train, val
+
+    def held_out(self, length, val_contigs=()):
+        """Return how many bases at the end of each contig are for validation; see split."""
         unknown = set(val_contigs) - set(self.contigs)
         if unknown:
             raise ValueError(f"--val_contigs: {quoted(min(unknown))} is not in the genome; use some of "
@@ -203,16 +211,27 @@ class Genome:
         wanted = set(val_contigs)
         chosen = np.array([name in wanted for name in self.contigs])
         held_out = sizes * chosen if val_contigs else sizes // 100
-        held_out[held_out < length] = 0                      # bases at the end of each contig
+        held_out[held_out < length] = 0
+        if val_contigs or len(self.cut(held_out, length)[1]):
+            return held_out
+        at = np.searchsorted(np.cumsum(sizes), self.intervals[:, 0], side="right")
+        fit = np.unique(at[np.diff(self.intervals)[:, 0] >= length])           # contigs with a window
+        names = [*self.contigs]
+        order = np.array(sorted(fit.tolist(), key=lambda i: (zlib.crc32(names[i].encode()), i)), np.int64)
+        n_before = np.cumsum(sizes[order]) - sizes[order]
+        order = order[n_before < sizes[order].sum() / 100][:max(0, len(fit) - 1)]         # one is to train on
+        held_out[:] = 0
+        held_out[order] = sizes[order]
+        return held_out
+
+    def cut(self, held_out, length):
+        """Return the intervals that hold a window, before and in the held-out bases that end each contig."""
         start, end = self.intervals.T
-        ends = np.cumsum(sizes)
+        ends = np.cumsum([*self.contigs.values()])
         cut = (ends - held_out)[np.searchsorted(ends, start, side="right")]
         cut = np.clip(cut, start, end)                       # training before it, validation from it on
         train, val = np.stack([start, cut], 1), np.stack([cut, end], 1)
-        train, val = train[cut - start >= length], val[end - cut >= length]
-        if not len(train) or not len(val):
-            raise ValueError(f"the genome is too small: {self.too_small(length, val_contigs, len(train))}")
-        return train, val
+        return train[cut - start >= length], val[end - cut >= length]
 
     def too_small(self, length, val_contigs, trains):
         """Return why a split has no window of `length` bases for training or, if `trains`, for validation."""
@@ -223,12 +242,8 @@ class Genome:
         if val_contigs or not trains:
             part = "validation" if trains else "training"
             return f"no window of {length} bases without N is left for {part}; change --val_contigs"
-        at = np.searchsorted(np.cumsum([*self.contigs.values()]), self.intervals[:, 0], side="right")
-        fit = np.unique(at[sizes >= length])                 # contigs with a window
-        names = ",".join([*self.contigs][i] for i in fit[:max(1, min(5, len(fit) // 50))])
-        return (f"validation is the last 1 % of each contig, and in none that is a window of {length} bases; "
-                f"use shorter windows, or " + ("more DNA" if len(fit) == 1 else
-                                               f"hold out whole contigs, such as --val_contigs {names}"))
+        return (f"no contig's last 1 % holds a window of {length} bases for validation, and only one contig "
+                f"holds any, so no whole one can be held out; use shorter windows or more contigs")
 
     def advice(self):
         """Return what to do about N, as the end of a message, where it helps."""
@@ -241,6 +256,10 @@ class Genome:
         n_contigs = [len(np.unique(np.searchsorted(ends, part[:, 0], side="right"))) for part in parts]
         lines = [f"reached  by training windows {n_contigs[0]:,} of {len(ends):,} contigs, {n_bases[0]:,} "
                  f"bases; by validation windows {n_contigs[1]:,}, {n_bases[1]:,} bases"]
+        sizes, held_out = np.diff(ends, prepend=0), self.held_out(length, val_contigs)
+        if not val_contigs and (held_out[held_out > 0] == sizes[held_out > 0]).all():
+            lines.append(f"held out {np.count_nonzero(held_out):,} whole contigs, by a hash of names: no "
+                         f"contig's last 1 % holds a window of {length} bases (--val_contigs takes others)")
         n_known = int(np.diff(self.intervals).sum()) + (0 if self.drawn else self.n_ambiguous)
         missed = n_known - sum(n_bases)
         if missed > n_known / 10:
@@ -470,10 +489,10 @@ def load_cache(folder):
         for stat in (os.stat(folder), os.fstat(text.fileno()), os.fstat(codes.fileno())):
             if others_can_write(stat) or stat.st_uid not in owners:
                 raise ValueError(PLANTED)
-        index = json.load(text)
-        crc = index.pop("crc_index")
+        content = text.read()
+        index, crc = json.loads(content), zlib.crc32(content.rpartition(b', "crc_index": ')[0] + b"}")
         bases = np.memmap(codes, np.uint8, mode="c")
-    if crc != zlib.crc32(json.dumps(index).encode()) or index["crc_bases"] != zlib.crc32(bases):
+    if crc != index.pop("crc_index") or index["crc_bases"] != zlib.crc32(bases):
         raise ValueError("checksum")
     if isinstance(index["source"], list):
         raise ValueError(EARLIER)
@@ -520,9 +539,12 @@ def pack_contigs(paths, source, write):
             if keep and name not in keep:
                 continue
             contigs.append((path, name, len(codes)))
-            edges = np.r_[0, np.flatnonzero(np.diff(codes == 4)) + 1, len(codes)]  # N begins or ends here
-            edges = edges[codes[0] // 4:] + size             # from the first base that is not N
-            intervals += edges[:len(edges) // 2 * 2].reshape(-1, 2).tolist()
+            if codes.max() < 4:                              # most short contigs
+                intervals.append([size, size + len(codes)])
+            else:
+                edges = np.r_[0, np.flatnonzero(np.diff(codes == 4)) + 1, len(codes)]         # of N
+                edges = edges[codes[0] // 4:] + size         # from the first base that is not N
+                intervals += edges[:len(edges) // 2 * 2].reshape(-1, 2).tolist()
             size, crc = size + len(codes), zlib.crc32(codes, crc)
             n_ambiguous += ambiguous
             write(codes)
@@ -692,19 +714,24 @@ def contig_codes(body, path, line, drawn=False):
     if b"\r" in body:
         body = body.replace(b"\r\n", b"\n").rstrip(b"\r")
     codes = np.frombuffer(body.translate(CODE.tobytes(), b"\n"), np.uint8)
-    if codes.size and codes.max() > 4:                       # blanks at line ends are fine, all else is not
+    highest = codes.max(initial=0)
+    if highest > 4:                                          # blanks at line ends are fine, all else is not
         body = re.sub(rb"[ \t]+(?=\n|\Z)", b"", body)
         codes = np.frombuffer(body.translate(CODE.tobytes(), b"\n"), np.uint8)
+        highest = codes.max(initial=0)
     if not codes.size:
         raise ValueError(f"{path}: line {line}: contig without a sequence; remove it or complete the file")
-    if codes.max() > 4:
+    if highest > 4:
         bad = re.search(rb"[^\nATCGatcg" + AMBIGUOUS + rb"]", body)
         line += 1 + body.count(b"\n", 0, bad.start())
         hint = BAD_LETTER.get(bad.group().upper(), "no IUPAC code")
         letter = quoted(bad.group())
         raise ValueError(f"{path}: line {line}: {letter} is not a DNA letter ({hint}); {LETTERS_ONLY}")
-    n_unknown = int(np.count_nonzero(codes == 4))
-    n_ambiguous = n_unknown and n_unknown - body.count(b"N") - body.count(b"n")
+    if highest < 4:
+        return codes, 0
+    letters = np.frombuffer(body, np.uint8)                  # bytes.count goes from N to N
+    n_plain = sum(np.count_nonzero(letters == ord(n)) for n in "Nn")
+    n_ambiguous = int(np.count_nonzero(codes == 4) - n_plain)
     return draw_bases(codes, body) if drawn and n_ambiguous else codes, n_ambiguous
 
 

@@ -521,6 +521,8 @@ def save_hf(model, folder, classes=(), regression=False, card="", stride=1):
 
 def read_json(path):
     """The object in a JSON file; raises if it is not one."""
+    if os.path.exists(path) and not os.path.isfile(path):    # a device, which never ends
+        raise ValueError(f"{path}: not a regular file; give another folder")
     with open(path) as f:
         return dict(json.load(f))
 

@@ -122,7 +122,7 @@ def new_parser(description):
     add("--verify", action="store_true", help="compare the packed genome with the FASTA, base by base")
     add("--ambiguous", choices=("N", "random"), default="N", help="IUPAC codes: N, or one of their bases (N)")
     add("--val_contigs", type=lambda text: text.split(","), default=[],
-        help="contigs held out for validation, comma-separated (default: the last 1 %% of each contig)")
+        help="contigs held out for validation, comma-separated (the last 1 %% of each; see docs/data.md)")
     return parser
 
 
@@ -400,6 +400,16 @@ def scale_gradients(model, scale, clip):
     return norm
 
 
+def share_out(costs, world):
+    """Deals the numbers of `costs` out to the ranks: the costliest first, each to the rank with the least."""
+    loads, shares = [0] * world, [[] for _ in range(world)]
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        rank = loads.index(min(loads))
+        loads[rank] += costs[i]
+        shares[rank].append(i)
+    return [sorted(share) for share in shares]
+
+
 class Run:
     """What a pretraining loop needs to know about its run: ranks, steps, clock, run folder, stop signals.
 
@@ -423,6 +433,7 @@ class Run:
         self.start = self.step = 0                           # steps in the checkpoint; current step
         self.unread, self.stop = [], False
         self.row = {}                                        # of this step, while its evaluation is not done
+        self.cost = lambda i, n, size: 1                     # of micro-batch i, for even shares
 
     def say(self, *lines, **kwargs):
         """Prints on rank 0."""
@@ -484,8 +495,11 @@ class Run:
 
     def micro_batches(self, size):
         """Yields (i, n) for this rank's micro-batches of `size` sequences: number i has n of them."""
-        for i in range(self.rank, math.ceil(size / self.args.micro_batch_size), self.world):
-            yield i, min(self.args.micro_batch_size, size - i * self.args.micro_batch_size)
+        n = self.args.micro_batch_size
+        parts = [(i, min(n, size - i * n)) for i in range(math.ceil(size / n))]
+        mine = share_out([self.cost(i, n, size) for i, n in parts], self.world)[self.rank]
+        self.last_micro = mine[-1] if mine else None
+        yield from (parts[i] for i in mine)
 
     def eval_batches(self):
         """Yields this rank's micro-batches of validation windows, until a stop signal comes."""
@@ -501,7 +515,7 @@ class Run:
 
     def sync_at_last(self, net, i):
         """The context of a backward pass: DDP sums gradients over the ranks at the last micro-batch only."""
-        return net.no_sync() if self.world > 1 and i + self.world < self.n_micro else contextlib.nullcontext()
+        return net.no_sync() if self.world > 1 and i != self.last_micro else contextlib.nullcontext()
 
     def new_sums(self, n):
         """Returns n zeros (float64) for the sums of a step; the host will read the first three."""

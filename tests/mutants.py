@@ -99,7 +99,7 @@ MUTANTS += mutants("findna.py", [GOLDEN, "-k", "findna"], {
                      '"--alpha", type=number(float, 1e-9, 1), default=0.9', [UNIT["defaults"]])})
 
 MUTANTS += mutants("cm_gems.py", [GOLDEN, "-k", "cm_gems"], {
-    "padding is attended": ("mask=tokens != data.PAD", "mask=None"),
+    "padding is attended": ("None if whole else inputs != data.PAD", "None"),
     "ignores --lr": ("args.lr * training", "8e-4 * training"),
     "cosine schedule": ("training.linear(step", "training.cosine(step"),
     "warm-up of 2 %": ("complete_warmup(args, 0.05)", "complete_warmup(args, 0.02)"),

@@ -12,6 +12,7 @@ import torch
 import cm_gems
 import data
 import models
+import training
 from harness import SHARED, random_dna, write_fasta
 
 GOLDEN, COUNTS = SHARED / "golden" / "genemask_golden.json", SHARED / "golden" / "genemask_6mer_counts.csv"
@@ -231,3 +232,19 @@ def test_pieces():
     both = model(tokens[:9], labels[:9], mask=tokens[:9] != data.PAD)
     each = [model(tokens[i:i + 1, :n[i] + 2], labels[i:i + 1, :n[i] + 2]) for i in range(9)]
     torch.testing.assert_close(both[0], sum(loss for loss, _ in each))
+
+
+def test_ranks_share_the_tokens_evenly():
+    for n, world in ((1, 1), (7, 1), (8, 8), (11, 3), (63, 8)):                # equal costs: every world-th
+        assert training.share_out([1] * n, world) == [[*range(r, n, world)] for r in range(world)]
+    for micro, world, most in ((32, 2, 0.033), (16, 4, 0.03), (8, 8, 0.012), (8, 2, 0.001)):     # idle
+        parts, tokens, costs = range(0, 250, micro), [], []
+        for first in parts:
+            n = min(micro, 250 - first)
+            tokens.append(cm_gems.cut_pieces(torch.zeros(n, 511, dtype=torch.uint8), 6, first / 250,
+                                             (first + n) / 250).numel())
+            costs.append(n * cm_gems.longest_piece(511, 6, (first + n) / 250))
+        shares = training.share_out(costs, world)
+        assert sorted(i for share in shares for i in share) == [*range(len(parts))] and all(shares)
+        loads = [sum(tokens[i] for i in share) for share in shares]
+        assert 1 - sum(loads) / world / max(loads) < most

@@ -234,7 +234,9 @@ def test_windows(tmp_path, val_contigs):
         windows = [data.decode(row) for row in data.take_windows(genome.bases, starts[:500], length)]
         assert windows == ["".join(texts.values())[s:s + length] for s in starts[:500]]
     assert "nowhere" in refusal(genome.split, length, ["nowhere"])
-    assert "validation" in refusal(genome.split, 60) and "training" in refusal(genome.split, length, [*texts])
+    pair = {name: texts[name] for name in "ac"}              # one has a window
+    assert "validation" in refusal(data.Genome(write_fasta(tmp_path / "b.fa", pair)).split, 60)
+    assert "training" in refusal(genome.split, length, [*texts])
 
 
 def test_several_files_and_keep(tmp_path):
@@ -511,14 +513,23 @@ def test_what_no_window_reaches_is_counted(tmp_path):
         assert len(drawn.reach(length, val_contigs)[1]) == 1  # over 90 % now
 
 
-def test_a_viral_set_is_told_to_hold_out_contigs(tmp_path):
-    """50 genomes of 10 kb: 1 % of each is no window of 515."""
-    rng = np.random.default_rng(5)
-    genome = data.Genome(write_fasta(tmp_path / "a.fa", {f"v{i}": random_dna(1000, rng) for i in range(50)}))
-    message = refusal(genome.split, 51)
-    assert "hold out whole contigs, such as --val_contigs v0" in message and "last 1 %" in message
+def test_of_short_contigs_whole_ones_are_held_out(tmp_path):
+    """500 viruses of 10 kb: 1 % of each is no window of 515. By their names, in whatever order they come."""
+    rng, parts = np.random.default_rng(5), []
+    texts = {f"v{i}": random_dna(1000, rng) for i in range(500)} | {"short": random_dna(50, rng)}
+    for i, names in enumerate((texts, reversed(texts))):
+        genome = data.Genome(write_fasta(tmp_path / f"{i}.fa", {name: texts[name] for name in names}))
+        contigs, offsets = [*genome.contigs], [*genome.offsets.values()]
+        train, val = ([contigs[offsets.index(start)] for start in part[:, 0]] for part in genome.split(51))
+        assert len(train) == 495 and {*train} | {*val} == {*texts} - {"short"} and not {*train} & {*val}
+        parts.append({*val})
+    by_hash = sorted({*texts} - {"short"}, key=lambda name: zlib.crc32(name.encode()))
+    assert parts[0] == parts[1] == {*by_hash[:5]}            # 5,000 of 500,000 bases
+    assert "held out 5 whole contigs, by a hash of names" in genome.reach(51)[1][1]
     train, val = genome.split(51, ["v0"])
-    assert (len(train), len(val)) == (49, 1)
+    assert (len(train), len(val)) == (499, 1)
+    pair = data.Genome(write_fasta(tmp_path / "b.fa", {"a": random_dna(60, rng), "b": random_dna(5099, rng)}))
+    assert [len(part) for part in pair.split(51)] == [1, 1]
     assert "longest: 1,000" in refusal(genome.split, 1001) and "change --val_contigs" in refusal(
         genome.split, 51, [*genome.contigs])
 
