@@ -642,5 +642,5 @@ def test_a_cache_that_cannot_be_used(tmp_path, monkeypatch):
 
 def test_one_contig_cannot_be_held_out(tmp_path):
     genome = data.Genome(write_fasta(tmp_path / "g.fa", {"a": "ACGT" * 9, "b": "AC"}), tmp_path)
-    with pytest.raises(ValueError, match="use shorter windows, or more DNA$"):
+    with pytest.raises(ValueError, match="use shorter windows or more contigs$"):
         genome.split(20)
