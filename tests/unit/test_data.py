@@ -577,7 +577,7 @@ def test_processes_build_the_cache_at_once_and_a_full_disk_leaves_nothing(tmp_pa
             assert code == 0, result.err
             survived()
         shutil.rmtree(cache)
-    assert "cannot write" in wait(fork(lambda: read(50_000))).err.splitlines()[-1]
+    assert "cannot read or write" in wait(fork(lambda: read(50_000))).err.splitlines()[-1]
     assert not list(cache.iterdir())
 
 

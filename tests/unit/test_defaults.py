@@ -7,6 +7,7 @@ Yu: FinDNA (pretraining: sections 3.1 to 3.4 and 4.1). Yu's code: the released o
 import importlib
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -160,11 +161,13 @@ def test_resume_takes_the_flags_of_the_run(defaults, tmp_path, script, first, be
 
 def test_finetune_defaults(defaults):
     args = defaults("finetune", "--task", "emp/H3")
-    want = {"init": ["random"], "mode": "finetune", "seed": 42, "shots": [10], "k": 6, "block_size": 512,
+    want = {"init": ["random"], "mode": "finetune", "seed": 42, "shots": None, "k": 6, "block_size": 512,
             "n_layer": 12, "n_head": 12, "n_embd": 768, "pool": "mean", "head": "linear", "blocks": "all"}
     assert {name: args[name] for name in want} == want
     flags = "protocol seeds batch_size lr weight_decay epochs warmup dropout stride long eval_network".split()
     assert {name: args[name] for name in flags} == dict.fromkeys(flags)        # the protocol's, the model's
+    plans = finetune.plan_runs(SimpleNamespace(**args | {"task": ["silencer"]}))
+    assert [(plan.shots, plan.repeat) for plan in plans] == [(10, repeat) for repeat in range(10)]
 
 
 FEW, BINARY = "splice_40", "gb/human_enhancers_cohn"
