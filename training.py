@@ -42,11 +42,12 @@ if os.path.dirname(SCRIPT) in (HERE, os.path.join(HERE, "tools")):             #
         print("stopped  by SIGTERM", file=sys.stderr, flush=True)
         raise SystemExit(143)
 
-    def safe(text, write=sys.stdout.write):
-        """Writes text without the terminal escapes that names in other people's files may hold."""
-        return write("".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text))
     signal.signal(signal.SIGTERM, leave)
-    sys.stdout.write = safe
+    if sys.stdout:                                           # None where it is closed from the start
+        def safe(text, write=sys.stdout.write):
+            """Writes text without the terminal escapes that names in other people's files may hold."""
+            return write("".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text))
+        sys.stdout.write = safe
 
 import numpy as np
 import torch
@@ -264,6 +265,7 @@ def set_up(device, dtype, join=True):
     if dtype == "auto":
         dtype = "bfloat16" if device.type == "cuda" and bf16 else "float32"
     if world > 1 and join:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)        # a rank that waits for others never sees `leave`
         try:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         except RuntimeError as e:                            # for instance, another rank left with an error
