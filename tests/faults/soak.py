@@ -45,8 +45,8 @@ def live(method, rng, seen):
         time.sleep(0.01)
     result = wait(*processes)
     ended = set(result.codes) == {0}
-    ends = {143, -signal.SIGTERM} if fault == "SIGTERM" else {-signal.SIGKILL}        # -SIGTERM: before the loop
-    right = ended or victim.exitcode in ends                 # the others end as they can
+    ends = {143, -signal.SIGTERM} if fault == "SIGTERM" else {-signal.SIGKILL}
+    right = ended or victim.exitcode in ends                 # before the loop, others end as they can
     assert right and "continuing from the one before" not in result.out, (fault, result)
     seen["ended" if ended else fault] += 1
     seen[f"starts on {ranks}"] += 1
