@@ -356,9 +356,10 @@ if __name__ == "__main__":
         bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
         in_force = "genemask" if args.strategy == "cm_gems" else args.strategy
         curriculum = {"strategy": in_force, "perplexities": [], "switch_step": None}
-        if run.writes:                                       # eval_every decides when the strategy switches
+        if run.writes:
+            run.fixed = "eval_every",                        # it decides when the strategy switches
             fingerprint = f"{genome.fingerprint}, NPMI {zlib.crc32(ranks.numpy()):08x}"
-            run.open("cm_gems", model.config, fingerprint, parts, curriculum, fixed=("eval_every",))
+            run.open("cm_gems", model.config, fingerprint, parts, curriculum)
     center_p = {masker: args.p_scale * center_probability(masker, args.k) for masker in MASKERS}
     ranks = ranks.to(device)
     held_out = val, args.eval_windows, 0                     # key 0: steps count from 1

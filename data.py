@@ -531,7 +531,7 @@ def is_unchanged(index, paths, source, folder):
 
 
 def pack_contigs(paths, source, write):
-    """Give the base codes of the FASTA files to write(codes); return what the index says of them."""
+    """Pass the base codes of each contig to write(codes); return their part of index.json as a dict."""
     contigs, intervals, size, crc, n_ambiguous = [], [], 0, 0, 0
     keep, drawn = source["keep"], source["ambiguous"] == "random"
     for path in paths:

@@ -436,22 +436,23 @@ class Run:
         self.unread, self.stop = [], False
         self.row = {}                                        # of this step, while its evaluation is not done
         self.cost = lambda i, n, size: 1                     # of micro-batch i, for even shares
+        self.fixed = ()                                      # flags of MAY_CHANGE that may not, here
 
     def say(self, *lines, **kwargs):
         """Prints on rank 0."""
         if self.rank == 0:
             print(*lines, **kwargs)
 
-    def open(self, method, config, fingerprint, parts, values={}, fixed=()):
+    def open(self, method, config, fingerprint, parts, values={}):
         """Opens and locks the run folder; at --resume loads the checkpoint into `parts` and `values`.
 
         parts: {key of the checkpoint: network, optimizer or tensor}; values: {more keys: their first values},
-        None for a number to come; fixed: flags that must stay, too.
+        None for a number to come.
         """
         self.identity = {"method": method, "config": dataclasses.asdict(config), "data": fingerprint,
                          "args": vars(self.args)}
         self.parts, self.values = parts, values
-        state = load_run(self.args.out, self.identity, fixed, **parts) if self.args.resume else {}
+        state = load_run(self.args.out, self.identity, self.fixed, **parts) if self.args.resume else {}
         for name, first in values.items() if state else ():
             if type(state.get(name, state)) not in (type(first), int if first is None else None):
                 raise ValueError(f"--resume: the checkpoint in {self.args.out} has no {name}; use another")

@@ -23,8 +23,6 @@ import os
 import re
 import shlex
 import shutil
-import signal
-import sys
 import time
 import urllib.error
 import urllib.parse
@@ -449,7 +447,6 @@ if __name__ == "__main__":
                         help="where the files go (%(default)s)")
     parser.add_argument("--check", action="store_true", help="only verify: no network, nothing written")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the next run resumes what is in partial
     with training.user_errors():
         names = source_names(args.names)
         if not names:
