@@ -2,6 +2,7 @@
 
     python -m tools.table                  of out/finetune; writes table.md and table.csv there, too
     python -m tools.table out/mine
+    python -m tools.table --results        of results/: the tables of our experiments, in the documents
 
 results/paper.csv holds the papers' numbers and their caveats. A column of ours is one setup (--init, mode and
 whatever differs between runs of a task); a row is one task with one metric.
@@ -21,6 +22,7 @@ from scipy import stats
 
 import data
 import finetune
+from tools import evidence
 
 PAPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "results", "paper.csv")
 METRICS = {"mcc": "MCC", "acc": "accuracy", "f1_macro": "macro F1", "f1_binary": "binary F1",
@@ -283,5 +285,7 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=training.file_name, nargs="?", default="out/finetune", metavar="OUT",
                         help="folder of results.jsonl (%(default)s)")
+    parser.add_argument("--results", action="store_true", help="write the tables of our experiments anew")
     with training.user_errors():
-        write_table(parser.parse_args().out)
+        args = parser.parse_args()
+        evidence.write_results() if args.results else write_table(args.out)

@@ -1,0 +1,90 @@
+"""The tables of our experiments: numbers worked out by hand; the documents hold what the rows give."""
+import json
+import os
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tools import evidence
+
+
+def write_experiment(root, scores):
+    """results/toy.jsonl of {(init, task, network): [scores]} and a comparison of two arms."""
+    rows = [{"init": init, "task": task, "shots": None, "mode": "probe", "stride": 1, "score": score,
+             "overrides": {"eval_network": network} if network else {}}
+            for (init, task, network), values in scores.items() for score in values]
+    (root / "results").mkdir()
+    (root / "results/toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (root / "results/comparisons.csv").write_text(
+        "experiment,mode,a,b,primary\ntoy,probe,\"long, teacher\",short,1\ntoy,probe,short,5-mers,\n")
+
+
+def checkpoint(arm, seed):
+    return f"out/toy/{arm}/{seed}/last.pt"
+
+
+def test_scores_and_differences_by_hand(tmp_path):
+    """Runs of a checkpoint are averaged; a seed without partner is left out; 5-mers have no seed."""
+    write_experiment(tmp_path, {
+        (checkpoint("long", 1), "emp/H3", "teacher"): [0.5, 0.7],
+        (checkpoint("long", 2), "emp/H3", "teacher"): [0.8],
+        (checkpoint("long", 1), "emp/H4", "teacher"): [0.2],
+        (checkpoint("long", 2), "emp/H4", "teacher"): [0.3],
+        (checkpoint("short", 1), "emp/H3", None): [0.4], (checkpoint("short", 2), "emp/H3", None): [0.1],
+        (checkpoint("short", 3), "emp/H3", None): [0.9],
+        (checkpoint("short", 1), "emp/H4", None): [0.25], (checkpoint("short", 2), "emp/H4", None): [0.1],
+        ("random:" + checkpoint("short", 1), "emp/H4", None): [0.0], ("kmer", "emp/H4", None): [0.35]})
+    scores = evidence.read_scores("toy", tmp_path)
+    assert set(scores) == {("probe", arm) for arm in ("long, teacher", "short", "random weights", "5-mers")}
+    tasks, gaps = evidence.differences(scores["probe", "long, teacher"], scores["probe", "short"])
+    assert tasks == ["emp/H3", "emp/H4"]
+    np.testing.assert_allclose(gaps, [[20, 70], [-5, 20]])
+    tasks, gaps = evidence.differences(scores["probe", "short"], scores["probe", "5-mers"])
+    assert tasks == ["emp/H4"]
+    np.testing.assert_allclose(gaps, [[-10, -25]])
+    table = {row[0]: row[1:] for row in evidence.score_rows("toy", "probe", tmp_path)}
+    assert table["set"] == ["long, teacher", "short", "random weights", "5-mers"]
+    assert table["emp/H3"] == ["70.0 ± 14.1 (2)", "46.7 ± 40.4 (3)", "", ""]
+    assert table["mean of the 1 in all"] == ["25.0", "17.5", "0.0", "35.0"]
+
+
+def test_interval_equals_a_literal_bootstrap():
+    gaps = np.random.default_rng(5).normal(1, 2, (4, 3))
+    rng, means = np.random.default_rng(0), []
+    tasks, seeds = rng.integers(4, size=(500, 4, 1)), rng.integers(3, size=(500, 1, 3))
+    for draw in range(500):
+        means.append(np.mean([gaps[t, s] for t in tasks[draw, :, 0] for s in seeds[draw, 0]]))
+    np.testing.assert_allclose(evidence.interval(gaps, draws=500), np.percentile(means, [2.5, 97.5]))
+
+
+def test_interval_covers_the_mean():
+    """Sets and seeds vary: about 95 of 100 intervals hold the true difference."""
+    rng = np.random.default_rng(1)
+    held = 0
+    for _ in range(200):
+        gaps = 3 + rng.normal(0, 2, (12, 1)) + rng.normal(0, 1, (1, 8)) + rng.normal(0, 1, (12, 8))
+        low, high = evidence.interval(gaps, draws=500)
+        held += low <= 3 <= high
+    assert 170 <= held <= 199
+
+
+def test_p_values_are_scipys():
+    gaps = np.array([[1.0, 2], [3, 5], [-1, 0], [2, 2], [4, 1], [0.5, 3]])
+    p_sets, p_seeds = evidence.p_values(gaps)
+    assert p_sets == pytest.approx(2 * 2 / 64)               # ranks of -: 1, one of 64 sign patterns is lower
+    assert p_seeds == pytest.approx(stats.ttest_rel([9.5 / 6, 13 / 6], [0, 0]).pvalue)
+
+
+@pytest.mark.parametrize("low, high, p, expected", [
+    (0.5, 3, 0.01, "held"), (0.5, 3, 0.06, "cannot tell"), (-1, 3, 0.01, "cannot tell"),
+    (-2, 0.9, 0.5, "not held"), (-3, -1, 0.01, "not held")])
+def test_verdict(low, high, p, expected):
+    assert evidence.verdict(low, high, p) == expected
+
+
+def test_documents_hold_the_tables_of_the_rows():
+    for document in evidence.DOCUMENTS:
+        with open(os.path.join(evidence.ROOT, document), encoding="utf-8") as f:
+            text = f.read()
+        assert evidence.fill(text) == text, f"{document}: run python -m tools.table --results"

@@ -1,0 +1,172 @@
+"""The tables of our experiments: made from the rows in results/, written between marks in the documents.
+
+    python -m tools.table --results
+
+An experiment NAME has results/NAME.jsonl (rows of finetune.py), results/NAME.pretraining.jsonl (last rows of
+log.jsonl) and its lines in results/comparisons.csv. Its checkpoints are out/NAME/ARM/SEED/last.pt. A
+document says which table stands where: "<!-- rows: NAME scores probe -->", the table, "<!-- end -->".
+"""
+import csv
+import json
+import os
+import re
+import warnings
+
+import numpy as np
+from scipy import stats
+
+import data
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+DOCUMENTS = "results/README.md", "docs/results.md", "README.md"
+TABLE = re.compile(r"(<!-- rows: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
+CHECKPOINT = re.compile(r"(random:)?out/\w+/([\w.-]+)/(\d+)/last\.pt")
+DRAWS = 10_000                                               # of the bootstrap
+
+
+def read_rows(path):
+    """Rows of a JSON lines file, as dicts."""
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f]
+
+
+def arm_of(row):
+    """(arm, seed of its pretraining) of a row of finetune.py; seed None where nothing was pretrained."""
+    found = CHECKPOINT.fullmatch(row["init"])
+    if not found:
+        return {"kmer": "5-mers"}.get(row["init"], row["init"]), None
+    random, arm, seed = found.groups()
+    arm = "random weights" if random else arm
+    network = row["overrides"].get("eval_network") if not random else None
+    return ", ".join(filter(None, [arm, network, "non-overlapping" if row["stride"] > 1 else ""])), int(seed)
+
+
+def read_scores(name, root=ROOT):
+    """{(mode, arm): {task: {seed of the pretraining: [100 x score, one per run]}}} of an experiment."""
+    scores = {}
+    for row in read_rows(os.path.join(root, "results", f"{name}.jsonl")):
+        arm, seed = arm_of(row)
+        task = f"{row['task']} {row['shots']}-shot" if row["shots"] else row["task"]
+        runs = scores.setdefault((row["mode"], arm), {}).setdefault(task, {}).setdefault(seed, [])
+        runs.append(np.nan if row["score"] is None else 100 * row["score"])
+    return scores
+
+
+def differences(x, y):
+    """Arm x minus arm y, each {task: {seed: runs}} -> tasks, array (tasks, seeds): paired by pretraining
+    seed, means over runs. An arm without pretraining seeds is the same for all seeds of the other."""
+    tasks = [task for task in data.TASKS if task in x and task in y]
+    tasks += sorted(task for task in x if task in y and task not in tasks)
+    held = [set(arm[task]) for arm in (x, y) for task in tasks if None not in arm[task]]
+    seeds = sorted(set.intersection(*held)) if held else [None]
+
+    def value(runs, seed):
+        return np.mean(runs[seed if seed in runs else None])
+    return tasks, np.array([[value(x[t], s) - value(y[t], s) for s in seeds] for t in tasks])
+
+
+def interval(gaps, draws=DRAWS):
+    """95 % interval of the mean of gaps (tasks, seeds): both are drawn anew, with replacement."""
+    rng = np.random.default_rng(0)
+    tasks = rng.integers(gaps.shape[0], size=(draws, gaps.shape[0], 1))
+    seeds = rng.integers(gaps.shape[1], size=(draws, 1, gaps.shape[1]))
+    return np.percentile(gaps[tasks, seeds].mean((1, 2)), [2.5, 97.5])
+
+
+def p_values(gaps):
+    """Two-sided p of gaps (tasks, seeds): Wilcoxon's over means of tasks, paired t over means of seeds."""
+    with warnings.catch_warnings():                          # too few values give nan, which is printed
+        warnings.simplefilter("ignore")
+        tasks, seeds = gaps.mean(1), gaps.mean(0)
+        over_tasks = stats.wilcoxon(np.round(tasks, 8)).pvalue if len(tasks) > 1 and tasks.any() else np.nan
+        return over_tasks, stats.ttest_1samp(seeds, 0).pvalue if len(seeds) > 1 else np.nan
+
+
+def verdict(low, high, p):
+    """The rule of results/PLAN.md for the claim that an arm is better than another."""
+    return "held" if low > 0 and p < 0.05 else "not held" if high < 1 else "cannot tell"
+
+
+def comparison_rows(name, root=ROOT):
+    """Cells of the table of an experiment's comparisons; the primary one is bold."""
+    rows = [["claim", "mode", "sets", "seeds", "difference [95 %]", "p, sets", "p, seeds", "verdict"]]
+    scores = read_scores(name, root)
+    with open(os.path.join(root, "results", "comparisons.csv"), newline="", encoding="utf-8") as f:
+        lines = [line for line in csv.DictReader(f) if line["experiment"] == name]
+    for line in lines:
+        missing = [arm for arm in (line["a"], line["b"]) if (line["mode"], arm) not in scores]
+        claim = f"{line['a']} > {line['b']}"
+        claim = f"**{claim}**" if line["primary"] else claim
+        if missing:
+            rows.append([claim, line["mode"], *[""] * 5, "not run"])
+            continue
+        tasks, gaps = differences(*[scores[line["mode"], line[arm]] for arm in "ab"])
+        (low, high), (p, p_seeds) = interval(gaps), p_values(gaps)
+        rows.append([claim, line["mode"], str(gaps.shape[0]), str(gaps.shape[1]),
+                     f"{gaps.mean():+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.2g}", f"{p_seeds:.2g}",
+                     verdict(low, high, p)])
+    return rows
+
+
+def spread(values):
+    """Mean ± sd (n) of numbers."""
+    sd = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.1f}{sd} ({len(values)})"
+
+
+def score_rows(name, mode, root=ROOT):
+    """Cells of the table of scores in a mode: mean ± sd over pretraining seeds (their number)."""
+    arms = {arm: tasks for (of, arm), tasks in read_scores(name, root).items() if of == mode}
+    tasks = dict.fromkeys(task for tasks in arms.values() for task in tasks)
+    means = {arm: {t: [np.mean(runs) for runs in seeds.values()] for t, seeds in found.items()}
+             for arm, found in arms.items()}
+    rows = [["set", *arms]]
+    for task in tasks:
+        rows.append([task, *[spread(means[arm][task]) if task in means[arm] else "" for arm in arms]])
+    common = [task for task in tasks if all(task in means[arm] for arm in arms)]
+    last = [np.mean([np.mean(means[arm][task]) for task in common]) for arm in arms] if common else []
+    return rows + [[f"mean of the {len(common)} in all", *[f"{mean:.1f}" for mean in last]]]
+
+
+def pretraining_rows(name, *columns, root=ROOT):
+    """Cells of the table of pretraining runs: last values of columns of log.jsonl, mean ± sd (n)."""
+    arms = {}
+    for row in read_rows(os.path.join(root, "results", f"{name}.pretraining.jsonl")):
+        arms.setdefault(row["arm"], []).append(row)
+    rows = [["arm", "steps", *columns]]
+    for arm, runs in arms.items():
+        rows.append([arm, f"{runs[0]['step']:,}"])
+        for column in columns:
+            values = np.array([run[column] for run in runs if run.get(column) is not None])
+            sd = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
+            rows[-1].append(f"{values.mean():.3f}{sd} ({len(values)})" if len(values) else "")
+    return rows
+
+
+def markdown(rows):
+    """Rows of cells, the first one is the header -> lines of a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
+
+
+def fill(text, root=ROOT):
+    """A document with the tables between its marks made anew."""
+    kinds = {"scores": score_rows, "comparisons": comparison_rows, "pretraining": pretraining_rows}
+
+    def table(found):
+        name, kind, *words = found[2].split()
+        return found[1] + markdown(kinds[kind](name, *words, root=root)) + found[3]
+    return TABLE.sub(table, text)
+
+
+def write_results(root=ROOT):
+    """Writes the tables of all documents anew; prints the comparisons."""
+    for document in DOCUMENTS:
+        path = os.path.join(root, document)
+        with open(path, encoding="utf-8") as f:
+            old = f.read()
+        new = fill(old, root)
+        if new != old:
+            with data.new_path(path, replace=True) as f:
+                f.write(new.encode())
+        print(f"{document}: {len(TABLE.findall(new))} tables, {'changed' if new != old else 'as they were'}")
