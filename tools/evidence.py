@@ -1,12 +1,14 @@
 """The tables of our experiments: made from the rows in results/, written between marks in the documents.
 
-    python -m tools.table --results
+    python -m tools.table --results                          the tables anew, from the rows that are there
+    python -m tools.table --results out/findna               first collects the rows of this experiment
 
 An experiment NAME has results/NAME.jsonl (rows of finetune.py), results/NAME.pretraining.jsonl (last rows of
 log.jsonl) and its lines in results/comparisons.csv. Its checkpoints are out/NAME/ARM/SEED/last.pt. A
 document says which table stands where: "<!-- rows: NAME scores probe -->", the table, "<!-- end -->".
 """
 import csv
+import glob
 import json
 import os
 import re
@@ -20,7 +22,7 @@ import data
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DOCUMENTS = "results/README.md", "docs/results.md", "README.md"
 TABLE = re.compile(r"(<!-- rows: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
-CHECKPOINT = re.compile(r"(random:)?out/\w+/([\w.-]+)/(\d+)/last\.pt")
+CHECKPOINT = re.compile(r"(random:)?out/[^/]+/([^/]+)/(\d+)/last\.pt")
 DRAWS = 10_000                                               # of the bootstrap
 
 
@@ -159,8 +161,27 @@ def fill(text, root=ROOT):
     return TABLE.sub(table, text)
 
 
-def write_results(root=ROOT):
-    """Writes the tables of all documents anew; prints the comparisons."""
+def write_rows(path, rows):
+    """Writes dicts as a JSON lines file, whole."""
+    with data.new_path(path, replace=True) as f:
+        f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def collect(out, root=ROOT):
+    """Copies the rows of an experiment's folder into results/: its scores, and how each pretraining ended."""
+    target, ends = os.path.join(root, "results", os.path.basename(os.path.normpath(out))), []
+    write_rows(f"{target}.jsonl", read_rows(os.path.join(out, "scores", "results.jsonl")))
+    for log in sorted(glob.glob(os.path.join(glob.escape(out), "*", "*", "log.jsonl"))):
+        arm, seed = log.split(os.sep)[-3:-1]
+        ends.append({"arm": arm, "seed": int(seed)} | read_rows(log)[-1])
+    write_rows(f"{target}.pretraining.jsonl", ends)
+    print(f"{out}: {len(ends)} pretraining runs")
+
+
+def write_results(outs=(), root=ROOT):
+    """Collects the rows of experiments' folders, then writes the tables of all documents anew."""
+    for out in outs:
+        collect(out, root)
     for document in DOCUMENTS:
         path = os.path.join(root, document)
         with open(path, encoding="utf-8") as f:

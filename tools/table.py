@@ -285,7 +285,8 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=training.file_name, nargs="?", default="out/finetune", metavar="OUT",
                         help="folder of results.jsonl (%(default)s)")
-    parser.add_argument("--results", action="store_true", help="write the tables of our experiments anew")
+    parser.add_argument("--results", type=training.file_name, nargs="*", metavar="OUT",
+                        help="write our experiments' tables anew, after collecting the rows of these folders")
     with training.user_errors():
         args = parser.parse_args()
-        evidence.write_results() if args.results else write_table(args.out)
+        write_table(args.out) if args.results is None else evidence.write_results(args.results)

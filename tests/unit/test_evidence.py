@@ -83,6 +83,24 @@ def test_verdict(low, high, p, expected):
     assert evidence.verdict(low, high, p) == expected
 
 
+def test_collect(tmp_path):
+    """The last row of each log, with its arm and seed; the rows of the scores as they are."""
+    out = tmp_path / "out/toy"
+    for arm, seed, acc in ("long", 2, 0.5), ("long", 11, 0.25), ("short", 2, 0.75):
+        (out / arm / str(seed)).mkdir(parents=True)
+        rows = f'{{"step": 1}}\n{{"step": 9000, "val_acc": {acc}}}\n'
+        (out / arm / str(seed) / "log.jsonl").write_text(rows)
+    (out / "scores").mkdir()
+    (out / "scores/results.jsonl").write_text('{"id": "1"}\n')
+    (tmp_path / "results").mkdir()
+    evidence.collect(str(out), tmp_path)
+    assert evidence.read_rows(tmp_path / "results/toy.jsonl") == [{"id": "1"}]
+    assert evidence.read_rows(tmp_path / "results/toy.pretraining.jsonl")[0] == {
+        "arm": "long", "seed": 11, "step": 9000, "val_acc": 0.25}
+    assert evidence.pretraining_rows("toy", "val_acc", root=tmp_path) == [
+        ["arm", "steps", "val_acc"], ["long", "9,000", "0.375 ± 0.177 (2)"], ["short", "9,000", "0.750 (1)"]]
+
+
 def test_documents_hold_the_tables_of_the_rows():
     for document in evidence.DOCUMENTS:
         with open(os.path.join(evidence.ROOT, document), encoding="utf-8") as f:
