@@ -6,12 +6,12 @@ sets="tf_m/0 tf_m/1 tf_h/2 tf_h/4 cpd/tata cpd/all pd/all emp/H3 emp/H3K36me3 ss
 
 pretrain() {                                    # ARM SEED FLAGS
     run=out/findna/$1/$2; arm=$1; seed=$2; shift 2
-    grep -q '"step": STEPS_C,' $run/log.jsonl 2> /dev/null && return
+    grep -q '"step": 6000,' $run/log.jsonl 2> /dev/null && return
     [ ! -e $run/last.pt ] || { python findna.py --resume --out $run; return; }
     rm -rf $run
     python findna.py --genome data/human_regions.fa.gz --cache out/findna/cache --out $run --seed $seed \
         --length 64 --n_layer 1 --track_size 6 --hidden 96 --lr 5e-3 --batch_size 32 --micro_batch_size 32 \
-        --steps STEPS_C --log_every 500 --eval_every 2500 "$@"
+        --steps 6000 --log_every 500 --eval_every 2500 "$@"
 }
 
 evaluate() {                                    # ARM SEED FLAGS
@@ -27,7 +27,7 @@ for seed in 11 12 13 14 15; do
     pretrain mnm $seed --objective mnm
     pretrain cl $seed --objective cl
     for network in teacher student; do probe findna $seed $network; done
-    probe mnm $seed student
+    probe mnm $seed
     probe cl $seed teacher
     random=random: probe findna $seed
 done
@@ -41,6 +41,6 @@ for seed in 11 12 13; do
 done
 for seed in 11 12 13 14 15; do
     tune findna $seed teacher
-    tune mnm $seed student
+    tune mnm $seed
     random=random: tune findna $seed
 done
