@@ -449,6 +449,42 @@ MODULES = {                                                  # ours: in transfor
     "pooler": ["bert.pooler.dense"], "out": ["classifier"]}
 
 
+def kmer_normalizer(k, stride):
+    """Rules (regex, text) of a tokenizer.json that turn DNA, also of k-mers between blanks, into its k-mers.
+
+    Each base (upper case) is followed by copies (lower case) of the k - 1 bases behind it: ACGT with k = 3
+    becomes AcgCgtGtT. What is shorter than k, or between two strides, is removed; blanks part the rest.
+    """
+    base, copy, upper = "[ACGTN]", "[acgtn]", [(letter.lower(), letter) for letter in "ACGTN"]
+    rules = [*upper, (r"[^\sACGTN]", "N")]
+    for ahead in range(k - 1):                               # before the next base: what stands ahead
+        rules += [(f"(?<=[A-Za-z])(?=(?:{base}{copy}*){{{ahead}}}{letter})", low) for low, letter in upper]
+    whole = f"{base}{copy}{{{k - 1}}}"
+    rules += [(f"{base}{copy}{{0,{k - 2}}}(?!{copy})", "")] if k > 1 else []
+    rules += [(rf"{whole}\K(?:{whole}){{1,{stride - 1}}}", "")] if stride > 1 else []
+    return [*rules, (f"(?={base})", " "), *upper]
+
+
+def kmer_tokenizer(k, stride):
+    """tokenizer.json of the package tokenizers: DNA -> [CLS], its k-mers in our order, [SEP]; pairs, too."""
+    words = vocabulary(k)
+    single = [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+              {"SpecialToken": {"id": "[SEP]", "type_id": 0}}]
+    second = [{"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": "[SEP]", "type_id": 1}}]
+    return {
+        "version": "1.0", "truncation": None, "padding": None, "decoder": None,
+        "added_tokens": [{"id": i, "content": word, "special": True, "normalized": False, "lstrip": False,
+                          "rstrip": False, "single_word": False} for i, word in enumerate(words[:5])],
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Replace", "pattern": {"Regex": pattern}, "content": text}
+            for pattern, text in kmer_normalizer(k, stride)]},
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": {"type": "WordLevel", "unk_token": "[UNK]", "vocab": {w: i for i, w in enumerate(words)}},
+        "post_processor": {
+            "type": "TemplateProcessing", "single": single, "pair": single + second, "special_tokens": {
+                word: {"id": word, "ids": [i], "tokens": [word]} for i, word in enumerate(words[:5])}}}
+
+
 def stock_names(name):
     """Our parameter name, of a Bert or a classifier -> its names in transformers."""
     if name.endswith("head_bias"):
@@ -489,7 +525,7 @@ def save_folder(folder, tensors, files):
 
 
 def save_hf(model, folder, classes=(), regression=False, card="", stride=1):
-    """Writes a folder that transformers loads; the tokenizer takes upper-case k-mers between blanks.
+    """Writes a folder that transformers loads; its tokenizer takes DNA, or k-mers between blanks.
 
     model: a Bert, exported with the identity as its (untrained) pooler; or a classifier with .bert, .pooler
     and .out, and the names of its outputs in classes. stride: bases from one k-mer to the next, which load_hf
@@ -511,8 +547,10 @@ def save_hf(model, folder, classes=(), regression=False, card="", stride=1):
     else:
         tensors |= {"bert.pooler.dense.weight": torch.eye(c.n_embd),
                     "bert.pooler.dense.bias": torch.zeros(c.n_embd)}
-    tokenizer = {"tokenizer_class": "BertTokenizer", "do_lower_case": False, "model_max_length": c.block_size}
+    words = {f"{word[1:-1].lower()}_token": word for word in vocabulary(1)[:5]}
+    tokenizer = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": c.block_size} | words
     files = {"config.json": config, "tokenizer_config.json": tokenizer,
+             "tokenizer.json": kmer_tokenizer(c.k, stride),
              "vocab.txt": "".join(f"{word}\n" for word in vocabulary(c.k))}
     if card:
         files["README.md"] = card

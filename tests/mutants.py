@@ -143,6 +143,8 @@ MUTANTS += mutants("models.py", [UNIT["models"]], {
     "padding is attended where dropout is": ('masked_fill(~mask, float("-inf"))', "masked_fill(~mask, -1.0)"),
     "positions start at 1": ("self.pos_emb.weight[:T]", "self.pos_emb.weight[-T:]"),
     "LayerNorm eps of torch": ("EPS = 1e-12", "EPS = 1e-5"),
+    "an export skips by another stride": ("{{1,{stride - 1}}}", "{{1,{stride}}}"),
+    "an export passes N over": ('"[ACGTN]", "[acgtn]", [(letter', '"[ACGT]", "[acgtn]", [(letter'),
     "rotates the other way": ("(at + shift) % length", "(at - shift) % length", [UNIT["findna"]])})
 
 MUTANTS += mutants("training.py", [GOLDEN], {
@@ -250,6 +252,12 @@ MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "pooled or common or 
                                  "runs.setdefault(tuple(run[part] for part in PARTS), run)"),
     "an own dev is not of train": ('rows["dev"] if "dev is" in share else 0', "0"),
     "mean over the sets that some have": ("len(row) and row.all()", "len(row) and row.any()")})
+MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
+    "runs of a checkpoint are not averaged": ("np.mean(runs[seed if seed in runs else None])",
+                                              "runs[seed if seed in runs else None][0]"),
+    "the same seeds in each draw": ("size=(draws, 1, gaps.shape[1])", "size=(1, 1, gaps.shape[1])"),
+    "p over all cells": ("gaps.mean(1), gaps.mean(0)", "gaps.ravel(), gaps.mean(0)"),
+    "the first row of a log": ("read_rows(log)[-1]", "read_rows(log)[0]")})
 MUTANTS += mutants("tests/conftest.py", [UNIT["campaign"]], {
     "cases are credited without counting": ("int(report.passed and n == 1)", "n"),
     "cases may be missing": ("report.passed and counted != n", "False")})

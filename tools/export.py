@@ -1,7 +1,8 @@
 """Export a model for others, with a model card: a Bert in the Hugging Face layout, a FinDNA as safetensors.
 
     python -m tools.export my-dna-bert --init out/randommask/last.pt
-    python -m tools.export my-classifier --init out/finetune/csv_my/randommask.pt
+    python -m tools.export tata --init out/finetune/csv_my/randommask.pt --license mit --hub_id me/tata
+    hf upload me/tata tata                                   publishes it (package huggingface_hub)
 
 Needs safetensors.
 """
@@ -18,8 +19,7 @@ import finetune
 import models
 
 CARD = """---
-tags: [biology, genomics, dna]
-library_name: {library}
+{facts}
 ---
 # {title}
 
@@ -51,9 +51,8 @@ Cite {cite}, and nanoDNA.
 """
 USE_BERT = """from transformers import {auto}, AutoTokenizer
 model, tokenizer = {auto}.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
-dna = "ACGTTGCAACGTTGCA"
-words = " ".join(dna[i:i + {k}] for i in range(0, len(dna) - {k} + 1, {stride}))
-print(model(**tokenizer(words, return_tensors="pt")).logits.shape)"""
+dna = "ACGTTGCAACGTTGCA"                                   # the tokenizer makes the {k}-mers
+print(model(**tokenizer(dna, return_tensors="pt")).logits.shape)"""
 USE_MIXER = """import json, torch                                    # with nanoDNA's data.py and models.py
 from safetensors.torch import load_file
 import data, models
@@ -104,15 +103,24 @@ def without_paths(value):
     return value
 
 
-def model_card(state, spec, folder, numbers, use):
-    """README.md of an export. state: the checkpoint; numbers: scores or losses; use: from use_bert, ..."""
+def card_facts(spec, library, hub):
+    """The lines of the card that a model hub reads."""
+    kind = "text-classification" if "classes" in spec else "fill-mask"
+    facts = {"license": hub.get("license"), "base_model": hub.get("base_model"), "library_name": library,
+             "pipeline_tag": kind if library == "transformers" else "", "tags": "[biology, genomics, dna]"}
+    return "\n".join(f"{name}: {value}" for name, value in facts.items() if value)
+
+
+def model_card(state, spec, folder, hub, use):
+    """README.md of an export. state: the checkpoint, with its scores or losses; use: of use_bert, ..."""
     library, tokens, snippet = use
+    folder, numbers = without_paths(folder), state["numbers"]
     return CARD.format(
-        library=library, title=os.path.basename(folder.rstrip("/")), tokens=tokens,
+        facts=card_facts(spec, library, hub), title=os.path.basename(folder.rstrip("/")), tokens=tokens,
         what=f"A model of {', '.join(spec['classes'])}." if "classes" in spec else "A pretrained DNA model.",
         method=state["method"], step=state["step"], data=state["data"],
         numbers=json.dumps(without_paths(numbers)) if numbers else "none recorded",
-        use=snippet.replace("FOLDER", without_paths(folder)),
+        use=snippet.replace("FOLDER", library == "transformers" and hub.get("hub_id") or folder),
         args=json.dumps(without_paths(state["args"]), indent=1),
         cite=CITE.get(state["method"], "the model's own paper"))
 
@@ -120,8 +128,8 @@ def model_card(state, spec, folder, numbers, use):
 def use_bert(spec):
     """(library, tokens, Python snippet) for the card."""
     auto = "AutoModelForSequenceClassification" if "classes" in spec else "AutoModelForMaskedLM"
-    return ("transformers", f"{spec['k']}-mers, stride {spec['stride']}, upper case, separated by blanks",
-            USE_BERT.format(auto=auto, k=spec["k"], stride=spec["stride"]))
+    tokens = f"{spec['k']}-mers, stride {spec['stride']}"
+    return "transformers", tokens, USE_BERT.format(auto=auto, k=spec["k"])
 
 
 def use_mixer(spec):
@@ -147,8 +155,8 @@ def write_mixer(net, folder, card):
 EXPORTS = {"bert": (use_bert, write_bert), "mixer": (use_mixer, write_mixer)}  # by kind of network
 
 
-def export(folder, init, eval_network=None):
-    """Writes a folder with the weights of --init and a model card."""
+def export(folder, init, eval_network=None, **hub):
+    """Writes a folder with the weights of --init and a model card. hub: license, base_model, hub_id."""
     net = finetune.load_model(init, eval_network=eval_network).net
     if net.spec["kind"] not in EXPORTS:
         raise ValueError(f"--init {init}: a {net.spec['kind']} is not exported; use a Bert or a ChordMixer")
@@ -156,10 +164,19 @@ def export(folder, init, eval_network=None):
     state = {"method": "hf", "step": "unknown", "data": "unknown", "args": {"init": init}}
     if not init.startswith(("hf:", "findna:")):
         state = training.load(init)
-    card = model_card(state, net.spec, folder, recorded(init, state), use(net.spec))
+    card = model_card(state | {"numbers": recorded(init, state)}, net.spec, folder, hub, use(net.spec))
     with data.new_path(folder, folder=True) as new:
         write(net, new, card)
-    print(f"{init} -> {folder}")
+    print(f"{init} -> {folder}" + ("" if hub.get("license") else "; its card states no licence (--license)"))
+
+
+def matching(pattern, example):
+    """argparse type: text of this pattern."""
+    def check(text):
+        if not re.fullmatch(pattern, text):
+            raise argparse.ArgumentTypeError(f"expected {example}, got {data.quoted(text)}")
+        return text
+    return check
 
 
 if __name__ == "__main__":
@@ -169,6 +186,10 @@ if __name__ == "__main__":
     parser.add_argument("--init", type=file_name, required=True, help="checkpoint, or hf:FOLDER")
     parser.add_argument("--eval_network", choices=("teacher", "student"),
                         help="FinDNA: network to export (teacher if there)")
+    parser.add_argument("--license", type=matching(r"[a-z0-9.+-]+", "one such as mit or apache-2.0"),
+                        metavar="ID", help="for the card")
+    for name, what in ("--base_model", "what it was trained from"), ("--hub_id", "where it will be uploaded"):
+        parser.add_argument(name, type=matching(r"[\w.-]+/[\w.-]+", "USER/NAME"), metavar="USER/NAME",
+                            help=f"for the card: {what}")
     with training.user_errors():
-        args = parser.parse_args()
-        export(args.folder, args.init, args.eval_network)
+        export(**vars(parser.parse_args()))

@@ -138,7 +138,8 @@ def local_imports(path):
 
 def test_the_top_level_and_the_tools_are_as_designed():
     assert {path.stem for path in ROOT.glob("*.py")} == GROUND | METHODS | {"finetune"}
-    assert {path.stem for path in (ROOT / "tools").glob("*.py")} == TOOLS | {"__init__", "bench_gpu"}
+    helpers = {"__init__", "bench_gpu", "evidence"}
+    assert {path.stem for path in (ROOT / "tools").glob("*.py")} == TOOLS | helpers
 
 
 @pytest.mark.parametrize("name", sorted(GROUND))

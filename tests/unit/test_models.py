@@ -236,6 +236,24 @@ def test_export_loads_in_transformers(hf, tmp_path):
         models.save_hf(ours, folder)
 
 
+@pytest.mark.parametrize("k, stride", [(1, 1), (3, 1), (3, 2), (6, 1), (6, 4), (6, 6)])
+def test_the_exported_tokenizer_reads_dna(tmp_path, k, stride):
+    """DNA of any case, with N and IUPAC codes, gives the tokens of data.tokenize, and so do its k-mers."""
+    config = models.BertConfig(vocab_size=4 ** k + 5, block_size=64, n_layer=1, n_head=1, n_embd=4, n_inner=4)
+    models.save_hf(models.Bert(config), tmp_path / "export", stride=stride)
+    tokenizer, rng = AutoTokenizer.from_pretrained(tmp_path / "export"), np.random.default_rng(k)
+    for length in (0, k - 1, k, k + 1, k + stride, 60, 61, 300):
+        text = "".join(rng.choice(list("ACGTacgtNnRy"), length, p=[0.11] * 8 + [0.03] * 4))
+        wanted = data.tokenize([text], k, stride)[0].tolist()
+        assert tokenizer(text)["input_ids"] == wanted
+        words = [text[i:i + k].upper() for i in range(0, len(text) - k + 1, stride)]
+        assert tokenizer(" ".join(words))["input_ids"] == wanted
+    assert tokenizer.tokenize("ACGTTG"[:k] + " [MASK]") == ["ACGTTG"[:k], "[MASK]"]
+    batch = tokenizer(["ACGTTGCA", "ACGTTGCAACGT"], padding=True, return_tensors="pt")
+    equal(batch["input_ids"], data.tokenize(["ACGTTGCA", "ACGTTGCAACGT"], k, stride))
+    equal(batch["attention_mask"], (batch["input_ids"] != data.PAD).long())
+
+
 @pytest.mark.fault("Hugging Face folders")
 @pytest.mark.parametrize("case", cases("hf.json"), ids=lambda c: c["name"])
 def test_load_hf_refuses(hf, tmp_path, monkeypatch, case):
