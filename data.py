@@ -988,6 +988,14 @@ def rows_from(sequences, labels=None, notes=None, places=None):
                    ambiguous=(bases == 4) & ~is_n)
 
 
+def both_strands(rows):
+    """Return n Rows with their reverse complements behind: that of sequence i is sequence 2 n - 1 - i."""
+    join = torch.cat if torch.is_tensor(rows.bases) else np.concatenate
+    labels = None if rows.labels is None else np.concatenate([rows.labels, rows.labels[::-1]])
+    return rows._replace(bases=join([rows.bases, reverse_complement(rows.bases)]), labels=labels,
+                         offsets=np.concatenate([rows.offsets, 2 * len(rows.bases) - rows.offsets[-2::-1]]))
+
+
 def take_rows(rows, index):
     """Return the rows of an index array, in its order, with those notes that the base codes can tell."""
     lengths = np.diff(rows.offsets)[index]

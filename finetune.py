@@ -557,9 +557,9 @@ SPEC = {"kind": HEADS.__contains__, "n_out": is_size, "k": is_size, "length": is
         "classes": lambda x: type(x) in (list, tuple) and all(type(name) is str and name for name in x),
         "long": lambda x: x in ("chunk", "truncate"), "dtype": lambda x: x in ("float32", "bfloat16"),
         "pool": lambda x: x in ("mean", "cls", "both"), "head": lambda x: x in ("linear", "mlp"),
-        "binary": lambda x: type(x) is bool}
+        "binary": lambda x: type(x) is bool, "strands": lambda x: x in ("forward", "augment", "average")}
 DEFAULTS = {"long": "chunk", "dtype": "float32", "n_out": 1, "pool": "mean", "head": "linear",
-            "n_blocks": None}                                # what a spec may leave out
+            "n_blocks": None, "strands": "forward"}          # what a spec may leave out
 
 
 def build_net(spec, weights=None, seed=42):
@@ -726,14 +726,24 @@ def pieces(net, index, lengths, micro_batch_size):
 def apply(net, rows, micro_batch_size, function=None):
     """Outputs of the network, or of a function of its inputs (net.embed), in the order of rows: float32.
 
-    Sequences of similar length share a forward pass. InterruptedError after a stop signal.
+    Their means over both strands if the spec says average. Sequences of similar length share a forward pass.
+    InterruptedError after a stop signal.
     """
+    average = net.spec["strands"] == "average"
+    rows = data.both_strands(rows) if average else rows
     function, lengths = function or net, np.diff(rows.offsets)
     order = np.argsort(lengths, kind="stable")
     with torch.autocast(rows.bases.device.type, torch.bfloat16, enabled=net.spec["dtype"] == "bfloat16"):
         parts = [function(*net.inputs(rows, index)).float()
                  for index in training.until_stopped(pieces(net, order, lengths, micro_batch_size))]
-    return torch.cat(parts).cpu().numpy()[np.argsort(order)]
+    outputs = torch.cat(parts).cpu().numpy()[np.argsort(order)]
+    return mean_of_strands(outputs) if average else outputs
+
+
+def mean_of_strands(outputs):
+    """Means of what belongs to the sequences of data.both_strands, of n of them (n, ...)."""
+    n = len(outputs) // 2
+    return (outputs[:n] + outputs[n:][::-1]) / 2
 
 
 def texts(sequences):
@@ -786,7 +796,8 @@ class Model:
 
 
 def load_model(init, device="cpu", eval_network=None, **changes):
-    """A checkpoint, hf:FOLDER or findna:FILE -> Model. changes: pool, long, stride, dtype, where not None."""
+    """A checkpoint, hf:FOLDER or findna:FILE -> Model. changes, where not None: pool, long, stride, dtype,
+    strands ("average": means over both strands)."""
     spec, weights = read_network(init, eval_network)
     pool = changes.pop("pool", None)
     spec |= {name: value for name, value in {"dtype": "float32", **changes}.items() if value is not None}
@@ -844,6 +855,12 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
+def random_strands(index, n, seed, step):
+    """A batch of n sequences, each on a random strand of data.both_strands: a function of (seed, step)."""
+    other = np.random.default_rng((seed, step, 1)).random(len(index)) < 0.5
+    return np.where(other, 2 * n - 1 - index, index)
+
+
 def kmer_counts(rows):
     """Counts of the 5-mers without N: float32 (n, 1024)."""
     ids = data.kmer_tokens(torch.from_numpy(rows.bases)[None], KMER, 1)[0].numpy()
@@ -863,15 +880,22 @@ def fit_linear(train, labels, test, task):
     return outputs if outputs.ndim > 1 else np.stack([-outputs, outputs], 1) / 2
 
 
-def linear_outputs(net, parts, task, micro_batch_size, device):
-    """Outputs on test of a linear model on embeddings (probe) or, without a network, on k-mer counts."""
-    if net is None:
-        features = [kmer_counts(parts[split]) for split in ("train", "test")]
+def linear_outputs(net, parts, task, args, device):
+    """Outputs on test of a linear model on embeddings (probe) or, without a network, on k-mer counts.
+
+    --strands augment fits it on both strands of train; with average, its features are means over both.
+    """
+    train, test = parts["train"], parts["test"]
+    train = data.both_strands(train) if args.strands == "augment" else train
+    if net is None and args.strands == "average":
+        features = [mean_of_strands(kmer_counts(data.both_strands(rows))) for rows in (train, test)]
+    elif net is None:
+        features = [kmer_counts(rows) for rows in (train, test)]
     else:
         net.eval()
-        features = [apply(net, on_device(parts[split], device), micro_batch_size, net.embed)
-                    for split in ("train", "test")]
-    return fit_linear(features[0], parts["train"].labels, features[1], task)
+        features = [apply(net, on_device(rows, device), args.micro_batch_size, net.embed)
+                    for rows in (train, test)]
+    return fit_linear(features[0], train.labels, features[1], task)
 
 
 def loss_of(outputs, labels, reduction):
@@ -946,7 +970,8 @@ def fine_tune(net, parts, task, run, folder, args):
     """
     key, p, train, dev = run["args"], run["args"]["numbers"], parts["train"], parts["dev"]
     lengths, labels = np.diff(train.offsets), torch.from_numpy(train.labels).to(train.bases.device)
-    steps, per_epoch, warmup = get_schedule(p, len(labels))
+    n = len(labels) // (1 if net.spec["strands"] == "forward" else 2)          # else train holds both strands
+    steps, per_epoch, warmup = get_schedule(p, n)
     optimizer = training.make_optimizer(net, p["lr"], p["weight_decay"], BETAS, EPS)
     total, batches = torch.zeros(2, device=labels.device), None    # loss sum, sequences since an evaluation
     first, best = resume(folder, run, model=net, optimizer=optimizer, total=total)
@@ -975,11 +1000,12 @@ def fine_tune(net, parts, task, run, folder, args):
             break
         epoch, i = divmod(done, per_epoch)
         if i == 0 or batches is None:
-            batches = epoch_batches(lengths, p["batch_size"], key["seed"], epoch)
+            batches = epoch_batches(lengths[:n], p["batch_size"], key["seed"], epoch)
         done += 1
         training.seed(key["seed"], done)
         training.set_lr(optimizer, p["lr"] * SCHEDULES[p["schedule"]](done, steps, warmup))
-        total += train_batch(net, train, labels, batches[i], args.micro_batch_size)
+        index = batches[i] if n == len(labels) else random_strands(batches[i], n, key["seed"], done)
+        total += train_batch(net, train, labels, index, args.micro_batch_size)
         norm = training.scale_gradients(net, total.new_ones(()), p["grad_clip"])
         total[0] += 0 * norm                                 # stays NaN once a norm is not finite
         optimizer.step()
@@ -1091,6 +1117,7 @@ def complete(spec, key, args, task, longest):
     own = HEADS[kind].complete(given, args, longest) if kind in HEADS else {}
     if kind in own and dropout is not None:
         own[kind] = own[kind] | {"dropout": dropout}
+    own |= {"strands": args.strands} if args.strands else {}
     return {"kind": kind, "long": args.long or "chunk", "dtype": args.dtype, "n_out": len(task.classes)} | own
 
 
@@ -1153,6 +1180,8 @@ def tuned_outputs(net, parts, task, run, folder, args):
     device = next(net.parameters()).device
     if task.regression:
         parts, mean, sd = standardised(parts, task)
+    if net.spec["strands"] != "forward":
+        parts = parts | {"train": data.both_strands(parts["train"])}
     parts = {split: rows and on_device(rows, device, rows.labels) for split, rows in parts.items()}
     if args.compile:
         net.compile()
@@ -1253,7 +1282,7 @@ def run_one(task, splits, key, start, args, device):
                "args": key | {"micro_batch_size": args.micro_batch_size}}      # dropout depends on it
         outputs, result = tuned_outputs(net, parts, task, run, folder, args)
     else:
-        outputs, result = linear_outputs(net, parts, task, args.micro_batch_size, device), {}
+        outputs, result = linear_outputs(net, parts, task, args, device), {}
     row = {"id": identity} | key | score_run(outputs, parts, task, key["metric"], seen) | {
         "tested_on": tested_on, "rows": sizes, "counts": counts,
         "device": str(device), "stride": 1, "seconds": round(time.perf_counter() - began, 1)} | spec | result
@@ -1352,7 +1381,7 @@ def make_key(plan, task, start, digest, args):
         if task.regression and p["select"] == "score":
             p["select"] = "loss"                             # PCC ignores the scale
     head_flags = HEADS[start.spec["kind"]].FLAGS if start.spec["kind"] in HEADS else {}
-    flags |= {name: getattr(args, name) for name, default in head_flags.items()
+    flags |= {name: getattr(args, name) for name, default in (head_flags | {"strands": None}).items()
               if getattr(args, name) != default}
     return {"task": task.name, "shots": plan.shots, "seed": args.seed + plan.repeat, "init": start.name,
             "weights": start.digest, "mode": args.mode, "pool": args.pool if args.mode == "probe" else None,
@@ -1420,6 +1449,8 @@ def add_protocol_flags(parser):
     add("--seed", type=number(int, 0, 2 ** 31), default=42, help="seed of the first repeat (%(default)s)")
     add("--shots", type=positive, nargs="+", help="few-shot: rows per class (10)")
     add("--long", choices=("chunk", "truncate"), help="longer than block_size: windows, or cut (chunk)")
+    add("--strands", choices=("augment", "average"),
+        help="augment: train on both strands; average: and predict the mean over both (default: as given)")
     add = parser.add_argument_group("optimization (default: the protocol's)").add_argument
     add("--batch_size", type=positive, help="sequences per step")
     add("--lr", type=number(float, 1e-30), help="peak learning rate")

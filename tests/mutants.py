@@ -24,7 +24,7 @@ LIMIT = 600                                                  # seconds for the t
 GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.py"
 UNIT = {name: f"tests/unit/test_{name}.py" for name in (
     "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules", "models",
-    "randommask", "table", "tools")}
+    "randommask", "strands", "table", "tools")}
 Mutant = namedtuple("Mutant", "file what old new tests")
 
 
@@ -252,6 +252,12 @@ MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "pooled or common or 
                                  "runs.setdefault(tuple(run[part] for part in PARTS), run)"),
     "an own dev is not of train": ('rows["dev"] if "dev is" in share else 0', "0"),
     "mean over the sets that some have": ("len(row) and row.all()", "len(row) and row.any()")})
+MUTANTS += mutants("finetune.py", [UNIT["strands"]], {
+    "the other strand of another sequence": ("2 * n - 1 - index, index", "n + index, index"),
+    "the same strand in each epoch": ("default_rng((seed, step, 1))", "default_rng((seed, 1))"),
+    "strands average other sequences": ("outputs[n:][::-1]) / 2", "outputs[n:]) / 2"),
+    "dev on one strand": ('rows = data.both_strands(rows) if average else rows\n    function',
+                          "average = False\n    function")})
 MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
     "runs of a checkpoint are not averaged": ("np.mean(runs[seed if seed in runs else None])",
                                               "runs[seed if seed in runs else None][0]"),

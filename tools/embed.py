@@ -26,6 +26,8 @@ NAMED = 10                                                   # names that are pr
 @torch.no_grad()
 def per_base(net, rows, micro_batch_size):
     """Embedding of every base of rows (bases, C): the mean of the hidden states that cover it."""
+    average = net.spec["strands"] == "average"
+    rows = data.both_strands(rows) if average else rows
     total, lengths = torch.zeros(len(rows.bases), net.out.in_features), np.diff(rows.offsets)
     count = torch.zeros(len(rows.bases), 1)
     for index in finetune.pieces(net, np.arange(len(lengths)), lengths, micro_batch_size):
@@ -33,7 +35,8 @@ def per_base(net, rows, micro_batch_size):
         for at in covered.T:
             total.index_add_(0, at, states)
             count.index_add_(0, at, torch.ones(len(at), 1))
-    return (total / count).numpy()                           # 0 / 0 is NaN
+    states = (total / count).numpy()                         # 0 / 0 is NaN
+    return finetune.mean_of_strands(states) if average else states
 
 
 def name_arrays(ids):

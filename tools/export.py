@@ -129,6 +129,8 @@ def use_bert(spec):
     """(library, tokens, Python snippet) for the card."""
     auto = "AutoModelForSequenceClassification" if "classes" in spec else "AutoModelForMaskedLM"
     tokens = f"{spec['k']}-mers, stride {spec['stride']}"
+    if spec.get("strands") == "average":
+        tokens += "; its scores are of the mean output over both strands, a sequence and its reverse complement"
     return "transformers", tokens, USE_BERT.format(auto=auto, k=spec["k"])
 
 

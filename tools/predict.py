@@ -74,6 +74,7 @@ def add_flags(parser):
     add("--step", type=positive, help="bases between the starts of windows (--window)")
     add("--long", choices=("chunk", "truncate"), help="beyond block_size: windows, or cut (as fine-tuned)")
     add("--stride", type=positive, help="1: overlapping k-mers, k: non-overlapping (as trained)")
+    add("--strands", choices=("forward", "average"), help="average: mean over both strands (as fine-tuned)")
     add("--eval_network", choices=("teacher", "student"), help="FinDNA: network to use (as finetune.py)")
     add("--micro_batch_size", type=positive, default=128, help="windows per forward pass (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
@@ -92,7 +93,7 @@ def open_model(args, **changes):
               f"{args.step - args.window:,} are in no window")
     device, dtype, *_ = training.set_up(args.device, args.dtype, join=False)
     model = finetune.load_model(args.init, device, args.eval_network, stride=args.stride, long=args.long,
-                                dtype=dtype, **changes)
+                                dtype=dtype, strands=args.strands, **changes)
     model.micro_batch_size = args.micro_batch_size
     return model
 

@@ -368,6 +368,25 @@ def test_predict_and_export(here):
     assert np.allclose(finetune.load_model(str(MODEL)).predict(texts), p, atol=1e-5)
 
 
+def test_both_strands(here):
+    """--strands average makes another run, whose model answers the same for both strands of a sequence."""
+    flags = dict(csv=SPLITS, **LEARN | {"epochs": 1})
+    rows = [done(strands=strands, **flags)[1][-1] for strands in (None, "augment", "average")]
+    assert [row["overrides"].get("strands") for row in rows] == [None, "augment", "average"]
+    assert len({row["id"] for row in rows}) == 3 and len({row["score"] for row in rows}) > 1
+    texts = column("test.csv")[:20]
+    other = [data.decode(data.reverse_complement(data.encode(text))) for text in texts]
+    write_fasta(here / "t.fa", {str(i): text for i, text in enumerate(texts + other)})
+    for name, strands, equal in (("mean.tsv", None, True), ("one.tsv", "forward", False)):
+        use("predict", "t.fa", init=rows[2]["model"], out=name, **{"strands": strands} if strands else {})
+        p = np.float64(column(name, 4))
+        assert np.allclose(p[:20], p[20:], atol=1e-5) == equal
+    use("predict", "t.fa", init=rows[1]["model"], out="augment.tsv")
+    assert not np.allclose(*np.float64(column("augment.tsv", 4)).reshape(2, 20), atol=1e-5)
+    use("export", "hf", init=rows[2]["model"])
+    assert "both strands" in Path("hf/README.md").read_text()
+
+
 def test_windows_of_long_sequences(here):
     texts = {name: random_dna(n, np.random.default_rng(n)) for name, n in zip("abcd", (107, 20, 7, 35))}
     write_fasta(here / "t.fa", texts)

@@ -28,6 +28,7 @@ SPEC = {"kind": "bert", "bert": BERT, "k": K, "stride": 1, "long": "chunk", "n_o
 STAY = dict(lr=1e-30, weight_decay=0.0, batch_size=99, warmup=0)               # the weights stay as they are
 CLASSES = SimpleNamespace(name="t", classes=("no", "yes"), regression=False)
 TARGETS = SimpleNamespace(name="t", classes=("x", "y"), regression=True)
+ARGS = SimpleNamespace(micro_batch_size=9, strands=None)
 FLAGS = dict(k=K, block_size=BLOCK, n_layer=1, n_head=2, n_embd=16, device="cpu", out="out", seeds=1,
              epochs=1)
 
@@ -96,12 +97,12 @@ def test_features_are_standardised_by_train_alone(regression):
     parts = {split: data.rows_from(of, labels[split]) for split, of in texts.items()}
     task = TARGETS if regression else CLASSES
     want = literal_probe(kmer_table(texts["train"]), labels["train"], kmer_table(texts["test"]), regression)
-    assert finetune.linear_outputs(None, parts, task, 9, "cpu") == pytest.approx(want, rel=0.01, abs=2e-3)
+    assert finetune.linear_outputs(None, parts, task, ARGS, "cpu") == pytest.approx(want, rel=0.01, abs=2e-3)
     net = finetune.build_net(SPEC | {"pool": "mean"}).eval()                   # the probe
     train, test = (finetune.apply(net, finetune.on_device(parts[split], "cpu"), 9, net.embed).astype(float)
                    for split in ("train", "test"))
     want = literal_probe(train, labels["train"], test, regression)
-    assert finetune.linear_outputs(net, parts, task, 9, "cpu") == pytest.approx(want, rel=0.01, abs=2e-3)
+    assert finetune.linear_outputs(net, parts, task, ARGS, "cpu") == pytest.approx(want, rel=0.01, abs=2e-3)
 
 
 # what is seen, cut or repeated is counted
