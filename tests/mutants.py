@@ -254,7 +254,7 @@ MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "pooled or common or 
     "mean over the sets that some have": ("len(row) and row.all()", "len(row) and row.any()")})
 MUTANTS += mutants("finetune.py", [UNIT["strands"]], {
     "the other strand of another sequence": ("2 * n - 1 - index, index", "n + index, index"),
-    "the same strand in each epoch": ("default_rng((seed, step, 1))", "default_rng((seed, 1))"),
+    "the same strands in each step": ("default_rng((seed, step, 1))", "default_rng((seed, 1))"),
     "strands average other sequences": ("outputs[n:][::-1]) / 2", "outputs[n:]) / 2"),
     "dev on one strand": ('rows = data.both_strands(rows) if average else rows\n    function',
                           "average = False\n    function")})

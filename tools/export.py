@@ -130,7 +130,7 @@ def use_bert(spec):
     auto = "AutoModelForSequenceClassification" if "classes" in spec else "AutoModelForMaskedLM"
     tokens = f"{spec['k']}-mers, stride {spec['stride']}"
     if spec.get("strands") == "average":
-        tokens += "; its scores are of the mean output over both strands, a sequence and its reverse complement"
+        tokens += "; scored by the mean output for a sequence and its reverse complement (both strands)"
     return "transformers", tokens, USE_BERT.format(auto=auto, k=spec["k"])
 
 

@@ -111,6 +111,7 @@ def test_training_sees_both_strands(tmp_path, monkeypatch, strands):
     assert all(label == LABELS[i] for step in seen for i, _, label in step)
     order = [[i for i, _, _ in step] for step in seen]
     assert order == [[known[text][0] for text, _ in step] for step in plain]   # the batches do not change
+    assert len({"".join(strand for _, strand, _ in step) for step in seen}) == len(seen)
     first, second = ({i: strand for step in part for i, strand, _ in step} for part in (seen[:4], seen[4:]))
     assert len(first) == len(second) == 200
     for epoch in (first, second):
