@@ -815,11 +815,14 @@ def write_demo_genome(path, seed=42):
             f.write((f">demo{c}\n" + re.sub("(.{80})", r"\1\n", decode(contig)) + "\n").encode())
 
 
-# A benchmark set. classes: names in the order of their ids (or targets of a regression); length: bases, one
-# number or from-to; rows: published row counts by split; folder: under data_dir, in the source's own layout.
-Task = namedtuple("Task", "name suite classes regression metric length rows folder source licence")
+# A benchmark set. classes: names in the order of their ids (targets of a regression, labels of a multi-label
+# set); length: bases, one number or from-to; rows: published row counts by split; folder: under data_dir, in
+# the source's own layout.
+Task = namedtuple("Task", "name suite classes regression metric length rows folder source licence multilabel",
+                  defaults=[False])
 # The sequences of a split. bases: uint8 codes, end to end; offsets: int64 (n + 1,), their limits in bases;
-# labels: int64 (n,) ids, float64 (n, targets) or None; notes: {what is unusual but accepted: its rows}.
+# labels: int64 (n,) ids, float64 (n, targets), bool (n, labels) or None; notes: {what is unusual but
+# accepted: its rows}.
 Rows = namedtuple("Rows", "bases offsets labels notes")
 BINARY = "negative", "positive"
 SUITES = {                                                   # suite: where it comes from, licence as stated
@@ -954,12 +957,13 @@ def row_keys(rows, strands=True):
 
 
 def rows_of(bases, lengths, labels, notes, **masks):
-    """Make Rows of base codes. Integer labels are class ids, floats are targets (n, targets).
+    """Make Rows of base codes. Integer labels are class ids, floats are targets (n, targets), bools labels.
     masks: {name: bool over bases}; the rows that hold a True are counted in the notes."""
     if labels is not None:
         labels = np.asarray(labels)
         is_ids = labels.dtype.kind == "i"
-        labels = labels.astype(np.int64) if is_ids else labels.astype(np.float64).reshape(len(lengths), -1)
+        labels = labels.astype(np.int64 if is_ids else bool if labels.dtype.kind == "b" else np.float64)
+        labels = labels if is_ids else labels.reshape(len(lengths), -1)
     rows = Rows(bases, np.concatenate([[0], np.cumsum(lengths)]), labels, {})
     n_exact, keys = len(set(row_keys(rows, strands=False))), row_keys(rows)
     counts = {"duplicates": len(keys) - n_exact, "reverse_complements": n_exact - len(set(keys))}
@@ -1138,6 +1142,15 @@ def numbers(columns, places):
     return list(zip(*(map(float, column) for column in columns)))
 
 
+def flags(columns, places):
+    """Turn columns of 0 and 1 into one tuple of bools per row."""
+    for name, column in columns.items():
+        for text, place in zip(column, places):
+            if text not in ("0", "1"):
+                raise ValueError(f"{place}: {name} is {quoted(text)}; a label of --multilabel is 0 or 1")
+    return list(zip(*([text == "1" for text in column] for column in columns.values())))
+
+
 def join_kmers(text, place):
     """Turn overlapping k-mers with blanks between them into the sequence they were made of."""
     k = text.index(" ")
@@ -1147,10 +1160,11 @@ def join_kmers(text, place):
     return sequence
 
 
-def read_table(path, classes=None, targets=None, labels=True):
+def read_table(path, classes=None, targets=None, labels=True, multilabel=False):
     """Read a table with columns sequence (or seq) and label (or class): sequences, labels, notes.
     classes: the labels in the order of their ids; None: notes["classes"] holds those found, sorted.
-    targets: number columns of a regression; labels=False: sequences only. K-mer text is joined."""
+    targets: number columns of a regression, or of 0 and 1 (multilabel); labels=False: sequences only. K-mer
+    text is joined."""
     wanted = {name: [name.lower()] for name in targets or ()}
     if labels and not targets:
         wanted["label"] = ["label", "class"]
@@ -1162,7 +1176,8 @@ def read_table(path, classes=None, targets=None, labels=True):
             notes["kmer_text"] += 1
     rows_from(sequences, places=places)                      # ValueError where one is not DNA
     if targets or not labels:
-        return sequences, numbers(columns.values(), places) if targets else None, notes
+        read = flags(columns, places) if multilabel else numbers(columns.values(), places)
+        return sequences, read if targets else None, notes
     ids, found = class_ids(columns["label"], classes, places)
     return sequences, ids, notes if classes else notes | {"classes": found}
 

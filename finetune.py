@@ -39,7 +39,7 @@ import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from scipy import special, stats
-from sklearn import linear_model, metrics, pipeline, preprocessing
+from sklearn import linear_model, metrics, multiclass, pipeline, preprocessing
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -119,8 +119,8 @@ def get_protocol(name, task, shots, init, flags):
 
 def main_metric(protocol, task):
     """Martinek et al. report F1 of the positive class; strict balances classes (MCC); else the task's own."""
-    if task.regression:
-        return "pcc"
+    if task.regression or task.multilabel:
+        return "pcc" if task.regression else "auroc"
     if protocol == "martinek":
         return "f1_binary" if len(task.classes) == 2 else "f1_macro"
     return "mcc" if protocol == "strict" else task.metric
@@ -538,7 +538,8 @@ class PenguinnHead(models.Penguinn):
 
     @staticmethod
     def complete(spec, args, longest):
-        return {"length": longest, "binary": spec["n_out"] == 2 and not spec["regression"]}
+        is_classes = not (spec["regression"] or spec["multilabel"])
+        return {"length": longest, "binary": spec["n_out"] == 2 and is_classes}
 
     def __init__(self, spec):
         super().__init__(spec["length"], spec["n_out"], spec["binary"])
@@ -557,9 +558,10 @@ SPEC = {"kind": HEADS.__contains__, "n_out": is_size, "k": is_size, "length": is
         "classes": lambda x: type(x) in (list, tuple) and all(type(name) is str and name for name in x),
         "long": lambda x: x in ("chunk", "truncate"), "dtype": lambda x: x in ("float32", "bfloat16"),
         "pool": lambda x: x in ("mean", "cls", "both"), "head": lambda x: x in ("linear", "mlp"),
-        "binary": lambda x: type(x) is bool, "strands": lambda x: x in ("forward", "augment", "average")}
+        "binary": lambda x: type(x) is bool, "multilabel": lambda x: type(x) is bool,
+        "strands": lambda x: x in ("forward", "augment", "average")}
 DEFAULTS = {"long": "chunk", "dtype": "float32", "n_out": 1, "pool": "mean", "head": "linear",
-            "n_blocks": None, "strands": "forward"}          # what a spec may leave out
+            "n_blocks": None, "strands": "forward", "multilabel": False}       # what a spec may leave out
 
 
 def build_net(spec, weights=None, seed=42):
@@ -652,8 +654,9 @@ def read_folder(folder):
         bert, stride, outputs = models.read_hf(folder, needs_head=False)
         spec, weights = BertHead.body_spec(bert.config, stride), bert.state_dict()
         if outputs:                                          # a classifier
-            own, classes, regression = outputs
-            spec |= {"n_out": len(classes), "classes": classes, "regression": regression}
+            own, classes, problem = outputs
+            spec |= {"n_out": len(classes), "classes": classes, "regression": problem == "regression",
+                     "multilabel": problem == "multi_label_classification"}
             weights = {f"bert.{name}": tensor for name, tensor in weights.items()} | own
     else:
         config, files, weights = models.load_other(folder)
@@ -786,12 +789,14 @@ class Model:
         return self.apply(sequences, self.net.embed)
 
     def predict(self, sequences, empty=False):
-        """Probabilities of the classes, or the values of a regression: (n, number of classes).
+        """Probabilities of the classes or labels, or the values of a regression: (n, number of outputs).
 
         NaN where the network reads no base, unless empty=True.
         """
         self.classes()                                       # is it fine-tuned?
         outputs = self.apply(sequences, empty=empty)
+        if self.net.spec["multilabel"]:
+            return special.expit(outputs)
         return outputs if self.net.spec["regression"] else special.softmax(outputs, 1)
 
 
@@ -817,6 +822,7 @@ def scores(outputs, labels, task):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # constant predictions: None, and flagged
         row = regression_scores(outputs, labels, task.classes) if task.regression else \
+            label_scores(outputs, labels, task.classes) if task.multilabel else \
             class_scores(outputs, labels, len(task.classes))
     return {name: float(value) if math.isfinite(value) else None for name, value in row.items()}
 
@@ -833,6 +839,17 @@ def regression_scores(outputs, labels, names):
     return row | ({f"pcc_{name}": value for name, value in zip(names, pcc)} if len(pcc) > 1 else {})
 
 
+def label_scores(outputs, labels, names):
+    """Of each label and, where it has both values, their means: AUROC, AUPRC; F1 and accuracy at p = 0.5."""
+    found = {"auroc": metrics.roc_auc_score, "auprc": metrics.average_precision_score}
+    found = {metric: [score(y, x) if vary(y) else math.nan for x, y in zip(outputs.T, labels.T)]
+             for metric, score in found.items()}
+    row = {metric: np.nanmean(values) for metric, values in found.items()}
+    row |= {"f1_macro": metrics.f1_score(labels, outputs > 0, average="macro", zero_division=math.nan),
+            "acc": np.mean((outputs > 0) == labels)}
+    return row | {f"{metric}_{name}": x for metric in found for name, x in zip(names, found[metric])}
+
+
 def class_scores(outputs, labels, n_classes):
     predicted = outputs.argmax(1)
     row = {"mcc": metrics.matthews_corrcoef(labels, predicted) if vary(labels) else math.nan,
@@ -842,7 +859,11 @@ def class_scores(outputs, labels, n_classes):
     if n_classes == 2:
         row |= {"f1_binary": metrics.f1_score(labels, predicted, zero_division=math.nan),
                 "auroc": metrics.roc_auc_score(labels, outputs[:, 1] - outputs[:, 0])}
-    return row
+    known = labels[:, None] == np.arange(n_classes)          # AUPRC of class 1; of more classes, the mean
+    p = special.softmax(outputs, 1)
+    auprc = [metrics.average_precision_score(known[:, i], p[:, i]) if vary(known[:, i]) else math.nan
+             for i in ([1] if n_classes == 2 else range(n_classes))]
+    return row | {"auprc": np.mean(auprc)}
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
@@ -868,15 +889,18 @@ def kmer_counts(rows):
     return np.stack([np.bincount(part, minlength=4 ** KMER + 5)[5:].astype(np.float32) for part in parts])
 
 
-def fit_linear(train, labels, test, task):
+def fit_linear(train, labels, test, task, class_weights=None):
     """scikit-learn's logistic regression (regression: ridge) on standardised features: outputs on test."""
     model = linear_model.RidgeCV(np.logspace(-1, 5, 7)) if task.regression else \
-        linear_model.LogisticRegression(max_iter=1000, C=0.01)
+        linear_model.LogisticRegression(max_iter=1000, C=0.01, class_weight=class_weights)
+    model = multiclass.OneVsRestClassifier(model) if task.multilabel else model
     mean = labels.mean(0) if task.regression else 0          # apart, as float32 features give float32 outputs
     model = pipeline.make_pipeline(preprocessing.StandardScaler(), model).fit(train, labels - mean)
     if task.regression:
         return mean + model.predict(test).reshape(len(test), -1)
     outputs = model.decision_function(test)
+    if task.multilabel:
+        return outputs.reshape(len(test), -1)
     return outputs if outputs.ndim > 1 else np.stack([-outputs, outputs], 1) / 2
 
 
@@ -895,23 +919,36 @@ def linear_outputs(net, parts, task, args, device):
         net.eval()
         features = [apply(net, on_device(rows, device), args.micro_batch_size, net.embed)
                     for rows in (train, test)]
-    return fit_linear(features[0], train.labels, features[1], task)
+    return fit_linear(features[0], train.labels, features[1], task, args.class_weights)
 
 
-def loss_of(outputs, labels, reduction):
-    """Cross-entropy of class ids; mean squared error of float targets."""
+def balanced_weights(labels, n_out):
+    """Weights of classes (n_out,), or of 0 and 1 of each label (2, n_out), that give all the same share."""
+    counts = torch.stack([(~labels).sum(0), labels.sum(0)]) if labels.dtype == torch.bool else \
+        labels.bincount(minlength=n_out)
+    return len(labels) / (len(counts) * counts.clamp(min=1).float())
+
+
+def loss_of(outputs, labels, reduction, weights=None):
+    """Cross-entropy of class ids; of each label, binary; mean squared error of float targets."""
     if labels.dtype == torch.int64:
-        return F.cross_entropy(outputs, labels, reduction=reduction)
-    return F.mse_loss(outputs, labels, reduction=reduction) / (labels.shape[1] if reduction == "sum" else 1)
+        return F.cross_entropy(outputs, labels, weights, reduction=reduction)
+    share = labels.shape[1] if reduction == "sum" else 1
+    if labels.dtype == torch.bool:
+        weights = weights if weights is None else torch.where(labels, weights[1], weights[0])
+        loss = F.binary_cross_entropy_with_logits(outputs, labels.float(), weights, reduction=reduction)
+        return loss / share
+    return F.mse_loss(outputs, labels, reduction=reduction) / share
 
 
-def train_batch(net, rows, labels, index, micro_batch_size):
+def train_batch(net, rows, labels, index, micro_batch_size, weights=None):
     """Forward and backward of one batch in pieces; (loss sum, number of sequences) on the device."""
     total, lengths, device = 0, np.diff(rows.offsets), rows.bases.device
     for piece in pieces(net, index, lengths, micro_batch_size):
         with torch.autocast(device.type, torch.bfloat16, enabled=net.spec["dtype"] == "bfloat16"):
             outputs = net(*net.inputs(rows, piece))
-        loss = loss_of(outputs.float(), labels[torch.from_numpy(piece).to(device, non_blocking=True)], "sum")
+        piece_labels = labels[torch.from_numpy(piece).to(device, non_blocking=True)]
+        loss = loss_of(outputs.float(), piece_labels, "sum", weights)
         (loss / len(index)).backward()
         total += torch.stack([loss.detach(), loss.new_full((), len(piece))])   # new_tensor would sync a GPU
     return total
@@ -927,13 +964,14 @@ def evaluate(net, dev, task, micro_batch_size):
 
 
 def keep_best(best, net, step, found, key):
-    """Keeps in best the weights if their score (None: undefined), or loss, is better than before."""
+    """Keeps in best the weights if their score (None: undefined), or loss, is better than before; found."""
     value = -found["loss"] if key["numbers"]["select"] == "loss" else found[key["metric"]]
     best["worse"] += 1                                       # evaluations since the best one
     if not best["weights"] or value is not None and value > best["value"]:
         weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         best |= {"value": -math.inf if value is None else value, "step": step, "worse": 0, "scores": found,
                  "weights": weights}
+    return found
 
 
 def get_schedule(p, n_train):
@@ -965,12 +1003,11 @@ def mean_loss(total, task, step):
 
 def fine_tune(net, parts, task, run, folder, args):
     """The loop: trains net, leaves in it the weights that the protocol selects, returns what happened.
-
-    Resumes from the checkpoint in folder as if never stopped; at a stop signal it saves and exits with 143.
-    """
+    Resumes from folder's checkpoint as if never stopped; at a stop signal it saves, and exits with 143."""
     key, p, train, dev = run["args"], run["args"]["numbers"], parts["train"], parts["dev"]
     lengths, labels = np.diff(train.offsets), torch.from_numpy(train.labels).to(train.bases.device)
     n = len(labels) // (1 if net.spec["strands"] == "forward" else 2)          # else train holds both strands
+    weights = balanced_weights(labels, len(task.classes)) if args.class_weights else None
     steps, per_epoch, warmup = get_schedule(p, n)
     optimizer = training.make_optimizer(net, p["lr"], p["weight_decay"], BETAS, EPS)
     total, batches = torch.zeros(2, device=labels.device), None    # loss sum, sequences since an evaluation
@@ -983,8 +1020,7 @@ def fine_tune(net, parts, task, run, folder, args):
             if (done % every == 0 or done == steps) and total[1]:
                 row = {"step": done, "epoch": done / per_epoch, "loss": mean_loss(total, key["task"], done)}
                 if dev:
-                    found = evaluate(net, dev, task, args.micro_batch_size)
-                    keep_best(best, net, done, found, key)
+                    found = keep_best(best, net, done, evaluate(net, dev, task, args.micro_batch_size), key)
                     row |= {"dev_loss": found["loss"], f"dev_{key['metric']}": found[key["metric"]]}
                 total.zero_()
                 training.log(folder, row)
@@ -1005,7 +1041,7 @@ def fine_tune(net, parts, task, run, folder, args):
         training.seed(key["seed"], done)
         training.set_lr(optimizer, p["lr"] * SCHEDULES[p["schedule"]](done, steps, warmup))
         index = batches[i] if n == len(labels) else random_strands(batches[i], n, key["seed"], done)
-        total += train_batch(net, train, labels, index, args.micro_batch_size)
+        total += train_batch(net, train, labels, index, args.micro_batch_size, weights)
         norm = training.scale_gradients(net, total.new_ones(()), p["grad_clip"])
         total[0] += 0 * norm                                 # stays NaN once a norm is not finite
         optimizer.step()
@@ -1022,36 +1058,41 @@ def read_csv(args):
     first, *others = args.csv
     if len(others) > 2:
         raise ValueError(f"--csv: {len(args.csv)} tables; give one, train and test, or train, dev and test")
-    targets = [name.lower() for name in args.targets or ()]
-    if len(set(targets)) < len(targets) or {"sequence", "seq"} & set(targets):
-        raise ValueError(f"--targets {' '.join(args.targets)}: give each number column once")
+    columns = args.targets or args.multilabel
+    names = [name.lower() for name in columns or ()]
+    if len(set(names)) < len(names) or {"sequence", "seq"} & set(names):
+        raise ValueError(f"--targets or --multilabel {' '.join(columns)}: give each column once")
     names = ("train", "dev", "test") if len(others) == 2 else ("train", "test")
-    sequences, labels, notes = data.read_table(first, targets=args.targets)
-    classes = tuple(args.targets or notes.pop("classes"))
+    multilabel = bool(args.multilabel)
+    sequences, labels, notes = data.read_table(first, targets=columns, multilabel=multilabel)
+    classes = tuple(columns or notes.pop("classes"))
     rows = [data.rows_from(sequences, labels, notes)]
     print(f"{first}: {len(labels):,} rows; {rows[0].notes}", flush=True)
-    if targets:
-        describe_targets(rows[0].labels, args.targets)
+    if columns:
+        describe_targets(rows[0].labels, columns)
     for path in others:
-        sequences, labels, notes = data.read_table(path, classes, args.targets)
+        sequences, labels, notes = data.read_table(path, classes, columns, multilabel=multilabel)
         rows.append(data.rows_from(sequences, labels, notes))
     if not others:
         shares = args.split or (0.8, 0.1, 0.1)
         names, rows = ("train", "dev", "test"), data.split_rows(rows[0], shares, args.seed, classes)
     stem = os.path.basename(first).removesuffix(".gz")
     task = data.Task(f"csv/{os.path.splitext(stem)[0]}", "csv", classes, bool(args.targets),
-                     "pcc" if args.targets else "mcc", "", {}, "", first, "yours")
+                     "pcc" if args.targets else "mcc", "", {}, "", first, "yours", multilabel)
     return task, dict.fromkeys(("train", "dev", "test")) | dict(zip(names, rows))
 
 
 def describe_targets(labels, names):
-    """Prints how many values each target has, and what to do instead where these are 0 and 1."""
+    """Prints how many values each target has, or rows each label; what to do with a target of 0 and 1."""
+    if labels.dtype == bool:
+        print(f"  {', '.join(f'{name} {n:,}' for name, n in zip(names, labels.sum(0)))}", flush=True)
+        return
     values = {name: np.unique(x) for name, x in zip(names, labels.T)}
     print(f"  different values: {', '.join(f'{name} {len(x):,}' for name, x in values.items())}", flush=True)
     binary = [name for name, x in values.items() if set(x) <= {0, 1}]
     if binary:
         print(f"  {', '.join(binary)}: only 0 and 1, which --targets trains as a regression (MSE, PCC); for "
-              f"two classes, name one such column label and drop --targets", flush=True)
+              f"labels use --multilabel", flush=True)
 
 
 def fingerprint(splits):
@@ -1113,11 +1154,12 @@ def rows_in(rows, others):
 def complete(spec, key, args, task, longest):
     """The spec of a run: of its pretrained part, of the flags, of the task. It is stored with the model."""
     kind, dropout = spec["kind"], key["numbers"].get("dropout")
-    given = spec | {"n_out": len(task.classes), "regression": task.regression}
+    given = spec | {"n_out": len(task.classes), "regression": task.regression, "multilabel": task.multilabel}
     own = HEADS[kind].complete(given, args, longest) if kind in HEADS else {}
     if kind in own and dropout is not None:
         own[kind] = own[kind] | {"dropout": dropout}
     own |= {"strands": args.strands} if args.strands else {}
+    own |= {"multilabel": True} if task.multilabel else {}
     return {"kind": kind, "long": args.long or "chunk", "dtype": args.dtype, "n_out": len(task.classes)} | own
 
 
@@ -1201,7 +1243,7 @@ def score_run(outputs, parts, task, metric, seen):
     labels = parts["test"].labels
     test = scores(outputs, labels, task)
     collapsed = len(set(outputs.argmax(1))) == 1
-    if task.regression:                                      # one value, relative to the spread of targets
+    if task.regression or task.multilabel:                   # one value, relative to the spread of targets
         collapsed = (outputs.std(0) <= 1e-6 * parts["train"].labels.std(0)).all()
     row = {"score": test[metric], "collapsed": bool(collapsed) and vary(labels), "test": test}
     if 0 < seen.sum() < len(seen):
@@ -1240,13 +1282,14 @@ def is_unchanged(row, task, parts, train):
 def check_parts(parts, task, key):
     """ValueError for labels that nothing can be learnt from, or chosen by."""
     train, dev = parts["train"], parts["dev"]
-    if task.regression:
+    if task.regression or task.multilabel:
         for name, x in zip(task.classes, train.labels.T):
             if not vary(x):
-                raise ValueError(f"{task.name}: {name} is {x[0]:g} in all rows of train; leave it out")
-    elif dev and key["numbers"]["select"] == "score" and key["metric"] == "mcc" and not vary(dev.labels):
-        raise ValueError(f"{task.name}: all dev rows are of one class, so mcc cannot choose the weights; "
-                         f"give rows of each class")
+                raise ValueError(f"{task.name}: {name} is {float(x[0]):g} in all rows of train; leave it out")
+    chosen_by = key["metric"] if dev and key["numbers"]["select"] == "score" else None
+    if chosen_by in ("mcc", "auroc") and not vary(dev.labels):
+        raise ValueError(f"{task.name}: all dev rows are of one class, so {chosen_by} cannot choose the "
+                         f"weights; give rows of each class")
 
 
 def done_before(row, out):
@@ -1374,6 +1417,8 @@ def plan_runs(args):
 
 def make_key(plan, task, start, digest, args):
     """What identifies a run, with its spec: equal keys, equal results. digest: of the data."""
+    if task.regression and args.class_weights:
+        raise ValueError(f"{task.name}: --class_weights: a regression has no classes; drop it")
     flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
     p = LINEAR.get(plan.protocol, {})
     if not is_linear(plan.init, args.mode):
@@ -1381,7 +1426,8 @@ def make_key(plan, task, start, digest, args):
         if task.regression and p["select"] == "score":
             p["select"] = "loss"                             # PCC ignores the scale
     head_flags = HEADS[start.spec["kind"]].FLAGS if start.spec["kind"] in HEADS else {}
-    flags |= {name: getattr(args, name) for name, default in (head_flags | {"strands": None}).items()
+    others = {"strands": None, "class_weights": None}
+    flags |= {name: getattr(args, name) for name, default in (head_flags | others).items()
               if getattr(args, name) != default}
     return {"task": task.name, "shots": plan.shots, "seed": args.seed + plan.repeat, "init": start.name,
             "weights": start.digest, "mode": args.mode, "pool": args.pool if args.mode == "probe" else None,
@@ -1449,6 +1495,7 @@ def add_protocol_flags(parser):
     add("--seed", type=number(int, 0, 2 ** 31), default=42, help="seed of the first repeat (%(default)s)")
     add("--shots", type=positive, nargs="+", help="few-shot: rows per class (10)")
     add("--long", choices=("chunk", "truncate"), help="longer than block_size: windows, or cut (chunk)")
+    add("--class_weights", choices=["balanced"], help="each class gets the same share of the loss")
     add("--strands", choices=("augment", "average"),
         help="augment: train on both strands; average: and predict the mean over both (default: as given)")
     add = parser.add_argument_group("optimization (default: the protocol's)").add_argument
@@ -1475,6 +1522,7 @@ def parse_args():
         help="reference genome for GenomicBenchmarks' coordinate tables")
     add("--split", type=fractions, help="shares of one --csv table (.8,.1,.1)")
     add("--targets", nargs="+", metavar="COLUMN", help="--csv: regression on these columns")
+    add("--multilabel", nargs="+", metavar="COLUMN", help="--csv: these columns are labels, each 0 or 1")
     add = parser.add_argument_group("model").add_argument
     add("--init", type=file_name, nargs="+", default=["random"],
         help="checkpoint, hf:FOLDER, findna:FILE, random:ONE OF THESE (its architecture), random, "
@@ -1507,8 +1555,10 @@ def parse_args():
 
 def check_args(args):
     """ValueError for flags that contradict each other."""
-    if args.targets and not args.csv:
-        raise ValueError("--targets: belongs to --csv; add that or drop it")
+    for name in ("targets", "multilabel"):
+        if getattr(args, name) and (not args.csv or args.targets and args.multilabel):
+            raise ValueError(f"--{name}: belongs to --csv; --targets and --multilabel exclude each other; "
+                             f"drop it")
     if args.split and len(args.csv or ()) != 1:
         raise ValueError("--split: belongs to one --csv table; drop it")
     names = data.task_names(args.task) if args.task else []

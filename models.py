@@ -524,12 +524,12 @@ def save_folder(folder, tensors, files):
         raise
 
 
-def save_hf(model, folder, classes=(), regression=False, card="", stride=1):
+def save_hf(model, folder, classes=(), problem="single_label_classification", card="", stride=1):
     """Writes a folder that transformers loads; its tokenizer takes DNA, or k-mers between blanks.
 
     model: a Bert, exported with the identity as its (untrained) pooler; or a classifier with .bert, .pooler
-    and .out, and the names of its outputs in classes. stride: bases from one k-mer to the next, which load_hf
-    reads back. ValueError if the folder exists and is not empty.
+    and .out, the names of its outputs in classes, and transformers' problem_type. stride: bases from one
+    k-mer to the next, which load_hf reads back. ValueError if the folder exists and is not empty.
     """
     c, tensors = getattr(model, "bert", model).config, {}
     for ours, tensor in model.state_dict().items():
@@ -543,7 +543,7 @@ def save_hf(model, folder, classes=(), regression=False, card="", stride=1):
         config |= {"architectures": ["BertForSequenceClassification"],
                    "id2label": {str(i): name for i, name in enumerate(classes)},
                    "label2id": {name: i for i, name in enumerate(classes)},
-                   "problem_type": "regression" if regression else "single_label_classification"}
+                   "problem_type": problem}
     else:
         tensors |= {"bert.pooler.dense.weight": torch.eye(c.n_embd),
                     "bert.pooler.dense.bias": torch.zeros(c.n_embd)}
@@ -657,7 +657,7 @@ def assign_weights(model, tensors, needs_head):
 
 
 def read_outputs(tensors, found, path):
-    """Takes pooler and classifier out of tensors -> (their weights, names of the classes, regression)."""
+    """Takes pooler and classifier out of tensors -> (their weights, names of the classes, problem_type)."""
     weights = {}
     for name in ("pooler.weight", "pooler.bias", "out.weight", "out.bias"):
         [stock] = stock_names(name)
@@ -666,10 +666,8 @@ def read_outputs(tensors, found, path):
         weights[name] = tensors.pop(stock).float()
     n, names = len(weights["out.bias"]), found.get("id2label")
     names = names if isinstance(names, dict) else {}
-    if found.get("problem_type") == "multi_label_classification":
-        raise ValueError(f"{path}: a multi-label classifier; only one label a sequence is supported")
     classes = [str(names.get(str(i), f"LABEL_{i}")) for i in range(n)]
-    return weights, classes, n == 1 or found.get("problem_type") == "regression"
+    return weights, classes, "regression" if n == 1 else found.get("problem_type")
 
 
 def read_hf(folder, needs_head=True):

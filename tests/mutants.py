@@ -258,6 +258,14 @@ MUTANTS += mutants("finetune.py", [UNIT["strands"]], {
     "strands average other sequences": ("outputs[n:][::-1]) / 2", "outputs[n:]) / 2"),
     "dev on one strand": ('rows = data.both_strands(rows) if average else rows\n    function',
                           "average = False\n    function")})
+MUTANTS += mutants("finetune.py", ["tests/unit/test_labels.py"], {
+    "labels weigh as their number": ("return loss / share", "return loss"),
+    "the weight of the other value": ("torch.where(labels, weights[1], weights[0])",
+                                      "torch.where(labels, weights[0], weights[1])"),
+    "weights of a batch are not used": ('loss_of(outputs.float(), piece_labels, "sum", weights)',
+                                        'loss_of(outputs.float(), piece_labels, "sum")'),
+    "AUPRC of class 0": ("in ([1] if n_classes == 2", "in ([0] if n_classes == 2"),
+    "means over labels without a score": ("np.nanmean(values)", "np.mean(values)")})
 MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
     "runs of a checkpoint are not averaged": ("np.mean(runs[seed if seed in runs else None])",
                                               "runs[seed if seed in runs else None][0]"),

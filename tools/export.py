@@ -140,7 +140,9 @@ def use_mixer(spec):
 
 def write_bert(net, folder, card):
     if "classes" in net.spec:
-        models.save_hf(net, folder, net.spec["classes"], net.spec["regression"], card, net.spec["stride"])
+        problem = "regression" if net.spec["regression"] else \
+            f"{'multi' if net.spec['multilabel'] else 'single'}_label_classification"
+        models.save_hf(net, folder, net.spec["classes"], problem, card, net.spec["stride"])
     elif not net.bert.head.weight.any():
         raise ValueError("this BERT has no masked-LM head, which an export needs; fine-tune it first")
     else:

@@ -115,16 +115,21 @@ def say_counts(counts):
 
 
 def predict(model, args):
-    """Writes a row a sequence: id, length, n_bases, class with probabilities, or values of a regression."""
-    names, regression, counts = model.classes(), model.net.spec["regression"], collections.Counter()
+    """Writes a row a sequence: id, length, n_bases, class with probabilities, or values of a regression.
+
+    The labels of a multi-label model have probabilities, and no class.
+    """
+    names, spec, counts = model.classes(), model.net.spec, collections.Counter()
     text, out = excel_safe if args.excel_safe else str, output(args, ".predictions.tsv")
     with data.new_path(out) as file, io.TextIOWrapper(file, "utf-8") as f:
-        columns = names if regression else ["class", *(f"p_{name}" for name in names)]
+        columns = names if spec["regression"] else [f"p_{name}" for name in names]
+        one_class = not (spec["regression"] or spec["multilabel"])
+        columns = ["class"] * one_class + [*columns]
         f.write("\t".join(["id", "length", "n_bases", *map(text, columns)]) + "\n")
         for ids, rows in read_blocks(read_sequences(args.file, args.window, args.step)):
             n_bases, outputs = finetune.n_bases(model.net, rows), model.predict(rows, args.empty)
             for name, length, n, values in zip(ids, np.diff(rows.offsets), n_bases, outputs):
-                cells = [] if regression else [text(names[values.argmax()])]
+                cells = [text(names[values.argmax()])] if one_class else []
                 cells += [f"{value:.6g}" for value in values]
                 if not n and not args.empty:
                     cells = [""] * len(cells)

@@ -39,6 +39,8 @@ def report_intervals(task, folder):
 
 def balance(task, rows):
     """Return the number of rows by class, or the range of each target, as text."""
+    if task.multilabel:
+        return ", ".join(f"{name} {n:,}" for name, n in zip(task.classes, rows.labels.sum(0)))
     if task.regression:
         targets = zip(task.classes, rows.labels.T)
         return ", ".join(f"{name} {x.min():.2f} to {x.max():.2f}" for name, x in targets)

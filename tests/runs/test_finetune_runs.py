@@ -368,6 +368,43 @@ def test_predict_and_export(here):
     assert np.allclose(finetune.load_model(str(MODEL)).predict(texts), p, atol=1e-5)
 
 
+def test_several_labels_a_sequence(here):
+    """Two planted motifs, two labels: learnt, predicted with a probability each, exported, read back."""
+    motifs, rng = {"gc": MOTIF, "at": "ATATATATATAT"}, np.random.default_rng(1)
+    for name, n in (("many", 800), ("some", 100), ("few", 100)):
+        rows = []
+        for _ in range(n):
+            text, has = random_dna(BLOCK, rng), rng.random(2) < 0.4
+            for at, motif, planted in zip((2, 20), motifs.values(), has):
+                text = text[:at] + motif + text[at + 12:] if planted else text
+            rows.append((text, *has.astype(int)))
+        write_table(f"{name}.csv", "sequence gc at", rows)
+    flags = dict(csv=["many.csv", "some.csv", "few.csv"], multilabel=["gc", "at"], seed=43,
+                 **LEARN | {"epochs": 10})                   # other seeds learn one motif only
+    out, [row] = done(**flags, class_weights="balanced")
+    assert row["metric"] == "auroc" and row["score"] > 0.9 and "auprc_gc" in row["test"]
+    assert row["overrides"]["class_weights"] == "balanced" and "gc 3" in out
+    out, rows = done(**flags, init="kmer")
+    assert rows[1]["score"] > 0.9
+    use("predict", "few.csv", init=row["model"], out="few.tsv")
+    head, *lines = [line.split("\t") for line in Path("few.tsv").read_text().splitlines()]
+    assert head == "id length n_bases p_gc p_at".split()
+    p = np.array([line[3:] for line in lines], float)
+    assert np.mean((p > 0.5) == np.array([column("few.csv", 1), column("few.csv", 2)]).T.astype(int)) == \
+        pytest.approx(row["test"]["acc"])
+    use("export", "hf", init=row["model"])
+    theirs = AutoModelForSequenceClassification.from_pretrained("hf").eval()
+    assert theirs.config.problem_type == "multi_label_classification"
+    text = column("few.csv")[0]
+    logits = theirs(**AutoTokenizer.from_pretrained("hf")(text, return_tensors="pt")).logits
+    for init in (row["model"], "hf:hf"):
+        assert np.allclose(finetune.load_model(init).predict([text]), logits.sigmoid().detach(), atol=1e-5)
+    for wrong, word in ((dict(targets=["gc"], multilabel=["at"]), "exclude"),
+                        (dict(targets=["gc"], class_weights="balanced"), "no classes"),
+                        (dict(task="pd/tata", multilabel=["gc"], csv=None), "belongs to --csv")):
+        assert word in refused(tune(**{"csv": "few.csv"} | wrong))
+
+
 def test_both_strands(here):
     """--strands average makes another run, whose model answers the same for both strands of a sequence."""
     flags = dict(csv=SPLITS, **LEARN | {"epochs": 1})

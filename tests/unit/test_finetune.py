@@ -116,16 +116,16 @@ def test_batches_of_an_epoch():
 
 
 def test_scores_equal_hand_calculations():
-    two, three, xy = (SimpleNamespace(name="", regression=names == "xy", classes=tuple(names))
-                      for names in ("ab", "abc", "xy"))
+    two, three, xy = (task_of(*names, regression=names == "xy") for names in ("ab", "abc", "xy"))
     labels, logit = np.array([1, 1, 1, 1, 0, 0, 0, 0, 0, 0]), np.array([5, 4, 2, -3, 3, 1, -1, -2, -4, -5])
     got = finetune.scores(np.stack([-logit, logit], 1) / 2, labels, two)         # TP 3, FN 1, FP 2, TN 4
     assert got == pytest.approx({"mcc": 10 / 600 ** 0.5, "acc": 0.7, "f1_macro": (2 / 3 + 8 / 11) / 2,
-                                 "balanced_acc": (3 / 4 + 4 / 6) / 2, "f1_binary": 2 / 3, "auroc": 19 / 24})
+                                 "balanced_acc": (3 / 4 + 4 / 6) / 2, "f1_binary": 2 / 3, "auroc": 19 / 24,
+                                 "auprc": (1 + 1 + 3 / 4 + 4 / 8) / 4})
     labels, guess = np.array([0, 0, 0, 1, 1, 2]), np.array([0, 0, 1, 1, 2, 2])
     assert finetune.scores(np.eye(3)[guess], labels, three) == pytest.approx({
         "mcc": (4 * 6 - 12) / (24 * 22) ** 0.5, "acc": 4 / 6, "f1_macro": (4 / 5 + 1 / 2 + 2 / 3) / 3,
-        "balanced_acc": (2 / 3 + 1 / 2 + 1) / 3})
+        "balanced_acc": (2 / 3 + 1 / 2 + 1) / 3, "auprc": (5 / 6 + 5 / 12 + 1 / 2) / 3})
     outputs, labels = np.array([[1., 3], [2, 2], [3, 1]]), np.array([[1., 1], [3, 2], [2, 3]])
     assert finetune.scores(outputs, labels, xy) == pytest.approx({
         "pcc": -0.25, "spearman": -0.25, "mse": 10 / 6, "pcc_x": 0.5, "pcc_y": -1})
@@ -168,7 +168,7 @@ def test_kmer_counts():
 
 
 def task_of(*classes, regression=True):
-    return SimpleNamespace(name="csv/t", regression=regression, classes=classes)
+    return SimpleNamespace(name="csv/t", regression=regression, classes=classes, multilabel=False)
 
 
 def some_rows(labels, texts=None):

@@ -26,9 +26,9 @@ K, BLOCK = 3, 34                                             # one window: 32 3-
 BERT = dict(vocab_size=69, block_size=BLOCK, n_layer=1, n_head=2, n_embd=16, n_inner=32, dropout=0.0)
 SPEC = {"kind": "bert", "bert": BERT, "k": K, "stride": 1, "long": "chunk", "n_out": 2}
 STAY = dict(lr=1e-30, weight_decay=0.0, batch_size=99, warmup=0)               # the weights stay as they are
-CLASSES = SimpleNamespace(name="t", classes=("no", "yes"), regression=False)
-TARGETS = SimpleNamespace(name="t", classes=("x", "y"), regression=True)
-ARGS = SimpleNamespace(micro_batch_size=9, strands=None)
+CLASSES = SimpleNamespace(name="t", classes=("no", "yes"), regression=False, multilabel=False)
+TARGETS = SimpleNamespace(name="t", classes=("x", "y"), regression=True, multilabel=False)
+ARGS = SimpleNamespace(micro_batch_size=9, strands=None, class_weights=None)
 FLAGS = dict(k=K, block_size=BLOCK, n_layer=1, n_head=2, n_embd=16, device="cpu", out="out", seeds=1,
              epochs=1)
 
@@ -43,7 +43,8 @@ def tuned(parts, task, seed=7, spec={}, **numbers):
     net = finetune.build_net(SPEC | {"n_out": len(task.classes), "regression": task.regression} | spec)
     p = finetune.PROTOCOLS["strict"][0] | STAY | dict(epochs=1, select="loss") | numbers
     key = {"task": "t", "seed": seed, "numbers": p, "metric": "pcc" if task.regression else "mcc"}
-    args = SimpleNamespace(micro_batch_size=5, save_every=99, compile=False, seed=seed + 1, out="out")
+    args = SimpleNamespace(micro_batch_size=5, save_every=99, compile=False, seed=seed + 1, out="out",
+                           class_weights=None)
     made = {"method": "finetune", "config": net.spec, "data": "", "args": key}
     outputs, _ = finetune.tuned_outputs(net, parts, task, made, "out", args)
     return outputs, [json.loads(line) for line in open("out/log.jsonl")], net
@@ -194,7 +195,7 @@ def test_splits_are_those_of_the_seed(out, seed):
     """As scikit-learn splits by this seed: one table in three; dev from train; a probe's share of train."""
     texts, labels = texts_of(100, 0), [int(i % 5 == 0) for i in range(100)]
     write_csv("t.csv", texts, labels)
-    args = SimpleNamespace(csv=["t.csv"], targets=None, split=(0.7, 0.2, 0.1), seed=seed)
+    args = SimpleNamespace(csv=["t.csv"], targets=None, multilabel=None, split=(0.7, 0.2, 0.1), seed=seed)
     _, splits = finetune.read_csv(args)
     train, rest = sk_split(range(100), labels, 0.7, seed)
     dev, test = sk_split(rest, labels, 0.2 / (0.2 + 0.1), seed)

@@ -123,7 +123,7 @@ def test_classifier_equals_transformers(classifiers, batch, padded):
 
 def test_export_of_a_regression(hf, tmp_path):
     net = classifier(models.load_hf(hf[2]), 2)
-    models.save_hf(net, tmp_path / "hf", ("Dev", "Hk"), regression=True)
+    models.save_hf(net, tmp_path / "hf", ("Dev", "Hk"), "regression")
     config = json.loads((tmp_path / "hf" / "config.json").read_text())
     assert (config["problem_type"], config["label2id"]) == ("regression", {"Dev": 0, "Hk": 1})
     with pytest.raises(ValueError, match="masked-LM head"):  # a classifier has none; nothing is made up

@@ -79,10 +79,10 @@ def seen_in_training(out, monkeypatch, strands, seed=7):
     """[(sequence, label)] of each training step of two epochs."""
     steps, train_batch = [], finetune.train_batch
 
-    def record(net, rows, labels, index, size):
+    def record(net, rows, labels, index, size, weights):
         texts = decoded(rows)
         steps.append([(texts[i], labels[i].item()) for i in index])
-        return train_batch(net, rows, labels, index, size)
+        return train_batch(net, rows, labels, index, size, weights)
     monkeypatch.setattr(finetune, "train_batch", record)
     parts = {split: rows_of(texts, labels) for split, texts, labels in (
         ("train", LONG, LABELS), ("dev", TEXTS, [0, 1] * 4 + [1]), ("test", TEXTS, [0, 1] * 4 + [1]))}
@@ -127,7 +127,7 @@ def test_linear_models_on_both_strands():
     for strands, x, y, z in (
             ("augment", np.concatenate([forward, other]), np.tile(labels, 2), kmer_table(test)),
             ("average", (forward + other) / 2, labels, (kmer_table(test) + kmer_table(flipped(test))) / 2)):
-        args = SimpleNamespace(strands=strands, micro_batch_size=9)
+        args = SimpleNamespace(strands=strands, micro_batch_size=9, class_weights=None)
         got = finetune.linear_outputs(None, parts, CLASSES, args, "cpu")
         want = finetune.fit_linear(x.astype(np.float32), y, z.astype(np.float32), CLASSES)
         np.testing.assert_allclose(got, want, atol=2e-3)
