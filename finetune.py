@@ -92,7 +92,7 @@ DEFAULT_PROTOCOL = {"GUE": "randommask", "DeepSTARR": "randommask", "GenomicBenc
                     "MTcDNA": "findna", "few-shot": "fewshot"}                         # others: strict
 SCHEDULES = {"linear": training.linear, "cosine": training.cosine, "constant": lambda *_: 1.0}
 FLAGS = ("batch_size", "lr", "weight_decay", "epochs", "warmup", "dropout")            # override a protocol
-DEMO = dict(task=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64, lr=1e-3, epochs=4)
+DEMO = dict(task=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64, lr=[1e-3], epochs=[4])
 
 # A row of results.jsonl: how its line begins, what it must hold
 HALF = b'{"id": "'
@@ -100,9 +100,12 @@ ROW = {"id": str, "task": str, "shots": int | None, "seed": int, "init": str, "w
        "mode": str, "pool": str | None, "protocol": str, "overrides": dict, "long": str, "stride": int | None,
        "metric": str, "score": float | int | None, "collapsed": bool, "test": dict}
 
-# One run of the plan; what --init gives (spec and weights, or None; its name and the digest of the weights)
-Plan = namedtuple("Plan", "name shots repeat init protocol")
+# One run of the plan (flags: what replaces numbers of the protocol); what --init gives (spec and weights, or
+# None; its name and the digest of the weights)
+Plan = namedtuple("Plan", "name shots repeat init protocol flags")
 Start = namedtuple("Start", "spec weights name digest")
+OWN_METRICS = {"classes": ["mcc", "acc", "balanced_acc", "f1_macro", "f1_binary", "auroc", "auprc"],
+               "targets": ["pcc", "spearman"], "labels": ["auroc", "auprc", "f1_macro"]}      # of --tasks
 
 
 def get_protocol(name, task, shots, init, flags):
@@ -119,6 +122,8 @@ def get_protocol(name, task, shots, init, flags):
 
 def main_metric(protocol, task):
     """Martinek et al. report F1 of the positive class; strict balances classes (MCC); else the task's own."""
+    if task.suite == "tasks":                                # stated by the user
+        return task.metric
     if task.regression or task.multilabel:
         return "pcc" if task.regression else "auroc"
     if protocol == "martinek":
@@ -1082,6 +1087,40 @@ def read_csv(args):
     return task, dict.fromkeys(("train", "dev", "test")) | dict(zip(names, rows))
 
 
+def read_benchmark(path):
+    """A --tasks table -> {name: its line}: files, targets and multilabel are lists, place is FILE: line N."""
+    header = [cell.strip() for cell in data.table_text(path).lower().split("\n")[0].split("\t")]
+    wanted = ["name", "files", "metric", "protocol", *(x for x in ("targets", "multilabel") if x in header)]
+    columns, places = data.read_columns(path, {name: [name] for name in wanted})
+    lines, folder = {}, os.path.dirname(path)
+    for place, *cells in zip(places, *columns.values()):
+        line = {"targets": "", "multilabel": "", "place": place} | dict(zip(columns, cells))
+        name, targets, labels = line["name"], line["targets"].split(), line["multilabel"].split()
+        metrics = OWN_METRICS["targets" if targets else "labels" if labels else "classes"]
+        taken = name in (*lines, *data.TASKS, *data.GROUPS) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name)
+        for wrong, what, advice in (
+                (taken, "name", "give each set a name of its own, of letters, digits, _ . - and /"),
+                (not line["files"], "files", "name one to three tables, with blanks between them"),
+                (line["metric"] not in metrics, "metric", f"use one of {', '.join(metrics)}"),
+                (targets and labels, "targets", "give targets or multilabel, not both"),
+                (line["protocol"] not in ("", *PROTOCOLS), "protocol", f"use one of {', '.join(PROTOCOLS)}")):
+            if wrong:
+                raise ValueError(f"{place}: {what} {data.quoted(line[what])}: {advice}")
+        files = [os.path.join(folder, file) for file in line["files"].split()]
+        lines[name] = line | {"files": files, "targets": targets, "multilabel": labels}
+    return lines
+
+
+def read_own(line, args):
+    """A line of --tasks -> (Task, splits)."""
+    flags = {name: line[name] for name in ("targets", "multilabel")} | {"csv": line["files"]}
+    task, splits = read_csv(argparse.Namespace(**vars(args) | flags))
+    if line["metric"] in ("f1_binary", "auroc") and not task.multilabel and len(task.classes) > 2:
+        raise ValueError(f"{line['place']}: metric {line['metric']} is for two classes, not "
+                         f"{len(task.classes)}; use mcc")
+    return task._replace(name=line["name"], suite="tasks", metric=line["metric"]), splits
+
+
 def describe_targets(labels, names):
     """Prints how many values each target has, or rows each label; what to do with a target of 0 and 1."""
     if labels.dtype == bool:
@@ -1402,29 +1441,41 @@ def is_linear(init, mode):
     return mode == "probe" or init == "kmer"
 
 
+def grid(args):
+    """Every combination of the values that flags give for the numbers of a protocol: [{flag: value}]."""
+    given = {name: getattr(args, name) for name in FLAGS if getattr(args, name, None) is not None}
+    return [dict(zip(given, values)) for values in itertools.product(*given.values())]
+
+
 def plan_runs(args):
-    """Every run that the flags ask for."""
-    for name in data.task_names(args.task) if args.task else [None]:
-        suite = data.TASKS[name].suite if name else "csv"
-        protocol = args.protocol or DEFAULT_PROTOCOL.get(suite, "strict")
+    """Every run that the flags ask for; a linear model, which ignores a grid, runs once."""
+    for name in data.task_names(args.task) if args.task else args.own or [None]:
+        suite = data.TASKS[name].suite if name in data.TASKS else "csv"
+        own = args.own.get(name, {"protocol": ""})
+        protocol = args.protocol or own["protocol"] or DEFAULT_PROTOCOL.get(suite, "strict")
         repeats = range(args.seeds or PROTOCOLS[protocol][0]["seeds"])
         draws = data.FEW_SHOT[name][1] if name in data.FEW_SHOT else 1
         shots_list = args.shots or [10] if suite == "few-shot" else [None]
-        for shots, repeat, init in itertools.product(shots_list, repeats, args.init):
-            if repeat < draws or protocol in LINEAR or not is_linear(init, args.mode):
-                yield Plan(name, shots, repeat, init, protocol)
+        for shots, repeat, init, flags in itertools.product(shots_list, repeats, args.init, grid(args)):
+            linear = is_linear(init, args.mode)
+            if repeat < draws or protocol in LINEAR or not linear:
+                if not linear or flags == grid(args)[0]:
+                    yield Plan(name, shots, repeat, init, protocol, flags)
 
 
 def make_key(plan, task, start, digest, args):
     """What identifies a run, with its spec: equal keys, equal results. digest: of the data."""
     if task.regression and args.class_weights:
         raise ValueError(f"{task.name}: --class_weights: a regression has no classes; drop it")
-    flags = {name: getattr(args, name) for name in FLAGS if getattr(args, name) is not None}
+    flags = dict(plan.flags)
     p = LINEAR.get(plan.protocol, {})
     if not is_linear(plan.init, args.mode):
         p = get_protocol(plan.protocol, task.name, plan.shots, plan.init, flags)
         if task.regression and p["select"] == "score":
             p["select"] = "loss"                             # PCC ignores the scale
+        if p["select"] == "last" and len(grid(args)) > 1:
+            raise ValueError(f"{task.name}: protocol {plan.protocol} has no dev rows to choose among "
+                             f"{len(grid(args))} settings; give one value per flag, or --protocol strict")
     head_flags = HEADS[start.spec["kind"]].FLAGS if start.spec["kind"] in HEADS else {}
     others = {"strands": None, "class_weights": None}
     flags |= {name: getattr(args, name) for name, default in (head_flags | others).items()
@@ -1444,8 +1495,9 @@ def run_all(plans, starts, args, device):
                 raise InterruptedError
             source = plan.name, plan.shots, plan.repeat if plan.shots else None
             if cached != source:                             # a set is read once, a few-shot draw each time
-                task, splits = read_csv(args) if args.csv else (data.TASKS[plan.name], data.read_task(
-                    plan.name, args.data_dir, plan.shots, plan.repeat % 10, args.fasta))
+                task, splits = read_csv(args) if args.csv else read_own(args.own[plan.name], args) if (
+                    plan.name in args.own) else (data.TASKS[plan.name], data.read_task(
+                        plan.name, args.data_dir, plan.shots, plan.repeat % 10, args.fasta))
                 cached = source
             key = make_key(plan, task, starts[plan.init], fingerprint(splits), args)
             ids.append(run_one(task, splits, key, starts[plan.init], args, device))
@@ -1499,12 +1551,14 @@ def add_protocol_flags(parser):
     add("--strands", choices=("augment", "average"),
         help="augment: train on both strands; average: and predict the mean over both (default: as given)")
     add = parser.add_argument_group("optimization (default: the protocol's)").add_argument
-    add("--batch_size", type=positive, help="sequences per step")
-    add("--lr", type=number(float, 1e-30), help="peak learning rate")
-    add("--weight_decay", type=number(float, 0), help="AdamW decay, not on biases and LayerNorm")
-    add("--epochs", type=positive, help="passes over the training set")
-    add("--warmup", type=number(int, 0), help="steps of linear warm-up")
-    add("--dropout", type=number(float, 0, 1), help="dropout (default: the protocol's, else the model's)")
+    for name, kind, what in (
+            ("batch_size", positive, "sequences per step"), ("lr", number(float, 1e-30),
+             "peak learning rate; several values of these six flags are a grid"),
+            ("weight_decay", number(float, 0), "AdamW decay, not on biases and LayerNorm"),
+            ("epochs", positive, "passes over the training set"),
+            ("warmup", number(int, 0), "steps of linear warm-up"),
+            ("dropout", number(float, 0, 1), "dropout (default: the protocol's, else the model's)")):
+        add(f"--{name}", type=kind, nargs="+", metavar=name.upper(), help=what)
 
 
 def parse_args():
@@ -1515,6 +1569,8 @@ def parse_args():
     add("--task", nargs="+", help=f"benchmark sets (emp/H3) or groups: {' '.join(data.GROUPS)}")
     add("--csv", type=file_name, nargs="+",
         help="your tables (sequence, label): one, train and test, or train, dev and test")
+    add("--tasks", type=file_name, metavar="TABLE",
+        help="your benchmark: a .tsv with columns name, files, metric, protocol; a set a line")
     add("--demo", action="store_true", help="a planted motif in synthetic DNA; needs no data")
     add = group.add_argument
     add("--data_dir", type=file_name, default="data", help="folder of the benchmark sets (%(default)s)")
@@ -1580,6 +1636,7 @@ if __name__ == "__main__":
                 print("no out/demo/last.pt (randommask.py --demo makes it): from random weights")
         device, args.dtype, rank, world = training.set_up(args.device, args.dtype, join=False)
         check_args(args)
+        args.own = read_benchmark(args.tasks) if args.tasks else {}
         starts, plans = {init: read_start(init, args) for init in args.init}, list(plan_runs(args))
     training.catch_signals()
     with training.user_errors(OSError, MemoryError, torch.OutOfMemoryError):

@@ -266,6 +266,11 @@ MUTANTS += mutants("finetune.py", ["tests/unit/test_labels.py"], {
                                         'loss_of(outputs.float(), piece_labels, "sum")'),
     "AUPRC of class 0": ("in ([1] if n_classes == 2", "in ([0] if n_classes == 2"),
     "means over labels without a score": ("np.nanmean(values)", "np.mean(values)")})
+MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "grid"], {
+    "test chooses of a grid": ('run["dev"].get("loss" if run["by_loss"] else run["metric"])',
+                               'run["test"].get(run["metric"], run["score"])'),
+    "the highest loss is chosen": ('-value if run["by_loss"]', 'value if run["by_loss"]'),
+    "of a grid, all settings are columns": ("kept += settings[best]", "kept += sum(settings.values(), [])")})
 MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
     "runs of a checkpoint are not averaged": ("np.mean(runs[seed if seed in runs else None])",
                                               "runs[seed if seed in runs else None][0]"),

@@ -26,7 +26,8 @@ from tools import evidence
 
 PAPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "results", "paper.csv")
 METRICS = {"mcc": "MCC", "acc": "accuracy", "f1_macro": "macro F1", "f1_binary": "binary F1",
-           "f1_micro": "micro F1", "pcc": "mean PCC", "auroc": "mean AUROC"}
+           "f1_micro": "micro F1", "pcc": "mean PCC", "auroc": "AUROC", "auprc": "AUPRC",
+           "balanced_acc": "balanced accuracy"}
 FIELDS = "pool", "protocol", "stride", "long", "overrides"    # of a setup, named where they differ
 PARTS = "key", "init", "weights", "data", "mode", *FIELDS, "seed"              # tell runs apart
 PROBE = " (linear probe)"                                    # after a metric of paper.csv
@@ -63,7 +64,8 @@ def in_words(row):
     named["stride"] = f"stride {row['stride'] or 'of the tokenizer'}"
     return row | named | {
         "key": key, "collapsed": bool(row["collapsed"]), "difference": difference(row),
-        "overrides": ", ".join(f"{name} {value}" for name, value in sorted(row["overrides"].items())),
+        "overrides": in_text(row["overrides"]), "flags": row["overrides"],
+        "dev": row.get("dev") or {}, "by_loss": (row.get("numbers") or {}).get("select") == "loss",
         "score": np.nan if row["score"] is None else 100 * float(row["score"])}
 
 
@@ -77,6 +79,46 @@ def read_runs(out, ids=None):
     if not runs:
         raise ValueError(f"{path}: no results yet; run finetune.py first")
     return name_versions(list(runs.values()))
+
+
+def dev_score(run):
+    """What the protocol chooses weights by, the higher the better: the score on dev, or minus its loss."""
+    value = run["dev"].get("loss" if run["by_loss"] else run["metric"])
+    return -np.inf if value is None else -value if run["by_loss"] else 100 * value
+
+
+def choose(runs):
+    """Of runs that differ in numbers of the protocol alone (a grid), those with the best mean score on dev;
+    and lines with the scores of all of them, on dev and on test."""
+    groups, kept, lines = {}, [], []
+    for run in runs:
+        numbers = {name: value for name, value in run["flags"].items() if name in finetune.FLAGS}
+        others = {name: value for name, value in run["flags"].items() if name not in numbers}
+        key = str([*(run[part] for part in PARTS if part not in ("overrides", "seed")), others])
+        key = key if run["dev"] else key + str(numbers)  # no dev: nothing to choose by
+        groups.setdefault(key, {}).setdefault(in_text(numbers), []).append(run)
+    for settings in groups.values():
+        means = {setting: np.mean([dev_score(run) for run in found]) for setting, found in settings.items()}
+        best = max(means, key=means.get)
+        if len(settings) > 1:
+            overrides = in_text({name: value for name, value in settings[best][0]["flags"].items()
+                                 if name not in finetune.FLAGS})
+            lines += [setting_line(setting, settings[setting], means[setting], setting == best)
+                      for setting in sorted(means, key=means.get, reverse=True)]
+            settings[best] = [run | {"overrides": overrides} for run in settings[best]]
+        kept += settings[best]
+    return kept, lines
+
+
+def setting_line(setting, runs, dev, chosen):
+    """A setting of a grid: its mean on dev, and on test."""
+    run, loss = runs[0], runs[0]["by_loss"]
+    return (f"- {run['task']}, {run['init']}: {setting}: dev {'loss' if loss else METRICS[run['metric']]} "
+            f"{-dev if loss else dev:.4g}, test {our_cell(runs).text}" + (", **chosen**" if chosen else ""))
+
+
+def in_text(flags):
+    return ", ".join(f"{name} {value}" for name, value in sorted(flags.items()))
 
 
 def name_versions(runs):
@@ -243,6 +285,7 @@ def win_lines(paper, keys, ours, others):
 def make_table(runs, paper_csv=PAPER):
     """Runs of read_runs -> Table: all of ours, then ours beside each paper, wins, footnotes."""
     notes, order = {}, {task: i for i, task in enumerate(data.TASKS)}
+    runs, settings = choose(runs)
     ours, rest = our_columns(runs)
     papers, caveats, other = paper_columns(paper_csv, runs)
     keys = sorted({run["key"] for run in runs}, key=lambda key: (
@@ -256,6 +299,8 @@ def make_table(runs, paper_csv=PAPER):
         others = {name: column for name, column in papers.items() if name.startswith(f"{paper}:")}
         parts += [[f"Beside {paper}{marks}:"], table_lines(rows, ours, others, notes),
                   win_lines(paper, keys, ours, others)]
+    if settings:
+        parts.append(["Settings tried, by their score on dev; the table has the chosen ones:", *settings])
     if len(ours) > 1 and len(keys) > 1:
         parts += [["Among ours, wins and Wilcoxon's signed-rank test (two-sided, paired over n tasks, p not "
                    "corrected):"], comparison_lines(keys, ours)]

@@ -405,6 +405,56 @@ def test_several_labels_a_sequence(here):
         assert word in refused(tune(**{"csv": "few.csv"} | wrong))
 
 
+def test_a_benchmark_of_ones_own(here):
+    """--tasks: each line is a set, with its metric, protocol and kind of labels; files beside the table."""
+    (here / "sets").mkdir()
+    for name in SPLITS + ["small.csv"]:
+        shutil.move(here / name, here / "sets" / name)
+    write_table("sets/sizes.csv", "sequence size", [(text, len(text)) for text in column("sets/small.csv")])
+    write_table("sets/labels.csv", "sequence a b", [(text, int("AA" in text), int("CC" in text))
+                                                    for text in column("sets/small.csv")])
+    lines = [f"mine/motif\t{' '.join(SPLITS)}\tauprc\t\t\t", "mine/small\tsmall.csv\tf1_macro\tdnabert2\t\t",
+             "sizes\tsizes.csv\tspearman\tstrict\tsize\t", "both\tlabels.csv\tauprc\t\t\ta b"]
+    head = "name\tfiles\tmetric\tprotocol\ttargets\tmultilabel\n"
+    Path("sets/mine.tsv").write_text(head + "\n".join(lines))
+    flags = dict(tasks="sets/mine.tsv", epochs=1, seeds=1, init=["random", "kmer"])
+    out, rows = done(**flags)
+    got = {(row["task"], row["init"]): (row["metric"], row["protocol"]) for row in rows}
+    want = {"mine/motif": ("auprc", "strict"), "mine/small": ("f1_macro", "dnabert2"),
+            "sizes": ("spearman", "strict"), "both": ("auprc", "strict")}
+    inits = "random 1x16 h2 k3", "kmer"
+    assert got == {(task, init): ours for task, ours in want.items() for init in inits}
+    assert all(row["score"] == row["test"][row["metric"]] for row in rows)
+    assert [row["rows"] for row in rows if row["task"] == "mine/motif" and row["init"] != "kmer"] == [
+        {"train": 800, "dev": 100, "test": 100}] and "AUPRC" in out
+    assert "done before" in done(**flags)[0] and len(results()) == 8
+
+
+@pytest.mark.parametrize("line, word", [
+    ("emp/H3\tsmall.csv\tmcc\t", "line 2: name 'emp/H3'"), ("a b\tsmall.csv\tmcc\t", "line 2: name 'a b'"),
+    ("a\t\tmcc\t", "line 2: files ''"), ("a\tsmall.csv\tauc\t", "line 2: metric 'auc'"),
+    ("a\tsmall.csv\tmcc\tmine", "line 2: protocol 'mine'"), ("a\tnone.csv\tmcc\t", "none.csv"),
+    ("a\tsmall.csv\tmcc", "3 fields"), ("a\tsmall.csv\tmcc\t\na\tsmall.csv\tmcc\t", "line 3: name 'a'")])
+def test_a_wrong_line_of_a_benchmark(here, line, word):
+    Path("mine.tsv").write_text(f"name\tfiles\tmetric\tprotocol\n{line}\n")
+    assert word in refused(tune(tasks="mine.tsv"))
+
+
+def test_of_a_grid_dev_chooses(here):
+    """Two rates, two seeds: four runs; the table holds the one with the better mean on dev, and says so."""
+    flags = SMALL | dict(lr=[1e-9, 0.01], epochs=4, seeds=2, init=["random", "kmer"])
+    out, rows = done(**flags)
+    assert sorted(row["overrides"]["lr"] for row in rows if row["init"] != "kmer") == [1e-9] * 2 + [0.01] * 2
+    assert len([row for row in rows if row["init"] == "kmer"]) == 1
+    dev = {lr: np.mean([row["dev"]["mcc"] for row in rows if row["overrides"]["lr"] == lr and "dev" in row])
+           for lr in flags["lr"]}
+    [line] = [line for line in out.splitlines() if "**chosen**" in line]
+    assert dev[0.01] > dev[1e-9] and "lr 0.01" in line and f"dev MCC {100 * dev[0.01]:.4g}, test" in line
+    [row] = [line for line in out.splitlines() if line.startswith("| csv/small")]
+    assert len(row.split("|")) == 6                          # task, metric, random, kmer
+    assert "no dev rows to choose" in refused(tune(csv="small.csv", lr=[0.1, 0.2], protocol="fewshot"))
+
+
 def test_both_strands(here):
     """--strands average makes another run, whose model answers the same for both strands of a sequence."""
     flags = dict(csv=SPLITS, **LEARN | {"epochs": 1})

@@ -166,7 +166,7 @@ def test_finetune_defaults(defaults):
     assert {name: args[name] for name in want} == want
     flags = "protocol seeds batch_size lr weight_decay epochs warmup dropout stride long eval_network".split()
     assert {name: args[name] for name in flags} == dict.fromkeys(flags)        # the protocol's, the model's
-    plans = finetune.plan_runs(SimpleNamespace(**args | {"task": ["silencer"]}))
+    plans = finetune.plan_runs(SimpleNamespace(**args | {"task": ["silencer"], "own": {}}))
     assert [(plan.shots, plan.repeat) for plan in plans] == [(10, repeat) for repeat in range(10)]
 
 

@@ -115,7 +115,8 @@ def test_bert_pools_both():
 
 
 def plans(task, init, **flags):
-    args = {"task": [task], "init": [init], "mode": "probe", "protocol": None, "seeds": None, "shots": [10]}
+    args = {"task": [task], "init": [init], "mode": "probe", "protocol": None, "seeds": None, "shots": [10],
+            "own": {}}
     args = SimpleNamespace(**args | flags)
     return [plan.repeat for plan in finetune.plan_runs(args)]
 

@@ -287,7 +287,7 @@ def test_a_checkpoint_goes_after_its_row_is_certain(out, disk, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, args)])
     monkeypatch.setattr(training, "open_run", lambda folder, *_: os.makedirs(folder, exist_ok=True))
     args, removed = finetune.parse_args(), []
-    args.dtype = "float32"
+    args.dtype, args.own = "float32", {}
 
     def check():
         if disk.order[-1][0] == "unlink" and disk.order[-1][1].endswith("/last.pt"):

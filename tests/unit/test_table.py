@@ -74,6 +74,26 @@ def test_setups_are_named_by_what_differs_in_a_task(table):
                      r"a\|b", "mine"]
 
 
+def test_of_a_grid_dev_chooses(table):
+    """The setting with the best mean on dev is in the table, though another one is better on test."""
+    last = "25.00 ± 7.07 (2)"
+
+    def grid(lr, dev, score, seed, **fields):
+        return run("emp/H3", "a", score, seed, overrides={"lr": lr} | fields.pop("overrides", {}),
+                   dev={"mcc": dev, "loss": 1 - dev}, numbers={"select": "score"}) | fields
+    text = table([grid(1e-4, 0.5, 0.9, 42), grid(1e-4, 0.3, 0.9, 43), grid(3e-4, 0.45, 0.2, 42),
+                  grid(3e-4, 0.45, 0.3, 43), run("emp/H3", "kmer", 0.1), run("emp/H4", "a", 0.4)])
+    assert cells(text, "emp/H3")["a"] == f"**{last}**" and text.count("90.00") == 1
+    assert text.count("- emp/H3, a: lr 0.0001: dev MCC 40, test 90.00 ± 0.00 (2)\n") == 1
+    assert text.count(f"- emp/H3, a: lr 0.0003: dev MCC 45, test {last}, **chosen**\n") == 1
+    low = {"numbers": {"select": "loss"}, "dev": {"mcc": 0.9, "loss": 2.0}}
+    by_loss = {"numbers": {"select": "loss"}}
+    text = table([grid(1e-4, 0.5, 0.9, 42) | low, grid(3e-4, 0.45, 0.2, 42) | by_loss])
+    assert cells(text, "emp/H3")["a"].startswith("20.00") and "dev loss 0.55, test 20.00" in text
+    text = table([grid(1e-4, 0.5, 0.9, 42), grid(3e-4, 0.6, 0.2, 42, overrides={"pool": "cls"})])
+    assert "Settings" not in text                            # they differ in more than a number
+
+
 def test_changed_weights_and_tables_are_columns_of_their_own(table):
     text = table([run("emp/H3", "a", 0.5, weights="w1", data="d1"), run("emp/H4", "a", 0.6, weights="w2"),
                   run("emp/H3", "b", 0.5, data="d1"), run("emp/H3", "b", 0.6, data="d2"),
@@ -287,7 +307,7 @@ def test_paper_csv():
     assert len(scores) == len(cell) == 692 and len(values) - 692 == len(facts) == 27         # each cell once
     assert {r["task"] for r in scores} - set(data.TASKS) == {"emp", "tf_m", "tf_h", "pd", "cpd", "gb8"}
     assert all(0 < x < 100 for x in cell.values())
-    assert {r["metric"].split(" ")[0] for r in scores} == set(METRICS) - {"auroc"}      # ours alone
+    assert {r["metric"].split(" ")[0] for r in scores} == set(METRICS) - {"auroc", "auprc", "balanced_acc"}
     modes = {r["table"]: r["metric"].removeprefix("acc") for r in scores if r["paper"] == "FinDNA"}
     assert modes == {"1": PROBE, "2": "", "3": "f1_micro", "4": PROBE, "5": "", "9": " (mode unknown)"}
     assert all(r["note"] for r in ROWS if not r["value"])
