@@ -227,6 +227,8 @@ class Genome:
                 strands = [hashlib.sha256(x).digest() for x in (codes, reverse_complement(codes))]
                 groups.setdefault(min(strands), []).append((i, strands[0] <= strands[1]))
         groups, n_leaked = [group for group in groups.values() if len(group) > 1], 0
+        if not groups:
+            return []
         names, sizes = [*self.contigs], [*self.contigs.values()]
         for group in groups:
             for i, strand in group:                          # what is held out is the end of a contig
@@ -235,7 +237,7 @@ class Genome:
                 n_leaked += max(0, *leaks)
         return [f"warning: {sum(map(len, groups)) - len(groups):,} contigs repeat another one, on either "
                 f"strand ({names[groups[0][1][0]]} is {names[groups[0][0][0]]}, ...): {n_leaked:,} of "
-                f"{held_out.sum():,} held-out bases are also trained on; give each once"] * bool(groups)
+                f"{held_out.sum():,} held-out bases are also trained on; give each once"]
 
     def held_out(self, length, val_contigs=()):
         """Return how many bases at the end of each contig are for validation; see split."""

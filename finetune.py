@@ -1135,10 +1135,6 @@ def save_model(net, task, run, steps, folder, args):
 def standardised(parts, task):
     """(parts with float32 targets of mean 0, sd 1 on train; mean; sd). ValueError for what overflows."""
     mean, sd = parts["train"].labels.mean(0), parts["train"].labels.std(0)
-    for name, size, spread in zip(task.classes, abs(mean), sd):
-        if max(size, spread) > 1e30 or spread < 1e-30:
-            raise ValueError(f"{task.name}: {name} has mean {size:.3g} and sd {spread:.3g} in train, which "
-                             f"float32 cannot hold; give it in other units")
     targets = {split: (rows.labels - mean) / sd for split, rows in parts.items() if rows}
     for split, x in targets.items():
         i, j = np.unravel_index(abs(x).argmax(), x.shape)
@@ -1229,9 +1225,10 @@ def check_parts(parts, task, key):
         for name, x in zip(task.classes, train.labels.T):
             if not vary(x):
                 raise ValueError(f"{task.name}: {name} is {x[0]:g} in all rows of train; leave it out")
-            if np.ptp(x) < 1e-150:                           # the squares are 0
-                raise ValueError(f"{task.name}: {name} varies by only {np.ptp(x):.3g} in train; give it in "
-                                 f"other units")
+            mean, sd = abs(x.mean()), x.std()
+            if max(mean, sd) > 1e30 or sd < 1e-30:           # float32 features, so linear models use it, too
+                raise ValueError(f"{task.name}: {name} has mean {mean:.3g} and sd {sd:.3g} in train, which "
+                                 f"float32 cannot hold; give it in other units")
     elif dev and key["numbers"]["select"] == "score" and key["metric"] == "mcc" and not vary(dev.labels):
         raise ValueError(f"{task.name}: all dev rows are of one class, so mcc cannot choose the weights; "
                          f"give rows of each class")

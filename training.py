@@ -832,6 +832,8 @@ def load(path, opener=None):
         return state
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; check the path") from None
+    except FileExistsError as e:                             # no_links
+        raise ValueError(str(e)) from None
     except Exception as e:                                   # foreign bytes, whatever they raise
         raise ValueError(f"{path}: not a readable checkpoint ({e!r:.80}); use another one") from None
 

@@ -152,8 +152,8 @@ def test_classes_that_look_alike_are_said(capsys):
     assert "'Pos', 'pos' differ" in said and r"'caf\xe9', 'cafe\u0301' differ" in said and "neg" not in said
 
 
-@pytest.mark.parametrize("size, refused", [(1e-160, True), (1e-154, True), (1e-140, False), (1, False)])
-def test_targets_too_small_to_square(size, refused):
+@pytest.mark.parametrize("size, refused", [(1e-160, True), (1e-40, True), (1e-28, False), (1, False), (1e29, False), (1e31, True)])
+def test_targets_that_float32_cannot_hold(size, refused):
     labels = np.random.default_rng(0).random((50, 1)) * size
     rows = data.rows_from(["ACGT"] * 50, labels)
     task, parts = argparse.Namespace(name="t", classes=("y",), regression=True), {"train": rows, "dev": None}
@@ -164,7 +164,7 @@ def test_targets_too_small_to_square(size, refused):
         features = np.random.default_rng(1).random((50, 3)).astype(np.float32)
         outputs = finetune.fit_linear(features, rows.labels, features, task)
         want = finetune.fit_linear(features, rows.labels / size, features, task)
-        assert outputs / size == pytest.approx(want, rel=1e-5)
+        assert outputs / size == pytest.approx(want, rel=1e-3)
 
 
 @pytest.mark.parametrize("head, names", [("id,sequence", ["e1", "e2"]), ("sequence,Name", ["e1", "e2"]),
