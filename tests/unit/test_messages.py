@@ -152,7 +152,8 @@ def test_classes_that_look_alike_are_said(capsys):
     assert "'Pos', 'pos' differ" in said and r"'caf\xe9', 'cafe\u0301' differ" in said and "neg" not in said
 
 
-@pytest.mark.parametrize("size, refused", [(1e-160, True), (1e-40, True), (1e-28, False), (1, False), (1e29, False), (1e31, True)])
+@pytest.mark.parametrize("size, refused", [(1e-160, True), (1e-40, True), (1e-28, False), (1, False),
+                                           (1e29, False), (1e31, True)])
 def test_targets_that_float32_cannot_hold(size, refused):
     labels = np.random.default_rng(0).random((50, 1)) * size
     rows = data.rows_from(["ACGT"] * 50, labels)
