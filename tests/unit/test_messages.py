@@ -185,7 +185,8 @@ def test_rows_of_a_table_keep_their_names(tmp_path, head, names):
 
 def test_report_counts_intervals_and_rows(tmp_path, capsys):
     task = data.TASKS["gb/human_enhancers_cohn"]
-    tables = {"train": ["chr1,1,5,+", "chr1,1,5,+", "chr1,2,6,+"], "test": ["chr1,1,5,-", "chr1,1,6,+"]}
+    tables = {"train": ["chr1,1,5,+", "chr1,1,5,+", "chr1,2,6,+"],
+              "test": ["chr1,1,5,-", "chr1,1,6,+", "chr1,1,7,+"]}
     for split, lines in tables.items():
         os.makedirs(tmp_path / split)
         for name, n in (("negative", 0), ("positive", 10)):
@@ -194,7 +195,7 @@ def test_report_counts_intervals_and_rows(tmp_path, capsys):
     report.report_intervals(task, str(tmp_path))
     train, test = capsys.readouterr().out.splitlines()
     assert train.endswith("train table: 6 (published 20,843: differs) intervals, 3 repeats")
-    assert test.endswith("4 (published 6,948: differs) intervals, 0 repeats, 2 (50.0%) are training "
+    assert test.endswith("6 (published 6,948: differs) intervals, 0 repeats, 2 (33.3%) are training "
                          "intervals")
     report.report_rows(task, "dev", data.rows_from(["ACG", "ACGT", "A" * 50], [0, 1, 1]))
     assert "  dev: 3 rows; bases min 3, median 4, max 50; 0:1, 1:2; sound" in capsys.readouterr().out
