@@ -127,11 +127,8 @@ def npmi_table(args, genome):
     """Returns NPMI, counts ('' if not counted now), file: --npmi_table or that in the genome's cache."""
     if args.npmi_table:
         return read_npmi(args.npmi_table, args.k), [""] * 4 ** args.k, args.npmi_table
-    contigs = args.npmi_contigs or (HG38_NPMI_CONTIGS if args.genome == ["hg38"] else list(genome.contigs))
-    unknown = set(contigs) - set(genome.contigs)
-    if unknown:
-        raise ValueError(f"--npmi_contigs: {data.quoted(min(unknown))} is not in the genome; use some of "
-                         f"{', '.join([*genome.contigs][:5])} ...")
+    contigs = genome.named(args.npmi_contigs or (), "--npmi_contigs") or (
+        HG38_NPMI_CONTIGS if args.genome == ["hg38"] else list(genome.contigs))
     key = f"{genome.fingerprint}_{zlib.crc32(repr(sorted(set(contigs))).encode()):08x}"
     path = os.path.join(os.path.dirname(genome.bases.filename), f"npmi_{args.k}_{args.npmi}_{key}.csv")
     if os.path.exists(path) and not args.npmi_only:

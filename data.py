@@ -4,6 +4,7 @@ Bases are uint8 codes A,T,C,G,N = 0,1,2,3,4: DNABERT's vocabulary order, so the 
 The id of a k-mer is 5 + the k-mer read as a base-4 number; [PAD] [UNK] [CLS] [SEP] [MASK] are 0..4.
 Coordinates are 0-based and half-open, as in BED. Invalid input raises ValueError: where, what, what to do.
 """
+import collections
 import contextlib
 import csv
 import errno
@@ -201,14 +202,47 @@ class Genome:
             raise ValueError(f"the genome is too small: {self.too_small(length, val_contigs, len(train))}")
         return train, val
 
+    def named(self, parts, flag):
+        """Return the contigs that a flag names. parts: its text, split at commas, which names may hold, too:
+        the longest name counts."""
+        found, most = [], 1 + max(name.count(",") for name in self.contigs)
+        at = 0
+        while at < len(parts):
+            names = (",".join(parts[at:at + n]) for n in range(most, 0, -1))
+            name = next((name for name in names if name in self.contigs), None)
+            if name is None:
+                raise ValueError(f"{flag}: {quoted(parts[at])} is not in the genome; use some of "
+                                 f"{', '.join([*self.contigs][:5])} ...")
+            found.append(name)
+            at += 1 + name.count(",")
+        return found
+
+    def repeated(self, held_out):
+        """Return a line in a list if contigs repeat others, on either strand: how many held-out bases of the
+        contigs are then also trained on. Only contigs of equal length are compared, by digests."""
+        n_of, groups = collections.Counter(self.contigs.values()), {}
+        for i, (name, n) in enumerate(self.contigs.items()):
+            if n_of[n] > 1:
+                codes = self.bases[self.offsets[name]:self.offsets[name] + n]
+                strands = [hashlib.sha256(x).digest() for x in (codes, reverse_complement(codes))]
+                groups.setdefault(min(strands), []).append((i, strands[0] <= strands[1]))
+        groups, n_leaked = [group for group in groups.values() if len(group) > 1], 0
+        if not groups:
+            return []
+        names, sizes = [*self.contigs], [*self.contigs.values()]
+        for group in groups:
+            for i, strand in group:                          # what is held out is the end of a contig
+                leaks = (held_out[i] - held_out[j] if strand == other else
+                         min(held_out[i], sizes[j] - held_out[j]) for j, other in group if j != i)
+                n_leaked += max(0, *leaks)
+        return [f"warning: {sum(map(len, groups)) - len(groups):,} contigs repeat another one, on either "
+                f"strand ({names[groups[0][1][0]]} is {names[groups[0][0][0]]}, ...): {n_leaked:,} of "
+                f"{held_out.sum():,} held-out bases are also trained on; give each once"]
+
     def held_out(self, length, val_contigs=()):
         """Return how many bases at the end of each contig are for validation; see split."""
-        unknown = set(val_contigs) - set(self.contigs)
-        if unknown:
-            raise ValueError(f"--val_contigs: {quoted(min(unknown))} is not in the genome; use some of "
-                             f"{', '.join([*self.contigs][:5])} ...")
         sizes = np.array(list(self.contigs.values()))
-        wanted = set(val_contigs)
+        wanted = set(self.named(val_contigs, "--val_contigs"))
         chosen = np.array([name in wanted for name in self.contigs])
         held_out = sizes * chosen if val_contigs else sizes // 100
         held_out[held_out < length] = 0
@@ -257,6 +291,7 @@ class Genome:
         lines = [f"reached  by training windows {n_contigs[0]:,} of {len(ends):,} contigs, {n_bases[0]:,} "
                  f"bases; by validation windows {n_contigs[1]:,}, {n_bases[1]:,} bases"]
         sizes, held_out = np.diff(ends, prepend=0), self.held_out(length, val_contigs)
+        lines += self.repeated(held_out)
         if not val_contigs and (held_out[held_out > 0] == sizes[held_out > 0]).all():
             lines.append(f"held out {np.count_nonzero(held_out):,} whole contigs, by a hash of names: no "
                          f"contig's last 1 % holds a window of {length} bases (--val_contigs takes others)")
@@ -693,6 +728,8 @@ def raw_records(path):
         if not buffer.startswith(b">"):
             start = buffer.strip()
             other = other_format((buffer + f.read(1000)).lstrip())
+            if not other and (b"," in start or b"\t" in start):
+                other = "a table, not FASTA; write each row as a line >NAME and a line with its sequence"
             reason = f"this is {other}" if other else f"no header '>name' but {quoted(start[:40])}; add one"
             raise ValueError(f"{path}: line {line}: {reason}")
         searched = 0
@@ -1070,9 +1107,10 @@ def read_lines(path, delimiter):
     return rows, places, text.lstrip()[:40]
 
 
-def read_columns(path, wanted):
+def read_columns(path, wanted, either=()):
     """Read columns of a CSV (.csv) or TSV (.tsv, .txt) file, plain or gzip; other columns are passed over.
-    wanted: {name: its spellings in the header}. Returns {name: list of str}, 'FILE: line N' of each row."""
+    wanted: {name: its spellings in the header}; either: columns of which one, if it alone is there, becomes
+    "name". Returns {name: list of str}, 'FILE: line N' of each row."""
     suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
     if suffix not in DELIMITER:
         other = other_format(file_start(path))
@@ -1094,6 +1132,9 @@ def read_columns(path, wanted):
             raise ValueError(f"{place}: {count} {' or '.join(spellings)} in the header ({quoted(start)}); "
                              f"give exactly one, with {DELIMITER[suffix]!r} between columns")
         columns[name] = found[0]
+    named = [i for i, cell in enumerate(header) if cell in either]
+    if len(named) == 1:
+        columns["name"] = named[0]
     for row, place in zip(rows, places):
         if len(row) != len(header):
             raise ValueError(f"{place}: {len(row)} fields, but {len(header)} in the header; correct the row")
@@ -1163,13 +1204,19 @@ def join_kmers(text, place):
 def read_table(path, classes=None, targets=None, labels=True, multilabel=False):
     """Read a table with columns sequence (or seq) and label (or class): sequences, labels, notes.
     classes: the labels in the order of their ids; None: notes["classes"] holds those found, sorted.
-    targets: number columns of a regression, or of 0 and 1 (multilabel); labels=False: sequences only. K-mer
-    text is joined."""
+    targets: number columns of a regression, or of 0 and 1 (multilabel); labels=False: sequences only, and
+    notes["names"], a column id or name, if there is one of them. K-mer text is joined."""
     wanted = {name: [name.lower()] for name in targets or ()}
     if labels and not targets:
         wanted["label"] = ["label", "class"]
-    columns, places = read_columns(os.fspath(path), {"sequence": ["sequence", "seq"]} | wanted)
+    columns, places = read_columns(os.fspath(path), {"sequence": ["sequence", "seq"]} | wanted,
+                                   () if labels else ("id", "name"))
     sequences, notes = columns.pop("sequence"), {"kmer_text": 0}
+    if not labels:
+        notes["names"] = columns.get("name")
+        for name, place in zip(notes["names"] or (), places):
+            if not name or not name.isprintable():
+                raise ValueError(f"{place}: {quoted(name)} is no name; give one, without control characters")
     for i, text in enumerate(sequences):
         if " " in text:
             sequences[i] = join_kmers(text, places[i])

@@ -15,7 +15,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))                # python -I leaves it out
 import training                                              # first: it answers Ctrl-C in the slow imports
-from training import file_name, number
+from training import file_name, folder_name, number
 
 import argparse
 import contextlib
@@ -30,6 +30,7 @@ import math
 import re
 import signal
 import time
+import unicodedata
 import warnings
 from collections import namedtuple
 
@@ -687,7 +688,8 @@ def read_start(init, args):
     if args.stride:
         spec["stride"] = args.stride
     if spec["kind"] in HEADS and not HEADS[spec["kind"]].BODY and (weights or args.mode == "probe"):
-        raise ValueError(f"--init {init}: a CNN is trained from scratch, with nothing to probe; drop it")
+        advice = "drop it" if args.mode == "probe" else f"use --init {spec['kind']}"
+        raise ValueError(f"--init {init}: a CNN is trained from scratch, never probed or continued; {advice}")
     digest = hashlib.sha256()
     for tensor in (weights or {}).values():
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
@@ -1075,6 +1077,8 @@ def read_csv(args):
     print(f"{first}: {len(labels):,} rows; {rows[0].notes}", flush=True)
     if columns:
         describe_targets(rows[0].labels, columns)
+    else:
+        say_alike(classes)
     for path in others:
         sequences, labels, notes = data.read_table(path, classes, columns, multilabel=multilabel)
         rows.append(data.rows_from(sequences, labels, notes))
@@ -1119,6 +1123,16 @@ def read_own(line, args):
         raise ValueError(f"{line['place']}: metric {line['metric']} is for two classes, not "
                          f"{len(task.classes)}; use mcc")
     return task._replace(name=line["name"], suite="tasks", metric=line["metric"]), splits
+
+
+def say_alike(names):
+    """Names the classes that a reader would take for one."""
+    alike = {}
+    for name in names:
+        alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(ascii(name))
+    for group in alike.values():
+        if len(group) > 1:
+            print(f"  note: the classes {', '.join(group)} differ only in case or Unicode form", flush=True)
 
 
 def describe_targets(labels, names):
@@ -1229,10 +1243,6 @@ def save_model(net, task, run, steps, folder, args):
 def standardised(parts, task):
     """(parts with float32 targets of mean 0, sd 1 on train; mean; sd). ValueError for what overflows."""
     mean, sd = parts["train"].labels.mean(0), parts["train"].labels.std(0)
-    for name, size, spread in zip(task.classes, abs(mean), sd):
-        if max(size, spread) > 1e30 or spread < 1e-30:
-            raise ValueError(f"{task.name}: {name} has mean {size:.3g} and sd {spread:.3g} in train, which "
-                             f"float32 cannot hold; give it in other units")
     targets = {split: (rows.labels - mean) / sd for split, rows in parts.items() if rows}
     for split, x in targets.items():
         i, j = np.unravel_index(abs(x).argmax(), x.shape)
@@ -1325,6 +1335,10 @@ def check_parts(parts, task, key):
         for name, x in zip(task.classes, train.labels.T):
             if not vary(x):
                 raise ValueError(f"{task.name}: {name} is {float(x[0]):g} in all rows of train; leave it out")
+            mean, sd = abs(x.mean()), x.std()
+            if max(mean, sd) > 1e30 or sd < 1e-30:           # float32 features, so linear models use it, too
+                raise ValueError(f"{task.name}: {name} has mean {mean:.3g} and sd {sd:.3g} in train, which "
+                                 f"float32 cannot hold; give it in other units")
     chosen_by = key["metric"] if dev and key["numbers"]["select"] == "score" else None
     if chosen_by in ("mcc", "auroc") and not vary(dev.labels):
         raise ValueError(f"{task.name}: all dev rows are of one class, so {chosen_by} cannot choose the "
@@ -1416,11 +1430,6 @@ def parse_row(line):
         return None
 
 
-@functools.cache
-def say_once(text):
-    print(training.plain(text), flush=True)
-
-
 def read_rows(out):
     """Rows of results.jsonl, [] where there is none. A line that is not a run is named and passed over."""
     path, rows = os.path.join(out, "results.jsonl"), []
@@ -1432,7 +1441,7 @@ def read_rows(out):
             row = parse_row(line)
             rows += [row] if row else []
             if not row and line.strip():
-                say_once(f"{path}: line {n}: not a run ({data.quoted(line[:40])}); passed over")
+                training.say_once(f"{path}: line {n}: not a run ({data.quoted(line[:40])}); passed over")
     return rows
 
 
@@ -1573,7 +1582,7 @@ def parse_args():
         help="your benchmark: a .tsv with columns name, files, metric, protocol; a set a line")
     add("--demo", action="store_true", help="a planted motif in synthetic DNA; needs no data")
     add = group.add_argument
-    add("--data_dir", type=file_name, default="data", help="folder of the benchmark sets (%(default)s)")
+    add("--data_dir", type=folder_name, default="data", help="folder of the benchmark sets (%(default)s)")
     add("--fasta", type=file_name, nargs="+",
         help="reference genome for GenomicBenchmarks' coordinate tables")
     add("--split", type=fractions, help="shares of one --csv table (.8,.1,.1)")
@@ -1606,7 +1615,21 @@ def parse_args():
     add("--compile", action="store_true", help="torch.compile the network")
     if parser.parse_args().demo:
         parser.set_defaults(**DEMO)
-    return parser.parse_args()
+    args = parser.parse_args()
+    return args, [name for name, value in vars(args).items() if value != parser.get_default(name)]
+
+
+def unused_flags(given, starts, args):
+    """Those of these flags that change nothing for any of the starts."""
+    kinds = {start.spec["kind"] for start in starts}
+    nets = kinds - {"kmer"}
+    used = dict.fromkeys(("k", "block_size", "n_layer", "n_head", "n_embd"), "random" in args.init)
+    used |= dict.fromkeys(("head", "blocks", "eval_network"), "mixer" in kinds)
+    used |= dict.fromkeys(FLAGS, nets and args.mode == "finetune")
+    used |= {"stride": kinds & {"bert", "hf"}, "long": kinds & {"bert", "hf", "mixer"},
+             "dropout": used["dropout"] and nets - {"cnn", "penguinn"},
+             "pool": nets if args.mode == "probe" else "mixer" in kinds}
+    return [name for name in given if not used.get(name, True)]
 
 
 def check_args(args):
@@ -1620,14 +1643,14 @@ def check_args(args):
     names = data.task_names(args.task) if args.task else []
     if args.shots and not any(data.TASKS[name].suite == "few-shot" for name in names):
         raise ValueError("--shots: belongs to the few-shot sets (--task fewshot); drop it")
-    if os.path.exists(args.out) and not os.path.isdir(args.out):
+    if os.path.lexists(args.out) and not os.path.isdir(args.out):
         raise ValueError(f"--out {args.out!r}: not a folder; name one")
 
 
 if __name__ == "__main__":
     training.outlive_streams()
     with training.user_errors():
-        args = parse_args()
+        args, given = parse_args()
         if args.demo:
             torch.set_num_threads(1)
             if os.path.exists("out/demo/last.pt"):
@@ -1638,6 +1661,9 @@ if __name__ == "__main__":
         check_args(args)
         args.own = read_benchmark(args.tasks) if args.tasks else {}
         starts, plans = {init: read_start(init, args) for init in args.init}, list(plan_runs(args))
+        unused = unused_flags(given, starts.values(), args)
+        if unused and rank == 0:
+            print(f"note: no --init here uses {', '.join(f'--{name}' for name in unused)}", flush=True)
     training.catch_signals()
     with training.user_errors(OSError, MemoryError, torch.OutOfMemoryError):
         code, ids = run_all(plans[rank::world], starts, args, device)

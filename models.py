@@ -382,10 +382,18 @@ class Penguinn(nn.Module):
         return F.pad(x, (1, 0)) if self.binary else x
 
 
+def flag_of(name, size):
+    """The flag of a pretraining script, and its value, for a part of a network's config."""
+    if name == "vocab_size":
+        return f"--k {next((k for k in range(1, 9) if 4 ** k + 5 == size), '?')}"
+    plain = {"length": f"--length + --n_cls {size}", "n_inner": f"--n_inner {size} (only cm_gems.py has it)"}
+    return plain.get(name, f"--{name} {size}")
+
+
 def copy_weights(model, init, load):
     """Loads weights into `model` from --init: a checkpoint that load(path) reads, hf:FOLDER or findna:FILE.
 
-    ValueError if the sizes differ; it names them.
+    ValueError if the sizes differ; it names the flags.
     """
     if init.startswith("hf:") and isinstance(model, Bert):
         source = load_hf(init[3:])
@@ -395,10 +403,13 @@ def copy_weights(model, init, load):
     else:
         state = load(init)
         config, weights = state["config"], state["model"]
-    differ = [f"{name} {config.get(name)}" for name, size in vars(model.config).items()
-              if name != "dropout" and config.get(name) != size]
+    differ = {name: config.get(name) for name, size in vars(model.config).items()
+              if name != "dropout" and config.get(name) != size}
+    if None in differ.values():
+        raise ValueError(f"--init {init}: another kind of network; use one that this script has made")
     if differ:
-        raise ValueError(f"--init {init}: a network with {', '.join(differ)}; set the flags to match")
+        flags = ", ".join(map(flag_of, differ, differ.values()))
+        raise ValueError(f"--init {init}: a network of {flags}; set the flags to match")
     try:
         model.load_state_dict(weights)
     except RuntimeError as e:

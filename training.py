@@ -23,6 +23,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import glob
 import itertools
 import json
@@ -74,6 +75,12 @@ def plain(text):
     return text if len(text) < 850 else f"{text[:550]} ... {text[-250:]}"
 
 
+@functools.cache
+def say_once(text):
+    """Prints a line unless this process has printed it before."""
+    print(plain(text), flush=True)
+
+
 @contextlib.contextmanager
 def user_errors(*kinds):
     """Turns these exceptions (default ValueError, OSError, out of memory) into one line and exit code 2.
@@ -86,6 +93,8 @@ def user_errors(*kinds):
     except kinds as e:
         advice = "; lower --micro_batch_size" if isinstance(e, torch.OutOfMemoryError) else ""
         text = f"{e.filename}: {e.strerror}" if getattr(e, "filename", None) and e.strerror else str(e)
+        if type(e) is MemoryError and not text:
+            text = "not enough memory; raise the limit (ulimit -v, or that of the job)"
         print(f"error: {plain((text or repr(e)).splitlines()[0])}{advice}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None
     except KeyboardInterrupt as e:
@@ -111,6 +120,13 @@ def file_name(text):
     return text
 
 
+def folder_name(text):
+    """An argparse type: a folder, there or still to be made."""
+    if os.path.lexists(text) and not os.path.isdir(text):    # also a link that leads nowhere
+        raise argparse.ArgumentTypeError(f"{text!r}: not a folder; name one")
+    return file_name(text)
+
+
 def new_parser(description):
     """Returns the parser of a pretraining script, with the flags that say which DNA is read."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
@@ -118,8 +134,8 @@ def new_parser(description):
     add = parser.add_argument_group("data").add_argument
     add("--genome", type=file_name, nargs="+", default=["hg38"],
         help="FASTA files, plain or gzip; or hg38; or demo (hg38)")
-    add("--data_dir", type=file_name, default="data", help="folder of hg38.fa.gz (%(default)s)")
-    add("--cache", type=file_name, help="folder for the packed genome (default: beside the FASTA)")
+    add("--data_dir", type=folder_name, default="data", help="folder of hg38.fa.gz (%(default)s)")
+    add("--cache", type=folder_name, help="folder for the packed genome (default: beside the FASTA)")
     add("--verify", action="store_true", help="compare the packed genome with the FASTA, base by base")
     add("--ambiguous", choices=("N", "random"), default="N", help="IUPAC codes: N, or one of their bases (N)")
     add("--val_contigs", type=lambda text: text.split(","), default=[],
@@ -197,7 +213,7 @@ def read_args(parser, args):
     path = os.path.join(args.out, "args.json")
     try:
         if os.path.exists(path):
-            with open(path) as f:
+            with open(path, opener=no_links) as f:
                 saved = json.load(f)
         else:
             saved = load_newest(args.out)[0]["args"]
@@ -475,6 +491,10 @@ class Run:
         self.say(f"genome   {' '.join(self.args.genome)}: {genome}")
         if self.start:
             self.say(f"resume   after step {self.start}")
+            kept = {n: os.path.exists(f"{self.args.out}/step_{n}.pt") for n in self.args.keep}
+            gone = [str(n) for n, there in kept.items() if n <= self.start and not there]
+            if gone:
+                self.say(f"resume   --keep {' '.join(gone)}: not kept, the run is past that")
 
     def steps(self, validate):
         """Yields the steps that are left, with a progress bar on a terminal.
@@ -616,7 +636,7 @@ def has_checkpoint(out):
 
 def check_out(out, resume):
     """Raises ValueError unless --out and --resume fit what is there; writes nothing."""
-    if not out or os.path.exists(out) and not os.path.isdir(out):
+    if not out or os.path.lexists(out) and not os.path.isdir(out):
         raise ValueError(f"--out {out!r}: not a folder; name one")
     if os.path.realpath(out) == os.path.dirname(os.path.realpath(sys.argv[0])):
         raise ValueError(f"--out {out}: the folder of the code; name another one")
@@ -797,18 +817,23 @@ def check_state(state):
         raise ValueError("'config', 'args' or 'row' holds more than numbers and text")
 
 
-def load(path):
+def load(path, opener=None):
     """Loads a checkpoint of ours on the CPU: members stored, CRC-tested; then torch.load(weights_only)."""
     try:
-        with zipfile.ZipFile(path) as z:
-            stored = all(m.compress_type == zipfile.ZIP_STORED for m in z.infolist())
-            if not stored or sum(m.file_size for m in z.infolist()) > os.path.getsize(path) or z.testzip():
-                raise ValueError("damaged")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with open(path, "rb", opener=opener) as f:
+            with zipfile.ZipFile(f) as z:
+                stored = all(m.compress_type == zipfile.ZIP_STORED for m in z.infolist())
+                size = os.fstat(f.fileno()).st_size
+                if not stored or sum(m.file_size for m in z.infolist()) > size or z.testzip():
+                    raise ValueError("damaged")
+            f.seek(0)
+            state = torch.load(f, map_location="cpu", weights_only=True)
         check_state(state)
         return state
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint; check the path") from None
+    except FileExistsError as e:                             # no_links
+        raise ValueError(str(e)) from None
     except Exception as e:                                   # foreign bytes, whatever they raise
         raise ValueError(f"{path}: not a readable checkpoint ({e!r:.80}); use another one") from None
 
@@ -848,13 +873,16 @@ def restore(state, parts):
 
 
 def load_newest(out):
-    """Returns the newest sound checkpoint of a run folder; what is wrong with last.pt if it is prev.pt."""
+    """Returns the newest sound checkpoint of a run folder; what is wrong with last.pt if it is prev.pt.
+
+    Others may write to the folder, so a link is none.
+    """
     try:
-        return load(os.path.join(out, "last.pt")), None
+        return load(os.path.join(out, "last.pt"), no_links), None
     except ValueError as e:
         if not os.path.exists(os.path.join(out, "prev.pt")):
             raise
-        return load(os.path.join(out, "prev.pt")), e
+        return load(os.path.join(out, "prev.pt"), no_links), e
 
 
 def say(text):

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 600                                                  # seconds for the tests of one mutant
 GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.py"
 UNIT = {name: f"tests/unit/test_{name}.py" for name in (
-    "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules", "models",
-    "randommask", "strands", "table", "tools")}
+    "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules",
+    "messages", "models", "randommask", "strands", "table", "tools")}
 Mutant = namedtuple("Mutant", "file what old new tests")
 
 
@@ -277,6 +277,30 @@ MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
     "the same seeds in each draw": ("size=(draws, 1, gaps.shape[1])", "size=(1, 1, gaps.shape[1])"),
     "p over all cells": ("gaps.mean(1), gaps.mean(0)", "gaps.ravel(), gaps.mean(0)"),
     "the first row of a log": ("read_rows(log)[-1]", "read_rows(log)[0]")})
+MUTANTS += mutants("tools/report.py", [UNIT["messages"], "-k", "report"], {
+    "intervals that are not in train": ("interval in train for", "interval not in train for"),
+    "repeats are different intervals": ("len(intervals) - len(set(intervals))", "len(set(intervals))"),
+    "strands are different intervals": ("interval[:3] for", "interval[:4] for"),
+    "the mean length": ("np.median(lengths)", "np.mean(lengths)"),
+    "sequences of either split": ("set(keys[a]) & set(keys[b])", "set(keys[a]) | set(keys[b])",
+                                  [UNIT["benchmarks"], "-k", "report_on_made"])})
+MUTANTS += mutants("data.py", [UNIT["benchmarks"], "-k", "demo"], {
+    "demo windows that hold the motif": (
+        "starts = starts[n_before[starts + length + 1 - len(motif)] == n_before[starts]]", "pass"),
+    "demo dev from a contig of train": ('("dev", ("demo3",))', '("dev", ("demo2",))'),
+    "demo windows with replacement": ("rng.choice(starts, n, replace=False)", "rng.choice(starts, n)")})
+MUTANTS += mutants("data.py", [UNIT["messages"]], {
+    "contig names end at a comma": ("range(most, 0, -1)", "range(1, 0, -1)"),
+    "repeats on one strand only": ("min(strands), []", "strands[0], []"),
+    "what both copies hold out is a leak": ("held_out[i] - held_out[j] if strand", "held_out[i] if strand"),
+    "rows have no names": ('notes["names"] = columns.get("name")', 'notes["names"] = None')})
+MUTANTS += mutants("training.py", [UNIT["messages"]], {
+    "a resume follows links": ('"last.pt"), no_links), None', '"last.pt")), None'),
+    "steps that are past are not said": ("if n <= self.start and not there", "if False"),
+    "a file is a folder": ("os.path.lexists(text) and not", "False and not")})
+MUTANTS += mutants("finetune.py", [UNIT["messages"]], {
+    "targets of any size": ("max(mean, sd) > 1e30 or sd < 1e-30", "False"),
+    "every flag is used": ("if not used.get(name, True)", "if False")})
 MUTANTS += mutants("tests/conftest.py", [UNIT["campaign"]], {
     "cases are credited without counting": ("int(report.passed and n == 1)", "n"),
     "cases may be missing": ("report.passed and counted != n", "False")})

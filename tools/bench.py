@@ -760,7 +760,7 @@ def parse_args():
     add("items", nargs="*", metavar="ITEM", help="as --only; cost and gpu are run only where they are named")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of cost and gpu (%(default)s)")
     add("--only", type=lambda text: text.split(","), help=f"comma-separated items ({','.join(ITEMS)})")
-    add("--out", metavar="DIR", help="gpu: folder of its rows")
+    add("--out", type=training.folder_name, metavar="DIR", help="gpu: folder of its rows")
     add("--rounds", type=positive, default=5, help="of timing (%(default)s)")
     add("--batch", type=positive, help="cost: sequences of a step (CUDA 16, CPU 1)")
     add("--max_seconds", type=training.number(float, 0), default=60,

@@ -443,7 +443,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help="sources or groups (none: list them)")
-    parser.add_argument("--data_dir", type=training.file_name, default="data",
+    parser.add_argument("--data_dir", type=training.folder_name, default="data",
                         help="where the files go (%(default)s)")
     parser.add_argument("--check", action="store_true", help="only verify: no network, nothing written")
     args = parser.parse_args()

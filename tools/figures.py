@@ -16,7 +16,7 @@ import math
 import os
 
 import training                                              # first: it answers Ctrl-C in the slow imports
-from training import file_name
+from training import file_name, folder_name
 
 import numpy as np
 import torch
@@ -347,9 +347,12 @@ def draw_shots(ours):
 def label_paths(args):
     """{label: path}. The labels are --names or the paths themselves."""
     labels = args.names or [path.removesuffix(".pt") for path in args.paths]
-    if not len(set(labels)) == len(labels) == len(args.paths) <= len(COLORS):
-        raise ValueError(f"{len(args.paths)} paths, {len(labels)} --names: give each once, at most "
-                         f"{len(COLORS)}")
+    if len(labels) != len(args.paths):
+        raise ValueError(f"{len(args.paths)} paths, but {len(labels)} --names; give one for each")
+    if len(labels) > len(COLORS):
+        raise ValueError(f"{len(labels)} paths; give at most {len(COLORS)}")
+    if twice := [label for label in labels if labels.count(label) > 1]:
+        raise ValueError(f"{twice[0]}: {'two --names' if args.names else 'given twice'}; give each once")
     return dict(zip(labels, args.paths))
 
 
@@ -498,10 +501,11 @@ def parse_args():
         if name == "masks":
             add("--fasta", type=file_name, nargs="+", default=["demo"],
                 help="sequences to mask (%(default)s)")
-            add("--data_dir", type=file_name, default="data", help="folder of the demo genome (%(default)s)")
+            add("--data_dir", type=folder_name, default="data",
+                help="folder of the demo genome (%(default)s)")
             add("--k", type=training.number(int, 2, 9), default=6, help="k of the k-mers (%(default)s)")
         if name in ("attention", "masks"):
-            add("--cache", type=file_name, help="folder for packed genomes (default: beside the FASTA)")
+            add("--cache", type=folder_name, help="folder for packed genomes (default: beside the FASTA)")
         add("--out", type=file_name, default=f"out/figures/{name}",
             help="file without .png or .pdf (%(default)s)")
         add("--dpi", type=training.number(int, 20, 2000), default=200, help="of the PNG (%(default)s)")

@@ -21,11 +21,15 @@ LONGEST = 1 << 20                                            # bases of a sequen
 
 
 def read_sequences(path, window=None, step=None):
-    """(id, codes) of each sequence of a FASTA file or a table (id: its number), or of each of its windows."""
+    """(id, codes) of each sequence of a FASTA file or a table, or of each of its windows.
+
+    The id of a row of a table is in its column id or name; its number where it has none or both.
+    """
     is_table = os.path.splitext(path.removesuffix(".gz"))[1].lower() in data.DELIMITER
     if is_table and not data.file_start(path).startswith(b">"):                # a FASTA may be named .txt
-        texts = data.read_table(path, labels=False)[0]
-        records = ((str(i), data.encode(text)) for i, text in enumerate(texts, 1))
+        texts, _, notes = data.read_table(path, labels=False)
+        names = notes["names"] or map(str, range(1, len(texts) + 1))
+        records = ((name, data.encode(text)) for name, text in zip(names, texts))
     else:
         data.check_file(path)
         records = ((name, codes) for name, codes, _ in data.fasta_records(path))

@@ -8,7 +8,7 @@ import itertools
 import os
 
 import training                                              # first: it answers Ctrl-C in the slow imports
-from training import file_name
+from training import file_name, folder_name
 
 import numpy as np
 
@@ -89,7 +89,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("tasks", nargs="+", help=f"tasks (emp/H3) or groups: {' '.join(data.GROUPS)}")
-    add("--data_dir", type=file_name, default="data", help="folder of the benchmark sets (%(default)s)")
+    add("--data_dir", type=folder_name, default="data", help="folder of the benchmark sets (%(default)s)")
     add("--fasta", type=file_name, nargs="+", help="genome of coordinate tables: one FASTA, or one a class")
     args = parser.parse_args()
     status = 0

@@ -243,6 +243,10 @@ def test_demo(tmp_path):
         assert rows.labels.mean() == 0.5 and len(rows.labels) == data.TASKS["demo"].rows[split]
         assert pairs(rows) == pairs(again[split])
     assert len(set(sum(map(texts, splits.values()), []))) == 5000
+    genome = data.open_genome(["demo"], tmp_path / "a")
+    for split, contigs in (("train", "12"), ("dev", "3"), ("test", "4")):
+        dna, rows = " ".join(genome.fetch(f"demo{c}", 0, 250_000) for c in contigs), splits[split]
+        assert all(text in dna for text, label in zip(texts(rows)[:200], rows.labels) if not label)
 
 
 @pytest.mark.parametrize("name, n, shortest, longest, balance", TABLES, ids=[row[0] for row in TABLES])

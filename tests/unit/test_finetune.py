@@ -220,6 +220,7 @@ def test_targets_stay_apart_until_they_are_standardised(capsys):
 def test_targets_that_overflow_are_refused(labels, dev, what):
     parts = {"train": some_rows([[x] for x in labels]), "dev": dev and some_rows([[x] for x in dev])}
     with pytest.raises(ValueError, match=f"^csv/t: {what}"):
+        finetune.check_parts(parts, task_of("a"), {})
         finetune.standardised(parts, task_of("a"))
 
 

@@ -286,7 +286,7 @@ def test_a_checkpoint_goes_after_its_row_is_certain(out, disk, monkeypatch):
     args += [x for name, value in FLAGS.items() for x in (f"--{name}", value)]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, args)])
     monkeypatch.setattr(training, "open_run", lambda folder, *_: os.makedirs(folder, exist_ok=True))
-    args, removed = finetune.parse_args(), []
+    args, removed = finetune.parse_args()[0], []
     args.dtype, args.own = "float32", {}
 
     def check():

@@ -10,6 +10,7 @@ from scipy import stats
 
 import data
 import finetune
+import training
 from tools.table import METRICS, PROBE, UNLIKE, write_table
 
 PAPER = ROOT / "results" / "paper.csv"
@@ -250,7 +251,7 @@ def test_foreign_rows_are_named_passed_over_and_kept(tmp_path, capsys, survived)
             write_table(tmp_path, PAPER)
     first, second = map(json.dumps, ours)
     for line in FOREIGN:
-        finetune.say_once.cache_clear()
+        training.say_once.cache_clear()
         capsys.readouterr()
         path.write_text(f"\ufeff{first}\r\n\n{line}\n{second}", encoding="utf-8")    # without a last newline
         assert finetune.read_rows(tmp_path) == ours == finetune.read_rows(tmp_path)
