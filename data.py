@@ -1222,9 +1222,10 @@ def read_table(path, classes=None, targets=None, labels=True, multilabel=False):
             sequences[i] = join_kmers(text, places[i])
             notes["kmer_text"] += 1
     rows_from(sequences, places=places)                      # ValueError where one is not DNA
-    if targets or not labels:
-        read = flags(columns, places) if multilabel else numbers(columns.values(), places)
-        return sequences, read if targets else None, notes
+    if targets:
+        return sequences, flags(columns, places) if multilabel else numbers(columns.values(), places), notes
+    if not labels:
+        return sequences, None, notes
     ids, found = class_ids(columns["label"], classes, places)
     return sequences, ids, notes if classes else notes | {"classes": found}
 

@@ -1339,8 +1339,8 @@ def check_parts(parts, task, key):
             if max(mean, sd) > 1e30 or sd < 1e-30:           # float32 features, so linear models use it, too
                 raise ValueError(f"{task.name}: {name} has mean {mean:.3g} and sd {sd:.3g} in train, which "
                                  f"float32 cannot hold; give it in other units")
-    chosen_by = key["metric"] if dev and key["numbers"]["select"] == "score" else None
-    if chosen_by in ("mcc", "auroc") and not vary(dev.labels):
+    chosen_by = key["metric"] if dev and not task.regression and key["numbers"]["select"] == "score" else ""
+    if chosen_by in ("mcc", "auroc", "auprc") and not vary(dev.labels):
         raise ValueError(f"{task.name}: all dev rows are of one class, so {chosen_by} cannot choose the "
                          f"weights; give rows of each class")
 

@@ -103,7 +103,7 @@ def defaults(monkeypatch):
     def parse(script, *flags):
         module = importlib.import_module(script)
         monkeypatch.setattr(sys, "argv", [f"{script}.py", *flags])
-        args = module.parse_args()
+        args = module.parse_args()[0] if script == "finetune" else module.parse_args()
         if hasattr(module, "complete_args"):
             module.complete_args(args)
         return vars(args)

@@ -157,7 +157,8 @@ def test_classes_that_look_alike_are_said(capsys):
 def test_targets_that_float32_cannot_hold(size, refused):
     labels = np.random.default_rng(0).random((50, 1)) * size
     rows = data.rows_from(["ACGT"] * 50, labels)
-    task, parts = argparse.Namespace(name="t", classes=("y",), regression=True), {"train": rows, "dev": None}
+    task = argparse.Namespace(name="t", classes=("y",), regression=True, multilabel=False)
+    parts = {"train": rows, "dev": None}
     if refused:
         assert "give it in other units" in refusal(finetune.check_parts, parts, task, {})
     else:
