@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import training
-from harness import log_rows
+from harness import equal, log_rows
 from methods import METHODS, PRETRAINING, ending, go, keep, run_folder, write_inputs
 
 SHORT = {method: dict(steps=8, eval_every=4, keep=8) for method in PRETRAINING} | {"finetune": dict(epochs=3)}
@@ -60,3 +60,16 @@ def test_float16_learns_as_float32_does(tmp_path, monkeypatch):
         assert row["dtype"] == dtype
     assert losses["float16"][-1] == pytest.approx(losses["float32"][-1], abs=0.1)
     assert losses["float32"][-1] < losses["float32"][0] - 0.1
+
+
+def test_two_ranks_in_float16(tmp_path, monkeypatch):
+    """They skip the same steps as one rank does, and end like it, bit for bit."""
+    monkeypatch.chdir(tmp_path)
+    write_inputs(Path())
+    states, flags = [], SHORT["randommask"] | {"dtype": "float16"}
+    for ranks in (1, 2):
+        patches = {rank: scale_too_much("randommask")[0] for rank in range(ranks)}
+        assert go("randommask", patches, ranks, out=f"out{ranks}", **flags).codes == [0] * ranks
+        states.append(training.load(f"out{ranks}/last.pt"))
+    assert states[0]["skipped"] == states[1]["skipped"] > 0
+    equal(*({name: state[name] for name in ("model", "optimizer", "scaler")} for state in states))
