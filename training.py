@@ -87,7 +87,7 @@ def plain(text):
 def user_errors(*kinds):
     """Turns these exceptions (default ValueError, OSError, out of memory) into one line and exit code 2.
 
-    Ctrl-C is always one line and exit code 130.
+    Ctrl-C is always one line and exit code 130; what torch.compile raises is one line, too.
     """
     kinds = kinds or (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
     try:
@@ -299,7 +299,7 @@ def set_up(device, dtype, join=True):
 
 @functools.cache
 def can_compile(device):
-    """True if torch.compile works on this device, on all ranks: tries a line. Says so where it does not."""
+    """True if torch.compile works on this device, on all ranks. Compiles one line; says why, if it fails."""
     trial, x, error = torch.nn.Module(), torch.ones(8, device=device, requires_grad=True), ""
     trial.forward = lambda x: (2 * x + 1).square().sum()
     try:
