@@ -372,7 +372,7 @@ if __name__ == "__main__":
         if strategy == "cm_step":
             share = cm_step_share(step, args.steps, args.cm_step_stages)
             masker = "global" if rng.random() < share else args.cm_step_easy
-        windows = data.take_windows(bases, starts, length).to(device)
+        windows = data.to_device(data.take_windows(bases, starts, length), device)
         first = i * args.micro_batch_size                    # the `size` sequences are in order of length
         tokens = cut_pieces(windows, args.k, first / size, (first + n) / size)
         centers = data.draw_centers(tokens.shape, center_p[masker], device) & (tokens > data.MASK)
@@ -411,7 +411,7 @@ if __name__ == "__main__":
         inputs, labels = F.pad(inputs, (0, extra), value=data.PAD), F.pad(labels, (0, extra), value=-100)
         mask = None if whole else inputs != data.PAD
         capacity = models.mask_capacity(inputs.numel(), share, span) if device.type == "cuda" else None
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        with training.autocast(device, args.dtype):
             loss_sum, count = network(inputs, labels, mask=mask, capacity=capacity)
         return loss_sum, count, (tokens > data.MASK).sum()
 
@@ -466,9 +466,10 @@ Next, your own DNA: its words, in seconds, and a model for a laptop (--help list
                 with run.sync_at_last(net, i):
                     batch = train, args.batch_size, step
                     loss_sum, count, n_kmers = forward(net, batch, strategy, step, i, n)
-                    loss_sum.backward()
+                    run.scaler.scale(loss_sum).backward()
                 sums += torch.stack([loss_sum.detach(), count, n_kmers])
             run.sum_over_ranks()
+            run.scaler.unscale_(optimizer)
             # from DDP's average over ranks of sums to the mean over all masked tokens of the batch
             norm = training.scale_gradients(model, run.world / sums[1].clamp(min=1), args.grad_clip)
             run.update(optimizer, lr, norm)

@@ -801,10 +801,16 @@ def draw_starts(table, n, rng):
     return number + shift[np.searchsorted(n_up_to, number, side="right")]
 
 
+def to_device(x, device):
+    """Copy a tensor or array of the host to a device. From pinned memory, a GPU does it without a wait."""
+    x = torch.as_tensor(x)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 def take_windows(bases, starts, length):
     """Return bases[start:start + length] for each start: uint8 tensor (n, length) on the device of bases."""
     if torch.is_tensor(bases):
-        starts = torch.from_numpy(starts).pin_memory().to(bases.device, non_blocking=True)
+        starts = to_device(starts, bases.device)
         return bases[starts[:, None] + torch.arange(length, device=bases.device)]
     return torch.from_numpy(np.lib.stride_tricks.sliding_window_view(bases, length)[starts])
 

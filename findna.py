@@ -334,10 +334,13 @@ if __name__ == "__main__":
         if run.writes:
             run.open("findna", model.config, genome.fingerprint, parts)
 
+    def take(starts):
+        """The windows (n, length) at `starts`, on the device."""
+        return data.to_device(data.take_windows(bases, starts, args.length), device)
+
     def get_views(starts):
         """view_u, target, view_v of the windows at `starts`; call training.seed before."""
-        return make_views(data.take_windows(bases, starts, args.length).to(device), args.views,
-                          args.translocation, args.mask_rate, args.noise, args.flip)
+        return make_views(take(starts), args.views, args.translocation, args.mask_rate, args.noise, args.flip)
 
     if args.show_masks:
         starts = data.draw_starts(train, args.show_masks, training.seed(args.seed, 0, 0))
@@ -373,7 +376,7 @@ if __name__ == "__main__":
     def forward(network, view_u, target, view_v):
         """Loss sums over sequences, mnm and cl; the student's logits; the teacher's [CLS] and their q."""
         outputs, q, cl = center[None], None, torch.zeros((), device=device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        with training.autocast(device, args.dtype):
             if teacher:
                 with torch.no_grad():
                     outputs = cls_of(*teacher(F.pad(view_v, (0, 0, 0, args.n_cls))))
@@ -395,8 +398,7 @@ if __name__ == "__main__":
             mnm, cl, _, outputs, q = forward(model, view_u, target, view_v)
             kl = n * dissimilarity(view_u, view_v)
             # masked, but not edited: comparable with guesses and between --views
-            view_u, target, view_v = make_views(data.take_windows(bases, starts, args.length).to(device),
-                                                PLAIN, 0, args.mask_rate)
+            view_u, target, view_v = make_views(take(starts), PLAIN, 0, args.mask_rate)
             plain, _, logits, *_ = forward(model, view_u, target, view_v)
             right = target.gather(-1, logits.argmax(-1, keepdim=True)).sum()
             total[:5] += torch.stack([mnm, cl, right, kl, plain])
@@ -423,10 +425,11 @@ if __name__ == "__main__":
                           pass_over(windows, args.seed, (step - 1) * args.batch_size + first, n))
                 with run.sync_at_last(net, i):
                     mnm, cl, _, outputs, _ = forward(net, *get_views(starts))
-                    loss_of(mnm, cl).backward()
+                    run.scaler.scale(loss_of(mnm, cl)).backward()
                 sums[:2] += torch.stack([mnm.detach(), cl.detach()])
                 sums[2:] += outputs.float().sum(0).flatten()
             run.sum_over_ranks()
+            run.scaler.unscale_(optimizer)
             # from DDP's average over ranks of sums to the mean over all sequences of the batch
             scale = sums.new_full((), run.world / args.batch_size)
             norm = training.scale_gradients(model, scale, args.grad_clip)

@@ -50,6 +50,7 @@ import models
 BETAS, EPS = (0.9, 0.999), 1e-8                              # AdamW: DNABERT-2, Liang et al., GeneMask
 SORTED = 50                                                  # batches that are sorted by length together
 FAR = 1e15                                                   # sd: the square of a target has to fit float32
+UNSCALED = torch.amp.GradScaler(enabled=False)               # no loss scaling
 KMER = 5                                                     # k of the k-mer floor (--init kmer)
 
 # warmup: an int counts steps, a float is a share of them; eval_every 0: once an epoch; select: which weights
@@ -155,7 +156,7 @@ def lengths_of(rows, index):
 def gathered(bases, starts, lengths, width, fill):
     """bases[start:start + length] of each row, (B, width): longer ones are cut, shorter ones filled."""
     at = torch.arange(width, device=bases.device)
-    starts, lengths = (torch.from_numpy(x).to(bases.device)[:, None] for x in (starts, lengths))
+    starts, lengths = (data.to_device(x, bases.device)[:, None] for x in (starts, lengths))
     return bases[(starts + at).clamp_(max=len(bases) - 1)].masked_fill(at >= lengths, fill)
 
 
@@ -198,19 +199,22 @@ def in_parts(function, size, *windows):
     return torch.cat(parts) if torch.is_tensor(parts[0]) else [torch.cat(x) for x in zip(*parts)]
 
 
-def over_windows(x, owner):
-    """Mean of x (windows, C) over the windows of each sequence; owner None: one window each."""
-    if owner is None:
-        return x
-    n = owner.bincount()
-    return x.new_zeros(len(n), x.shape[1]).index_add(0, owner, x) / n[:, None]
+def by_sequence(x, n_windows):
+    """Sums of x (windows, C) over the windows of each sequence; n_windows (B,): how many it has."""
+    owner = torch.arange(len(n_windows), device=x.device)
+    owner = owner.repeat_interleave(n_windows, output_size=len(x))             # without it, a GPU would wait
+    return x.new_zeros(len(n_windows), x.shape[1]).index_add(0, owner, x)
 
 
-def pooled(total, n, owner=None):
+def over_windows(x, n_windows):
+    """Mean of x (windows, C) over the windows of each sequence; None: one window each."""
+    return x if n_windows is None else by_sequence(x, n_windows) / n_windows[:, None]
+
+
+def pooled(total, n, n_windows=None):
     """Means (B, C) from what `summed` returns for each window, over all windows of a sequence."""
-    if owner is not None:
-        empty = n.new_zeros(int(owner[-1]) + 1, n.shape[1])
-        total, n = (empty.index_add(0, owner, x.float()) for x in (total, n))
+    if n_windows is not None:
+        total, n = (by_sequence(x.float(), n_windows) for x in (total, n))
     return total / n.clamp(min=1)
 
 
@@ -277,7 +281,7 @@ class BertHead(nn.Module):
         k, stride, device = self.spec["k"], self.spec["stride"], bases.device
         longest, alike = max(int(n.max()), 1), n.min() == n.max() > 0
         T = longest if alike else min(-(-(longest + 2) // 32) * 32, self.bert.config.block_size) - 2
-        starts, n = (torch.from_numpy(x).to(device, non_blocking=True)[:, None] for x in (starts, n))
+        starts, n = (data.to_device(x, device)[:, None] for x in (starts, n))
         at = starts + torch.arange((T - 1) * stride + k, device=device)
         tokens = data.kmer_tokens(bases[at.clamp_(max=len(bases) - 1)], k, stride, specials=True)
         if alike:
@@ -286,24 +290,25 @@ class BertHead(nn.Module):
         return tokens.masked_fill(at == n + 1, data.SEP).masked_fill(at > n + 1, data.PAD), at < n + 2
 
     def inputs(self, rows, index):
-        """Tokens, mask, and the sequence of each window (None: one window a sequence)."""
+        """Tokens, mask, and the number of windows of each sequence (None: one window a sequence)."""
         owner, first, n = self.windows(lengths_of(rows, index))
         tokens, mask = self.tokens(rows.bases, rows.offsets[index][owner] + first, n)
-        return tokens, mask, None if len(owner) == len(index) else torch.from_numpy(owner).to(tokens.device)
+        alone = len(owner) == len(index)
+        return tokens, mask, None if alone else data.to_device(np.bincount(owner), tokens.device)
 
-    def forward(self, tokens, mask=None, owner=None):
+    def forward(self, tokens, mask=None, n_windows=None):
         x = in_parts(lambda *windows: torch.tanh(self.pooler(self.bert.encode(*windows, first=1)[:, 0])),
                      self.micro_batch_size, tokens, mask)    # (B, C)
-        x = over_windows(x, owner)
+        x = over_windows(x, n_windows)
         with torch.autocast(x.device.type, enabled=False):   # bf16 is too coarse for a large target
             return self.out(F.dropout(x.float(), self.bert.config.dropout, self.training))
 
-    def embed(self, tokens, mask=None, owner=None):
+    def embed(self, tokens, mask=None, n_windows=None):
         """Mean over the k-mers, or over the [CLS] of the windows, or both concatenated."""
         sums = in_parts(lambda tokens, mask: summed(self.spec["pool"], self.bert.encode(tokens, mask), {
             "mean": (tokens == data.UNK) | (tokens > data.MASK), "cls": tokens == data.CLS}),
             self.micro_batch_size, tokens, mask)
-        return pooled(*sums, owner)
+        return pooled(*sums, n_windows)
 
     def per_base(self, rows, index):
         owner, first, n = self.windows(lengths_of(rows, index))
@@ -363,15 +368,15 @@ class HfHead(nn.Module):
         return {name: int((lengths > self.bases_in_room).sum())}
 
     def inputs(self, rows, index):
-        """Tokens (B, T), which belong to the sequence, mask, and the sequence of each window, or None."""
+        """Tokens (B, T), which belong to the sequence, mask, and windows of each sequence, or None."""
         owner, parts = self.windows(rows, index)
         rows_of_ids = [[*self.first, *ids, *self.last] for ids, *_ in parts]
         n, at = torch.tensor(list(map(len, rows_of_ids)))[:, None], torch.arange(max(map(len, rows_of_ids)))
         tokens = torch.full((len(parts), len(at)), models.pad_id(self.hf))
         tokens[at < n] = torch.tensor(np.concatenate(rows_of_ids))
         real = (at >= len(self.first)) & (at < n - len(self.last))
-        device, owner = rows.bases.device, None if len(owner) == len(index) else owner.to(rows.bases.device)
-        return tokens.to(device), real.to(device), (at < n).to(device), owner
+        tensors = tokens, real, at < n, None if len(owner) == len(index) else owner.bincount()
+        return tuple(x if x is None else data.to_device(x, rows.bases.device) for x in tensors)
 
     def states(self, tokens, mask):
         return self.hf(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()     # (B, T, C)
@@ -381,18 +386,18 @@ class HfHead(nn.Module):
         x = x[:, 0] if self.has_cls else pooled(*summed("mean", x, {"mean": real}))
         return torch.tanh(self.pooler(x))                    # (B, C)
 
-    def forward(self, tokens, real, mask, owner=None):
-        x = over_windows(in_parts(self.read_window, self.micro_batch_size, tokens, real, mask), owner)
+    def forward(self, tokens, real, mask, n_windows=None):
+        x = over_windows(in_parts(self.read_window, self.micro_batch_size, tokens, real, mask), n_windows)
         with torch.autocast(x.device.type, enabled=False):
             return self.out(F.dropout(x.float(), self.p, self.training))
 
-    def embed(self, tokens, real, mask, owner=None):
+    def embed(self, tokens, real, mask, n_windows=None):
         if self.spec["pool"] != "mean" and not self.has_cls:
             raise ValueError(f"--pool {self.spec['pool']}: its tokenizer adds no [CLS]; use --pool mean")
         first = torch.arange(tokens.shape[1], device=tokens.device) == 0
         sums = in_parts(lambda tokens, real, mask: summed(self.spec["pool"], self.states(tokens, mask), {
             "mean": real, "cls": first.expand_as(real)}), self.micro_batch_size, tokens, real, mask)
-        return pooled(*sums, owner)
+        return pooled(*sums, n_windows)
 
     def per_base(self, rows, index):
         _, starts, widths = np.concatenate(self.windows(rows, index)[1], 1)
@@ -470,7 +475,7 @@ class MixerHead(nn.Module):
         return {name: int((lengths > self.room).sum())}
 
     def inputs(self, rows, index):
-        """One-hot bases (B, L, 5); lengths (B,), None where all are equal; sequence of each window, or None.
+        """One-hot bases (B, L, 5); lengths (B,), None where all are equal; windows a sequence, or None.
 
         Where the lengths differ, L is a multiple of 64, or what an Encoder has room for.
         """
@@ -480,8 +485,8 @@ class MixerHead(nn.Module):
         if not alike:
             longest = min(-(-longest // 64) * 64, self.room or math.inf)
         bases = gathered(rows.bases, rows.offsets[index][owner] + first, n, longest + self.n_cls, data.BLANK)
-        lengths, owner = (torch.from_numpy(x).to(bases.device) for x in (n, owner))
-        return data.one_hot(bases), None if alike else lengths + self.n_cls, owner if several else None
+        lengths, n_windows = (data.to_device(x, bases.device) for x in (n, np.bincount(owner)))
+        return data.one_hot(bases), None if alike else lengths + self.n_cls, n_windows if several else None
 
     def states(self, one_hot, lengths=None):
         return self.backbone(one_hot, lengths, **self.options)                 # (B, L, C)
@@ -493,14 +498,14 @@ class MixerHead(nn.Module):
         return summed(self.spec["pool"], x, {"mean": at < ends - self.n_cls,
                                              "cls": (at < ends) & (at >= ends - self.n_cls)})
 
-    def embed(self, one_hot, lengths=None, owner=None):
+    def embed(self, one_hot, lengths=None, n_windows=None):
         if lengths is None:                                  # one window a sequence, all equally long
             bases, cls = self.states(one_hot).split([one_hot.shape[1] - self.n_cls, self.n_cls], 1)
             return concatenated(self.spec["pool"], lambda pool: (cls if pool == "cls" else bases).mean(1))
-        return pooled(*in_parts(self.sums, self.micro_batch_size, one_hot, lengths), owner)
+        return pooled(*in_parts(self.sums, self.micro_batch_size, one_hot, lengths), n_windows)
 
-    def forward(self, one_hot, lengths=None, owner=None):
-        x = self.embed(one_hot, lengths, owner)
+    def forward(self, one_hot, lengths=None, n_windows=None):
+        x = self.embed(one_hot, lengths, n_windows)
         x = x if self.hidden is None else F.gelu(self.hidden(x))
         with torch.autocast(x.device.type, enabled=False):
             return self.out(x.float())
@@ -562,7 +567,7 @@ SPEC = {"kind": HEADS.__contains__, "n_out": is_size, "k": is_size, "length": is
         "stride": lambda x: x is None or is_size(x), "n_blocks": lambda x: x is None or is_size(x),
         "n_cls": lambda x: x == 0 or is_size(x), "regression": lambda x: type(x) is bool,
         "classes": lambda x: type(x) in (list, tuple) and all(type(name) is str and name for name in x),
-        "long": lambda x: x in ("chunk", "truncate"), "dtype": lambda x: x in ("float32", "bfloat16"),
+        "long": lambda x: x in ("chunk", "truncate"), "dtype": lambda x: x in training.DTYPES[1:],
         "pool": lambda x: x in ("mean", "cls", "both"), "head": lambda x: x in ("linear", "mlp"),
         "binary": lambda x: type(x) is bool, "multilabel": lambda x: type(x) is bool,
         "strands": lambda x: x in ("forward", "augment", "average")}
@@ -743,7 +748,7 @@ def apply(net, rows, micro_batch_size, function=None):
     rows = data.both_strands(rows) if average else rows
     function, lengths = function or net, np.diff(rows.offsets)
     order = np.argsort(lengths, kind="stable")
-    with torch.autocast(rows.bases.device.type, torch.bfloat16, enabled=net.spec["dtype"] == "bfloat16"):
+    with training.autocast(rows.bases.device, net.spec["dtype"]):
         parts = [function(*net.inputs(rows, index)).float()
                  for index in training.until_stopped(pieces(net, order, lengths, micro_batch_size))]
     outputs = torch.cat(parts).cpu().numpy()[np.argsort(order)]
@@ -948,17 +953,31 @@ def loss_of(outputs, labels, reduction, weights=None):
     return F.mse_loss(outputs, labels, reduction=reduction) / share
 
 
-def train_batch(net, rows, labels, index, micro_batch_size, weights=None):
-    """Forward and backward of one batch in pieces; (loss sum, number of sequences) on the device."""
+def train_batch(net, rows, index, micro_batch_size, scaler=UNSCALED, weights=None):
+    """Forward and backward of a batch of rows, with their labels on the device, in pieces; returns (loss sum,
+    number of sequences) on the device."""
     total, lengths, device = 0, np.diff(rows.offsets), rows.bases.device
     for piece in pieces(net, index, lengths, micro_batch_size):
-        with torch.autocast(device.type, torch.bfloat16, enabled=net.spec["dtype"] == "bfloat16"):
+        with training.autocast(device, net.spec["dtype"]):
             outputs = net(*net.inputs(rows, piece))
-        piece_labels = labels[torch.from_numpy(piece).to(device, non_blocking=True)]
-        loss = loss_of(outputs.float(), piece_labels, "sum", weights)
-        (loss / len(index)).backward()
+        loss = loss_of(outputs.float(), rows.labels[data.to_device(piece, device)], "sum", weights)
+        scaler.scale(loss / len(index)).backward()
         total += torch.stack([loss.detach(), loss.new_full((), len(piece))])   # new_tensor would sync a GPU
     return total
+
+
+def take_step(trained, scaler, clip):
+    """Clips the gradients and updates the weights; in float16 skips and counts steps that overflowed."""
+    optimizer, total = trained["optimizer"], trained["total"]
+    scaler.unscale_(optimizer)
+    norm = training.scale_gradients(trained["model"], total.new_ones(()), clip)
+    if scaler.is_enabled():
+        trained["skipped"] += 1 - norm.isfinite().float()
+    else:
+        total[0] += 0 * norm                                 # stays NaN once a norm is not finite
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
 
 
 def evaluate(net, dev, task, micro_batch_size):
@@ -1012,13 +1031,16 @@ def fine_tune(net, parts, task, run, folder, args):
     """The loop: trains net, leaves in it the weights that the protocol selects, returns what happened.
     Resumes from folder's checkpoint as if never stopped; at a stop signal it saves, and exits with 143."""
     key, p, train, dev = run["args"], run["args"]["numbers"], parts["train"], parts["dev"]
-    lengths, labels = np.diff(train.offsets), torch.from_numpy(train.labels).to(train.bases.device)
-    n = len(labels) // (1 if net.spec["strands"] == "forward" else 2)          # else train holds both strands
-    weights = balanced_weights(labels, len(task.classes)) if args.class_weights else None
+    lengths = np.diff(train.offsets)
+    n = len(lengths) // (1 if net.spec["strands"] == "forward" else 2)         # else train holds both strands
+    weights = balanced_weights(train.labels, len(task.classes)) if args.class_weights else None
     steps, per_epoch, warmup = get_schedule(p, n)
     optimizer = training.make_optimizer(net, p["lr"], p["weight_decay"], BETAS, EPS)
-    total, batches = torch.zeros(2, device=labels.device), None    # loss sum, sequences since an evaluation
-    first, best = resume(folder, run, model=net, optimizer=optimizer, total=total)
+    total, batches = train.labels.new_zeros(2, dtype=torch.float32), None      # loss sum, sequences
+    scaler = training.make_scaler(total.device, net.spec["dtype"])
+    trained = {"model": net, "optimizer": optimizer, "total": total}
+    trained |= {"scaler": scaler, "skipped": total.new_zeros(())} if scaler.is_enabled() else {}
+    first, best = resume(folder, run, **trained)
     every, done, saved = p["eval_every"] or per_epoch, first, time.monotonic()
     lock = training.open_run(folder, args, done - bool(total[1]))              # noqa: F841, held until the end
     bar = tqdm(initial=done, total=steps, unit="step", disable=not sys.stderr.isatty())
@@ -1030,11 +1052,11 @@ def fine_tune(net, parts, task, run, folder, args):
                     found = keep_best(best, net, done, evaluate(net, dev, task, args.micro_batch_size), key)
                     row |= {"dev_loss": found["loss"], f"dev_{key['metric']}": found[key["metric"]]}
                 total.zero_()
+                row |= {"skipped": int(trained["skipped"])} if "skipped" in trained else {}
                 training.log(folder, row)
         stop = training.stop_requested()
-        if done > first and (stop or time.monotonic() - saved > args.save_every):
-            training.save(run | {"step": done, "model": net.state_dict(), "optimizer": optimizer.state_dict(),
-                                 "best": best, "total": total}, folder)
+        if done > first and (stop or 0 < 60 * args.save_every < time.monotonic() - saved):
+            training.save(run | {"step": done, "best": best} | training.states(trained), folder)
             saved = time.monotonic()
         if stop:
             print(f"stopped  by a signal after step {done}; the same command continues there", flush=True)
@@ -1047,12 +1069,9 @@ def fine_tune(net, parts, task, run, folder, args):
         done += 1
         training.seed(key["seed"], done)
         training.set_lr(optimizer, p["lr"] * SCHEDULES[p["schedule"]](done, steps, warmup))
-        index = batches[i] if n == len(labels) else random_strands(batches[i], n, key["seed"], done)
-        total += train_batch(net, train, labels, index, args.micro_batch_size, weights)
-        norm = training.scale_gradients(net, total.new_ones(()), p["grad_clip"])
-        total[0] += 0 * norm                                 # stays NaN once a norm is not finite
-        optimizer.step()
-        optimizer.zero_grad()
+        index = batches[i] if n == len(lengths) else random_strands(batches[i], n, key["seed"], done)
+        total += train_batch(net, train, index, args.micro_batch_size, scaler, weights)
+        take_step(trained, scaler, p["grad_clip"])
         bar.update()
     if dev:
         net.load_state_dict(best["weights"])
@@ -1274,7 +1293,8 @@ def tuned_outputs(net, parts, task, run, folder, args):
     if net.spec["strands"] != "forward":
         parts = parts | {"train": data.both_strands(parts["train"])}
     parts = {split: rows and on_device(rows, device, rows.labels) for split, rows in parts.items()}
-    if args.compile:
+    parts["train"] = parts["train"]._replace(labels=data.to_device(parts["train"].labels, device))
+    if args.compile and training.can_compile(device):
         net.compile()
     result = fine_tune(net, parts, task, run, folder, args)
     net.eval()
@@ -1608,10 +1628,11 @@ def parse_args():
     add_protocol_flags(parser)
     add = parser.add_argument_group("run").add_argument
     add("--out", type=file_name, default="out/finetune", help="folder of results and models (%(default)s)")
-    add("--save_every", type=number(float, 0), default=60, help="seconds between checkpoints (%(default)s)")
+    add("--save_every", type=number(float, 0), default=1.0,
+        help="minutes between checkpoints; 0: none until a stop (%(default)g)")
     add("--micro_batch_size", type=positive, default=128, help="windows per forward pass (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
+    add("--dtype", choices=training.DTYPES, default="auto", help=training.AUTO)
     add("--compile", action="store_true", help="torch.compile the network")
     if parser.parse_args().demo:
         parser.set_defaults(**DEMO)

@@ -147,7 +147,7 @@ if __name__ == "__main__":
     def get_batch(table, n, phase, *key):
         """n windows and their masks, a function of the key alone: inputs, labels (n, T)."""
         starts = data.draw_starts(table, n, training.seed(args.seed, *key))
-        windows = data.take_windows(bases, starts, length).to(device)          # (n, length)
+        windows = data.to_device(data.take_windows(bases, starts, length), device)             # (n, length)
         tokens = data.kmer_tokens(windows, args.k, args.stride, specials=True)
         return data.corrupt(tokens, random_mask(tokens, phase, args.p, span), n_vocab)
 
@@ -178,7 +178,7 @@ if __name__ == "__main__":
     def forward(network, table, n, phase, *key):
         """(loss sum, number of masked tokens) of one micro-batch of n sequences."""
         inputs, labels = get_batch(table, n, phase, *key)
-        with torch.autocast(device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        with training.autocast(device, args.dtype):
             return network(inputs, labels, capacity=capacity)
 
     @torch.no_grad()
@@ -207,9 +207,10 @@ if __name__ == "__main__":
             for i, n in run.micro_batches(args.batch_size):
                 with run.sync_at_last(net, i):
                     loss_sum, count = forward(net, train, n, phase, step, i)
-                    loss_sum.backward()
+                    run.scaler.scale(loss_sum).backward()
                 sums += torch.stack([loss_sum.detach(), count])
             run.sum_over_ranks()
+            run.scaler.unscale_(optimizer)
             # from DDP's average over ranks of sums to the mean over all masked tokens of the batch
             norm = training.scale_gradients(model, run.world / sums[1].clamp(min=1), args.grad_clip)
             run.update(optimizer, lr, norm)

@@ -22,18 +22,23 @@ import argparse
 import contextlib
 import dataclasses
 import errno
-import fcntl
 import functools
 import glob
 import itertools
 import json
 import math
 import os
-import resource
 import shutil
 import signal
 import time
 import zipfile
+
+try:
+    import fcntl
+    import resource
+except ImportError:
+    print("error: nanoDNA needs Linux or macOS (file locks); use WSL on Windows", file=sys.stderr)
+    raise SystemExit(2) from None
 
 HERE = os.path.dirname(os.path.realpath(__file__))
 SCRIPT = os.path.realpath(sys.argv[0]) if os.path.isfile(sys.argv[0]) else ""
@@ -63,6 +68,9 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, NVI
 MAY_CHANGE = ("out", "resume", "init", "genome", "data_dir", "cache", "device", "compile", "log_every",
               "eval_every", "save_every", "keep", "show_masks",      # at a resume: no effect on the weights
               "verify", "ambiguous")                                 # nor these, if "data" is the same
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+AUTO = "auto: on CUDA bfloat16, or float16 where the GPU lacks it"
+SKIPS = 100                                                  # steps in a row that float16 may skip
 TIMED = (5, 20)                                              # steps after the start: speed is taken between
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 AGAIN = 0.4                                                  # seconds: launchers pass on a Ctrl-C within them
@@ -85,7 +93,7 @@ def say_once(text):
 def user_errors(*kinds):
     """Turns these exceptions (default ValueError, OSError, out of memory) into one line and exit code 2.
 
-    Ctrl-C is always one line and exit code 130.
+    Ctrl-C is always one line and exit code 130; what torch.compile raises is one line, too.
     """
     kinds = kinds or (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
     try:
@@ -100,6 +108,12 @@ def user_errors(*kinds):
     except KeyboardInterrupt as e:
         answer_ctrl_c(KeyboardInterrupt, e, None)
         raise SystemExit(130) from None
+    except RuntimeError as e:
+        if not type(e).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
+            raise
+        print(f"error: torch.compile: {compile_error(e)}; remove its cache ($TORCHINDUCTOR_CACHE_DIR, or "
+              f"torchinductor_* in the folder for temporary files), or do not compile", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 def number(kind, low, high=math.inf):
@@ -171,10 +185,11 @@ def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
     add("--eval_every", type=positive, default=eval_every,
         help=f"evaluate every N steps ({eval_every or 'steps / 20'})")
     add("--eval_windows", type=positive, default=eval_windows, help="validation windows (%(default)s)")
-    add("--save_every", type=positive, default=1000, help="save a checkpoint every N steps (%(default)s)")
+    add("--save_every", type=number(float, 0), default=10.0,
+        help="minutes between checkpoints; 0: only at the end (%(default)g)")
     add("--seed", type=number(int, 0, 2 ** 63), default=42, help="seed of all random draws (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
+    add("--dtype", choices=DTYPES, default="auto", help=AUTO)
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--show_masks", type=positive, metavar="N", help="print what is masked in N sequences, then stop")
     add("--demo", action="store_true", help="train a tiny model on a synthetic genome")
@@ -222,6 +237,10 @@ def read_args(parser, args):
         unknown = ", ".join(f"--{name}" for name in sorted(saved.keys() - vars(args).keys()))
         saved = {name: value for name, value in saved.items()
                  if name in vars(args) and name not in ("out", "resume", "show_masks", "verify")}
+        if type(saved.get("save_every")) is int:             # of version 0.2
+            del saved["save_every"]
+            if read_ranks()[0] == 0:
+                print("resume   --save_every of this run counts steps: now 10 minutes", flush=True)
     except (OSError, ValueError, AttributeError, RecursionError) as e:
         if not os.path.exists(path):
             raise
@@ -255,11 +274,14 @@ def read_ranks():
 
 
 def set_up(device, dtype, join=True):
-    """Turns --device, --dtype into (torch.device, 'float32' or 'bfloat16', rank, world).
+    """Turns --device, --dtype into (torch.device, 'float32', 'bfloat16' or 'float16', rank, world).
 
     Under torchrun it joins the process group (unless join=False): nccl on GPUs, gloo on CPUs.
     """
     rank, world, local = read_ranks()
+    if device.split(":")[0] == "mps":
+        raise ValueError("--device mps: Apple's GPUs have no float64, in which pretraining sums its losses, "
+                         "and nothing here was ever tried on one; use --device cpu")
     try:
         auto = "cuda" if torch.cuda.is_available() else "cpu"
         device = torch.device(auto if device == "auto" else device)
@@ -277,9 +299,9 @@ def set_up(device, dtype, join=True):
         torch.set_float32_matmul_precision("high")
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if dtype == "bfloat16" and not bf16:
-        raise ValueError("--dtype bfloat16: this GPU does not support it; use --dtype float32")
+        raise ValueError("--dtype bfloat16: this GPU does not support it; use --dtype float16")
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and bf16 else "float32"
+        dtype = "float32" if device.type == "cpu" else "bfloat16" if bf16 else "float16"
     if world > 1 and join:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)        # a rank that waits for others never sees `leave`
         try:
@@ -290,11 +312,51 @@ def set_up(device, dtype, join=True):
     return device, dtype, rank, world
 
 
+@functools.cache
+def can_compile(device):
+    """True if torch.compile works on this device, on all ranks. Compiles one line; says why, if it fails."""
+    trial, x, error = torch.nn.Module(), torch.ones(8, device=device, requires_grad=True), ""
+    trial.forward = lambda x: (2 * x + 1).square().sum()
+    try:
+        trial.compile()
+        trial(x).backward()
+    except Exception as e:                                   # of a compiler, a cache, a driver: of any kind
+        error = compile_error(e)
+    errors = [error] * (dist.get_world_size() if dist.is_initialized() else 1)
+    if dist.is_initialized():
+        dist.all_gather_object(errors, error)
+    if any(errors):
+        say(f"compile  off, as torch.compile fails here: {max(errors)}")
+    return not any(errors)
+
+
+def compile_error(e):
+    """What made torch.compile fail, as one line."""
+    e = getattr(e, "inner_exception", e)
+    return plain(f"{type(e).__name__}: {e}".strip().splitlines()[0])[:300]
+
+
 def wrap(model, compiled, device, world):
-    """Returns what to call for a forward pass: the model, compiled (None: on CUDA), in DDP if world > 1."""
-    if compiled or (compiled is None and device.type == "cuda"):
+    """Returns what to call for a forward pass: the model, in DDP if world > 1.
+
+    Compiled (None: on CUDA), where that works.
+    """
+    if (compiled or (compiled is None and device.type == "cuda")) and can_compile(device):
         model.compile()
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
+
+
+def autocast(device, dtype):
+    """The context of a forward pass whose products are in this dtype ('float32': nothing changes)."""
+    low = torch.float16 if dtype == "float16" else torch.bfloat16
+    return torch.autocast(device.type, low, enabled=dtype != "float32")
+
+
+def make_scaler(device, dtype):
+    """Returns PyTorch's loss scaling: float16 needs it, as its numbers end at 6e-8; for others it is off."""
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == "float16")
+    scaler.scale(torch.zeros((), device=device))             # makes the tensors that `restore` fills
+    return scaler
 
 
 def note_signal(which, frame):
@@ -450,6 +512,7 @@ class Run:
             raise ValueError(f"--keep {max(args.keep)}: the run has {args.steps} steps; name some of these")
         self.start = self.step = 0                           # steps in the checkpoint; current step
         self.unread, self.stop = [], False
+        self.scaler, self.in_a_row = make_scaler(self.device, args.dtype), 0   # steps without finite gradient
         self.row = {}                                        # of this step, while its evaluation is not done
         self.cost = lambda i, n, size: 1                     # of micro-batch i, for even shares
         self.fixed = ()                                      # flags of MAY_CHANGE that may not, here
@@ -459,7 +522,7 @@ class Run:
         if self.rank == 0:
             print(*lines, **kwargs)
 
-    def open(self, method, config, fingerprint, parts, values={}):
+    def open(self, method, config, fingerprint, parts, values=None):
         """Opens and locks the run folder; at --resume loads the checkpoint into `parts` and `values`.
 
         parts: {key of the checkpoint: network, optimizer or tensor}; values: {more keys: their first values},
@@ -467,7 +530,9 @@ class Run:
         """
         self.identity = {"method": method, "config": dataclasses.asdict(config), "data": fingerprint,
                          "args": vars(self.args)}
-        self.parts, self.values = parts, values
+        self.parts, self.values = parts, values = parts, {} if values is None else values
+        if self.args.dtype == "float16":
+            parts["scaler"], values["skipped"] = self.scaler, 0
         state = load_run(self.args.out, self.identity, self.fixed, **parts) if self.args.resume else {}
         for name, first in values.items() if state else ():
             if type(state.get(name, state)) not in (type(first), int if first is None else None):
@@ -501,7 +566,7 @@ class Run:
 
         First makes up for the evaluation, if any, that a stop signal cut short.
         """
-        self.clock, self.timed = time.perf_counter(), self.start
+        self.clock, self.timed, self.saved = time.perf_counter(), self.start, time.monotonic()
         catch_signals()
         if self.row:
             self.to_evaluate = self.to_log = self.to_save = True
@@ -542,20 +607,23 @@ class Run:
 
     def new_sums(self, n):
         """Returns n zeros (float64) for the sums of a step; the host will read the first three."""
-        self.numbers = torch.zeros(2 + n, dtype=torch.float64, device=self.device)     # stop, norm, sums
-        return self.numbers[2:]
+        self.numbers = torch.zeros(3 + n, dtype=torch.float64, device=self.device)    # stop, save, norm, sums
+        return self.numbers[3:]
 
     def sum_over_ranks(self):
-        """Sums the new_sums of this step, and the requests to stop, over the ranks, in place."""
+        """Sums the new_sums of this step, and the requests to stop and to save, over the ranks, in place."""
         self.numbers[0].fill_(stop_requested())              # numbers[0] = ... would make a GPU wait
+        overdue = 0 < 60 * self.args.save_every < time.monotonic() - self.saved
+        self.numbers[1].fill_(self.rank == 0 and overdue)    # by one clock
         all_reduce(self.numbers)                             # a few bytes; gradients went with backward
 
     def update(self, optimizer, lr, norm):
         """Takes the optimizer's step; changes nothing if a sum or the gradient norm is not finite."""
-        self.numbers[1] = norm
+        self.numbers[2] = norm
         set_lr(optimizer, lr)
         optimizer.found_inf = 1 - self.numbers.isfinite().all().float()        # 1: AdamW changes nothing
-        optimizer.step()
+        self.scaler.step(optimizer)                          # float16: its own found_inf, of the gradients
+        self.scaler.update()
         optimizer.zero_grad()
 
     def read(self, also_evaluate=False):
@@ -567,21 +635,30 @@ class Run:
         last, timing = step == args.steps, step - self.start in TIMED
         self.to_evaluate = step % args.eval_every == 0 or also_evaluate or last
         self.to_log = step % args.log_every == 0 or self.to_evaluate
-        self.to_save = step % args.save_every == 0 or step in args.keep or last
-        self.unread.append(read_later(self.numbers[:5]))
-        wait_for_all = self.to_log or self.to_save or timing
-        while self.unread and (len(self.unread) > (self.device.type == "cuda") or wait_for_all or self.stop):
-            self.stop, self.norm, *self.sums = self.unread.pop(0)()
+        self.to_save = step in args.keep or last
+        self.unread.append(read_later(self.numbers[:6]))
+        behind = self.device.type == "cuda" and not (self.to_log or self.to_save or timing)
+        while len(self.unread) > behind:                     # a GPU's last step may stay unread
+            self.stop, overdue, self.norm, *self.sums = self.unread.pop(0)()
             self.check_finite(step - len(self.unread))
-        self.to_log, self.to_save = self.to_log or bool(self.stop), self.to_save or bool(self.stop)
+            self.to_save = self.to_save or bool(self.stop or overdue)
+            behind = behind and not self.to_save
+        self.to_log = self.to_log or bool(self.stop)
         self.speed = (step - self.timed) * self.per_step / (time.perf_counter() - self.clock)
         if step - self.start == TIMED[-1]:
             self.say(f"speed    {self.speed:,.0f} {self.unit}/s, {memory(self.device)}, "
                      f"{(args.steps - step) * self.per_step / self.speed / 3600:.2g} h left")
 
     def check_finite(self, step):
-        """All ranks leave with 3 unless the sums and the gradient norm of this step are finite."""
-        if not math.isfinite(sum(self.sums) + self.norm):
+        """All ranks leave with 3 unless the sums and the gradient norm of this step are finite.
+
+        In float16 the loss scale may have been too large for the gradient: that step was skipped.
+        """
+        finite = math.isfinite(self.norm)
+        if self.args.dtype == "float16":
+            self.in_a_row = 0 if finite else self.in_a_row + 1
+            self.values["skipped"] += not finite
+        if not math.isfinite(sum(self.sums)) or not finite and not 0 < self.in_a_row < SKIPS:
             if self.rank == 0:
                 advice = f"the checkpoint in {self.args.out} is older: use it with --init and a lower --lr" \
                     if has_checkpoint(self.args.out) else "start again with a lower --lr"
@@ -589,6 +666,7 @@ class Run:
                       f"{', '.join(map(str, self.sums))}; gradient norm {self.norm}); {advice}",
                       file=sys.stderr)
             finish(3)
+        self.norm = self.norm if finite else None
 
     def mfu(self, flops_per_token):
         """Returns {"mfu": share of the GPU's data-sheet FLOP/s}, {} where that is unknown."""
@@ -601,6 +679,8 @@ class Run:
 
         After a stop signal this is left to --resume: the checkpoint keeps the row. Returns the row.
         """
+        if self.args.dtype == "float16":
+            row = row | {"skipped": self.values["skipped"]}
         self.row = row if self.to_evaluate else {}
         if self.row and not self.stop:
             with contextlib.suppress(InterruptedError):
@@ -612,9 +692,9 @@ class Run:
 
     def save(self):
         """Writes the checkpoint of this step, on rank 0."""
+        self.saved = time.monotonic()
         if self.rank == 0:
-            state = {name: part if torch.is_tensor(part) else part.state_dict()
-                     for name, part in self.parts.items()} | self.values
+            state = states(self.parts) | self.values
             if self.row:
                 state["row"] = self.row
             milestone = f"step_{self.step}.pt" if self.step in self.args.keep else None
@@ -852,12 +932,12 @@ def restore_optimizer(optimizer, model, state):
             continue
         if [getattr(x, "shape", None) for x in moments] != [p.shape, p.shape, ()]:
             raise ValueError(f"no moments of {name}")
-        if moments[2] != state["step"]:
+        if moments[2] != state["step"] - state.get("skipped", 0):
             raise ValueError(f"moments of {name} of another step")
 
 
 def restore(state, parts):
-    """Puts a checkpoint into parts {key: network, optimizer or tensor}. ValueError if one does not fit."""
+    """Puts a checkpoint into `parts`, as in states. ValueError if one does not fit."""
     for name in sorted(parts, key=lambda name: name != "optimizer"):           # first, see there
         try:
             if torch.is_tensor(parts[name]):
@@ -870,6 +950,11 @@ def restore(state, parts):
                 parts[name].load_state_dict(state[name])
         except Exception as e:                               # foreign values, whatever they raise
             raise ValueError(f"--resume: {name} of another network ({e!r:.80}); give another --out") from None
+
+
+def states(parts):
+    """Returns what a checkpoint keeps of parts {key: network, optimizer, loss scaling or tensor}."""
+    return {name: part if torch.is_tensor(part) else part.state_dict() for name, part in parts.items()}
 
 
 def load_newest(out):

@@ -24,7 +24,8 @@ LIMIT = 600                                                  # seconds for the t
 GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.py"
 UNIT = {name: f"tests/unit/test_{name}.py" for name in (
     "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules",
-    "messages", "models", "randommask", "strands", "table", "tools")}
+    "messages", "models", "randommask", "strands", "table", "tools", "training")}
+PRECISION = "tests/runs/test_precision_runs.py"
 Mutant = namedtuple("Mutant", "file what old new tests")
 
 
@@ -223,6 +224,29 @@ MUTANTS += mutants("training.py", [UNIT["finetune_rules"]], {
     "fsync of the folder before the rename": (
         "os.replace(tmp, last)\n        folder = os.open(out, os.O_RDONLY)\n        os.fsync(folder)",
         "folder = os.open(out, os.O_RDONLY)\n        os.fsync(folder)\n        os.replace(tmp, last)")})
+
+MUTANTS += mutants("training.py", [UNIT["training"]], {
+    "each rank saves by its own clock": ("self.rank == 0 and overdue", "overdue"),
+    "minutes are seconds": ("60 * self.args.save_every", "self.args.save_every"),
+    "--save_every 0 saves always": ("0 < 60 * self.args.save_every < ", "60 * self.args.save_every < "),
+    "every step after the first save": ("        self.saved = time.monotonic()\n", ""),
+    "a save of a step that is not read": ("behind = behind and not self.to_save", "pass"),
+    "steps of an old run become minutes": ('type(saved.get("save_every")) is int', "False"),
+    "an overflow ends the run": ("not 0 < self.in_a_row < SKIPS", "True"),
+    "an overflow never ends the run": ("not 0 < self.in_a_row < SKIPS", "not 0 < self.in_a_row"),
+    "skipped steps are not counted": ('self.values["skipped"] += not finite', "pass"),
+    "float16 without scaling": ('enabled=dtype == "float16"', "enabled=False"),
+    "bfloat16 where there is none": ('"bfloat16" if bf16 else "float16"', '"bfloat16"'),
+    "compiled though that fails": ("and can_compile(device):", ":"),
+    "skipped steps of Adam are missed": ('- state.get("skipped", 0)', "", [PRECISION, "-k", "resumed"])})
+MUTANTS += mutants("finetune.py", [UNIT["training"]], {
+    "sums over windows for means": ("by_sequence(x, n_windows) / n_windows[:, None]",
+                                    "by_sequence(x, n_windows)"),
+    "skipped steps are not counted": ('1 - norm.isfinite().float()', "0",
+                                      [PRECISION, "-k", "resumed and finetune"])})
+for script in ("randommask", "findna", "cm_gems"):
+    MUTANTS += mutants(f"{script}.py", [PRECISION, "-k", f"resumed and {script}"], {
+        "gradients stay scaled": ("run.scaler.unscale_(optimizer)", "pass")})
 
 MUTANTS += mutants("data.py", [UNIT["tools"]], {
     "MTcDNA split by another seed": ("test_size=0.2, random_state=1", "test_size=0.2, random_state=2"),

@@ -315,7 +315,7 @@ def our_classifier(L, config):
     rows = finetune.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
     net, index = finetune.build_net(finetune.BertHead.body_spec(config) | {"n_out": 2}), np.arange(32)
     tokens, *_ = net.inputs(rows, index)
-    return net, tokens, rows.labels, lambda: finetune.train_batch(net, rows, rows.labels, index, 128)
+    return net, tokens, rows.labels, lambda: finetune.train_batch(net, rows, index, 128)
 
 
 def fine_tuning(rounds):
@@ -695,7 +695,7 @@ def tuning_pass(shape, n, device, L):
         body = functools.partial(net.bert.encode, first=1) if shape.stride else net.states
         return net, None, lambda: body(*inputs).sum().backward()
     rows = finetune.on_device(rows, torch.device(device), torch.from_numpy(rows.labels).to(device))
-    return net, None, lambda: finetune.train_batch(net, rows, rows.labels, np.arange(n), 128)
+    return net, None, lambda: finetune.train_batch(net, rows, np.arange(n), 128)
 
 
 def count_flops(make):

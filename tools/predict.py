@@ -82,7 +82,7 @@ def add_flags(parser):
     add("--eval_network", choices=("teacher", "student"), help="FinDNA: network to use (as finetune.py)")
     add("--micro_batch_size", type=positive, default=128, help="windows per forward pass (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
-    add("--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA")
+    add("--dtype", choices=training.DTYPES, default="auto", help=training.AUTO)
     add("--out", type=file_name,
         help="file to write (default: FILE's name with another ending, in this folder)")
     return add

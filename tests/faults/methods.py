@@ -15,9 +15,10 @@ import torch
 from harness import at_call, command_line, log_rows, random_dna, run, slow, start, wait_rows, write_fasta
 
 STEPS, N_SEQUENCES = 20, 144
+ALWAYS = 1e-9                                                # minutes: a checkpoint after each step
 BERT = dict(k=3, n_layer=1, n_head=2, n_embd=16, dropout=0.1, device="cpu", out="out", lr=3e-3)
 LOOP = dict(genome="genome.fa", batch_size=8, micro_batch_size=4, steps=STEPS, eval_every=2, eval_windows=10,
-            log_every=1, save_every=4)
+            log_every=1, save_every=ALWAYS)
 METHODS = {
     "randommask": BERT | LOOP | dict(block_size=22, keep=STEPS),
     "findna": dict(length=30, windows=23, n_layer=1, track_size=2, hidden=8, dropout=0.1, device="cpu",
@@ -26,7 +27,8 @@ METHODS = {
     "cm_gems": BERT | LOOP | dict(block_size=22, n_inner=32, seed=57, switch_drop=0.24),
     # evaluated every 5 steps; dev gets worse each time, so that a patience of 3 ends the run after 20
     "finetune": BERT | dict(block_size=34, csv=["train.csv", "dev.csv", "test.csv"], protocol="martinek",
-                            seeds=1, lr=0.01, batch_size=29, epochs=99, save_every=0)}
+                            seeds=1, lr=0.01, batch_size=29, epochs=99,
+                            save_every=ALWAYS)}
 PRETRAINING = [method for method in METHODS if method != "finetune"]
 UNDISTURBED = {}                                             # method: folder of the undisturbed run
 fault = pytest.mark.fault
@@ -60,8 +62,7 @@ def write_whole(method, folder, steps=True):
     """Makes the inputs and the undisturbed run of a method in folder: out/, and its checkpoints in steps/."""
     write_inputs(folder)
     (folder / "steps").mkdir()
-    each_step = {"save_every": 0 if method == "finetune" else 1} if steps else {}
-    result = go(method, keep(folder / "steps") if steps else {}, **each_step)
+    result = go(method, keep(folder / "steps") if steps else {})
     assert result.code == 0 and (not steps or len([*folder.glob("steps/*")]) == STEPS), result
     return folder
 

@@ -21,9 +21,10 @@ import training
 from harness import wait
 from methods import METHODS, begin, check_ending, link_inputs, write_whole
 
-LONG = dict(steps=500, eval_every=50, save_every=7)
+OFTEN = 0.002                                                # minutes between checkpoints
+LONG = dict(steps=500, eval_every=50, save_every=OFTEN)
 for method, flags in METHODS.items():                        # a soak has runs of its own
-    flags |= dict(protocol="strict", epochs=60, save_every=0.1) if method == "finetune" else LONG
+    flags |= dict(protocol="strict", epochs=60, save_every=OFTEN) if method == "finetune" else LONG
 METHODS["randommask"] |= dict(keep=500)
 METHODS["cm_gems"] |= dict(switch_after=250, switch_drop=99)
 

@@ -128,7 +128,7 @@ def room(tmp_path_factory):
 def ran(script):
     """The folder of a run of a script; of finetune.py, one that was killed."""
     out, kill = ROOM / f"{script}.run", {0: at_call("training", "save", 2, die)}
-    more, patches = (dict(save_every=0), kill) if script == "finetune" else ({}, {})
+    more, patches = (dict(save_every=1e-9), kill) if script == "finetune" else ({}, {})
     result = run(flags(script, out=out, **more), patches, script=f"{script}.py")
     assert result.code == (-9 if patches else 0), result
     return out

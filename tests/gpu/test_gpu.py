@@ -85,3 +85,27 @@ training.save({"model": {"x": weights}}, sys.argv[1])
 assert torch.cuda.max_memory_allocated() - before < 1e6, torch.cuda.max_memory_allocated() - before
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT, check=True, timeout=120)
+
+
+def test_copies_to_the_gpu_do_not_wait():
+    """From pinned memory of their own, which is not reused before the copy has ended."""
+    code = """
+import numpy as np, torch, data
+x, device = torch.randn(8192, 8192, device="cuda"), torch.device("cuda")
+torch.cuda.set_sync_debug_mode("error")
+y = x @ x @ x                                                # keeps the GPU busy
+copies = [data.to_device(np.full(10 ** 6, i), device) for i in range(20)]
+torch.cuda.set_sync_debug_mode("default")
+assert [copy.unique().tolist() for copy in copies] == [[i] for i in range(20)]
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+
+
+@pytest.mark.parametrize("script", ["randommask", "findna", "cm_gems", "finetune"])
+def test_float16_on_a_gpu(tmp_path, script):
+    """Loss scaling with the fused AdamW: the step of each script, compiled and not."""
+    for flag in ("--no-compile", "--compile") if script != "finetune" else ("--compile", ):
+        steps = ["--epochs", "1", "--init", "random"] if script == "finetune" else [flag, "--steps", "40"]
+        command = [sys.executable, ROOT / f"{script}.py", "--demo", "--device", "cuda", "--dtype", "float16",
+                   "--out", tmp_path / flag, *steps]
+        subprocess.run(command, cwd=tmp_path, check=True, timeout=300)

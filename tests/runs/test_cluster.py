@@ -24,7 +24,7 @@ def test_signal_checkpoint_requeue_resume(tmp_path):
     stubs = {"scontrol": 'echo "$@" >> scontrol.log',
              "torchrun": f"shift 3; exec {sys.executable} {harness.ROOT}/randommask.py --demo "
                          "--out out/randommask --steps 120 --batch_size 8 --micro_batch_size 4 --n_layer 1 "
-                         "--n_embd 8 --eval_windows 8 --log_every 1 --eval_every 200 --save_every 200 \"$@\""}
+                         "--n_embd 8 --eval_windows 8 --log_every 1 --eval_every 200 --save_every 0 \"$@\""}
     for name, text in stubs.items():
         (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)

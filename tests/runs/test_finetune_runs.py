@@ -217,7 +217,7 @@ def test_kills(here, survived):
     for module, name, n, fault in (                          # one after the other, of the same run
             ("training", "stop_requested", 5, die), ("torch", "save", 3, amid), ("os", "fsync", 2, die),
             ("training", "stop_requested", 2, die), ("os", "link", 1, after), ("fcntl", "flock", 3, die)):
-        assert tune({0: at_call(module, name, n, fault)}, save_every=0, **SMALL).code == -9
+        assert tune({0: at_call(module, name, n, fault)}, save_every=1e-9, **SMALL).code == -9
         assert results() == []
         survived()
     assert Path(ALONE["model"]).exists()                     # the last kill was before the row
@@ -227,7 +227,7 @@ def test_kills(here, survived):
 @pytest.mark.fault("broken last.pt, sound prev.pt: finetune", n=2)
 def test_stop_and_broken_checkpoints(here, survived):
     folder = here / "out/csv_small" / ALONE["id"]
-    [process] = start(tiny(**SMALL, save_every=0), {0: slow}, script="finetune.py")
+    [process] = start(tiny(**SMALL, save_every=1e-9), {0: slow}, script="finetune.py")
     wait_rows(process, folder, 1)                            # the first epoch is evaluated
     os.kill(process.pid, signal.SIGSTOP)
     assert "in use" in refused(tune(**SMALL))                # a second process is kept out

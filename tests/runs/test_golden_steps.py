@@ -27,7 +27,7 @@ rng = np.random.default_rng(0)
 CONTIGS = {"a": random_dna(4000, rng), "b": "NNNN" + random_dna(3000, rng) + "N", "c": random_dna(900, rng)}
 TEXT = "".join(CONTIGS.values())
 RUN = dict(genome="genome.fa", device="cpu", out="out", seed=SEED, batch_size=11, micro_batch_size=4,
-           log_every=1, eval_every=1000, save_every=1000)
+           log_every=1, eval_every=1000, save_every=0)
 BERT = dict(k=K, block_size=22, n_layer=1, n_head=2, n_embd=16, dropout=0)
 MIXER = dict(length=30, windows=23, n_layer=2, track_size=2, hidden=8, dropout=0)
 DNABERT_ADAM, TORCH_ADAM = dict(betas=(0.9, 0.98), eps=1e-6), dict(betas=(0.9, 0.999), eps=1e-8)
@@ -415,7 +415,7 @@ def test_findna_with_dropout(out):
 # fine-tuning
 
 FT = dict(init="random", k=K, block_size=34, n_layer=1, n_head=2, n_embd=16, device="cpu", out="out",
-          seed=SEED, seeds=1, batch_size=12, micro_batch_size=5, epochs=8, save_every=0)
+          seed=SEED, seeds=1, batch_size=12, micro_batch_size=5, epochs=8, save_every=1e-9)
 
 
 def write_tables():

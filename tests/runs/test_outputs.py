@@ -126,7 +126,7 @@ def test_windows_of_one_record_share_no_forward_pass(kind, monkeypatch):
         assert max(sizes) <= 4
     for n in (1000, 4):
         sizes.clear(), net.zero_grad()
-        finetune.train_batch(net, rows, labels, np.arange(3), n)
+        finetune.train_batch(net, rows._replace(labels=labels), np.arange(3), n)
         gradients.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
         assert (max(sizes) <= 4) == (n == 4)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)

@@ -37,7 +37,7 @@ def test_init(fresh):
     model.load_state_dict(state["model"])
     models.save_hf(model, "hf")
     for init in (last, "hf:hf"):
-        flags = dict(steps=2, lr=1e-30, weight_decay=0, save_every=1, keep=1)
+        flags = dict(steps=2, lr=1e-30, weight_decay=0, keep=1)
         assert "n_embd" in refused(go("randommask", init=init, n_embd=32)) and not os.path.exists("out")
         assert go("randommask", init=init, **flags).code == 0
         assert "drop one" in refused(go("randommask", init=init, **flags))

@@ -92,7 +92,7 @@ CM_GEMS = {
     "weight_decay": (0.01, "GM Script-A"),
     "grad_clip": (1.0, "GM Script-A"),
     "eval_every": (500, "GM Script-A: logging_steps; 5 % of the steps"),
-    "save_every": (1000, "GM Script-A"),
+    "save_every": (10.0, "minutes, ours; GM Script-A: 1000 steps"),
     "seed": (42, "GM Script-A")}
 LOGO = {"n_layer": 2, "n_head": 8, "n_embd": 256, "n_inner": 3072, "dropout": 0.0}           # GM Code-E
 

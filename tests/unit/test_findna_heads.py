@@ -95,7 +95,7 @@ def test_both_poolings_train_and_reload(kind, tmp_path):
     net, _, rows = make(kind, "both", [50] * 4 + [30], head="mlp")
     assert net.hidden.weight.shape == (net.out.in_features, 2 * net.out.in_features)
     net.train()
-    finetune.train_batch(net, rows, torch.tensor([0, 1, 0, 1, 1]), np.arange(5), 3)
+    finetune.train_batch(net, rows._replace(labels=torch.tensor([0, 1, 0, 1, 1])), np.arange(5), 3)
     assert all(p.grad is not None and p.grad.isfinite().all() for name, p in net.named_parameters()
                if "backbone" not in name)
     whole = finetune.build_net(net.spec | {"classes": ["a", "b"], "regression": False}, net.state_dict())

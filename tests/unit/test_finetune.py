@@ -42,8 +42,9 @@ def made_rows(lengths):
 def test_windows_hold_every_kmer_once(k, stride, block_size, long):
     texts, rows = made_rows([200, 1, 2, 3, 33, 34, 35, 36, 98, 99, 640, 100, 101, 102, 5, 6, 7, 203])
     index = np.random.default_rng(0).permutation(len(texts))
-    tokens, mask, owner = bert_head(k, stride, block_size, long).inputs(rows, index)
-    owner, found = range(len(texts)) if owner is None else owner.tolist(), [[] for _ in texts]
+    tokens, mask, n_windows = bert_head(k, stride, block_size, long).inputs(rows, index)
+    owner = np.repeat(np.arange(len(index)), 1 if n_windows is None else n_windows)
+    found = [[] for _ in texts]
     assert tokens.shape[1] % 64 == 0 or tokens.shape[1] == block_size
     for i, row, n in zip(owner, tokens.tolist(), mask.sum(1).tolist()):
         assert row[0] == data.CLS and row[n - 1] == data.SEP and row[n:] == [data.PAD] * (len(row) - n)

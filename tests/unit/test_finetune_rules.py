@@ -282,7 +282,7 @@ def test_a_power_cut_leaves_the_row_of_results(out, disk):
 def test_a_checkpoint_goes_after_its_row_is_certain(out, disk, monkeypatch):
     """The last checkpoint of a fine-tuning is on the disk until its row and its model are."""
     write_csv("t.csv", texts_of(40, 0), [0, 1] * 20)
-    args = ["--csv", "t.csv", "--init", "random", "--save_every", 0]
+    args = ["--csv", "t.csv", "--init", "random", "--save_every", 1e-9]
     args += [x for name, value in FLAGS.items() for x in (f"--{name}", value)]
     monkeypatch.setattr(sys, "argv", ["finetune.py", *map(str, args)])
     monkeypatch.setattr(training, "open_run", lambda folder, *_: os.makedirs(folder, exist_ok=True))

@@ -78,7 +78,8 @@ def test_a_batch_with_weights_is_one_gradient():
     weights = finetune.balanced_weights(labels, 2)
     for size in (99, 2):
         net = finetune.build_net(SPEC)
-        finetune.train_batch(net, finetune.on_device(rows, "cpu"), labels, np.arange(8), size, weights)
+        on_cpu = finetune.on_device(rows, torch.device("cpu"), labels)
+        finetune.train_batch(net, on_cpu, np.arange(8), size, weights=weights)
         gradients.append(net.out.weight.grad)
     net = finetune.build_net(SPEC)
     outputs = net(*net.inputs(finetune.on_device(rows, "cpu"), np.arange(8)))

@@ -79,10 +79,10 @@ def seen_in_training(out, monkeypatch, strands, seed=7):
     """[(sequence, label)] of each training step of two epochs."""
     steps, train_batch = [], finetune.train_batch
 
-    def record(net, rows, labels, index, size, weights):
+    def record(net, rows, index, size, scaler, weights):
         texts = decoded(rows)
-        steps.append([(texts[i], labels[i].item()) for i in index])
-        return train_batch(net, rows, labels, index, size, weights)
+        steps.append([(texts[i], rows.labels[i].item()) for i in index])
+        return train_batch(net, rows, index, size, scaler, weights)
     monkeypatch.setattr(finetune, "train_batch", record)
     parts = {split: rows_of(texts, labels) for split, texts, labels in (
         ("train", LONG, LABELS), ("dev", TEXTS, [0, 1] * 4 + [1]), ("test", TEXTS, [0, 1] * 4 + [1]))}
