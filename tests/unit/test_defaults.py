@@ -141,6 +141,24 @@ def test_defaults_that_follow_other_flags(defaults, script, flags, want):
     assert {name: args[name] for name in want} == want
 
 
+@pytest.mark.parametrize("gpu, ranks, flags, want", [
+    (True, 1, "", 64), (True, 8, "", 8), (True, 16, "", 4), (True, 3, "", 21), (True, 99, "", 1),
+    (True, 1, "--batch_size 256", 64), (True, 1, "--batch_size 40", 40), (True, 1, "--micro_batch_size 5", 5),
+    (True, 1, "--device cpu", 8), (True, 1, "--demo", 32), (False, 1, "", 8), (False, 8, "", 8)])
+def test_findna_has_one_micro_batch_a_rank_on_gpus(defaults, tmp_path, monkeypatch, gpu, ranks, flags, want):
+    """Where 64 or fewer sequences are enough; a resumed run keeps its own on any number of ranks."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    names = dict(RANK="0", WORLD_SIZE=str(ranks), MASTER_ADDR="here", MASTER_PORT="1")
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    args = defaults("findna", *flags.split())
+    assert args["micro_batch_size"] == want
+    (tmp_path / "last.pt").touch()
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert defaults("findna", "--resume", "--out", str(tmp_path))["micro_batch_size"] == want
+
+
 @pytest.mark.parametrize("script, first, beside", [
     ("randommask", "", "--compile --cache elsewhere"), ("randommask", "--no-compile --lr 3e-05", "--keep 7"),
     ("cm_gems", "--npmi_contigs a,b --model logo", ""), ("cm_gems", "--demo --dropout 0.3", ""),
