@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import finetune
+import training
 
 # where, how often, on what: every flag that is not here is in one of the tables below
 COMMON = {"genome", "data_dir", "cache", "val_contigs", "init", "micro_batch_size", "out", "resume",
@@ -157,6 +158,15 @@ def test_findna_has_one_micro_batch_a_rank_on_gpus(defaults, tmp_path, monkeypat
     (tmp_path / "args.json").write_text(json.dumps(args))
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert defaults("findna", "--resume", "--out", str(tmp_path))["micro_batch_size"] == want
+
+
+@pytest.mark.parametrize("resumed, advice", [(True, "take fewer ranks"), (False, "lower --micro_batch_size")])
+def test_more_ranks_than_micro_batches(monkeypatch, resumed, advice):
+    """A resumed run refuses another --micro_batch_size, so that the advice differs."""
+    monkeypatch.setattr(training, "set_up", lambda *_: (None, "float32", 0, 8))
+    flags = dict(batch_size=64, micro_batch_size=64, resume=resumed, demo=False, device="", dtype="")
+    with pytest.raises(ValueError, match=advice):
+        training.Run(SimpleNamespace(**flags), writes=False)
 
 
 @pytest.mark.parametrize("script, first, beside", [
