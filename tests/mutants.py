@@ -187,6 +187,7 @@ MUTANTS += mutants("data.py", [UNIT["finetune"]], {
 
 ALL_ROWS = 'np.concatenate([rows.labels for rows in parts.values() if rows])'
 MUTANTS += mutants("finetune.py", [UNIT["finetune_rules"]], {
+    "a graph for each length": ("net.compile(dynamic=True)", "net.compile()"),
     "targets centered by all splits": ('parts["train"].labels.mean(0)', f"{ALL_ROWS}.mean(0)"),
     "targets scaled by all splits": ('mean, sd = parts["train"].labels.mean(0), parts["train"].labels.std(0)',
         f"mean, sd = parts['train'].labels.mean(0), {ALL_ROWS}.std(0)"),
