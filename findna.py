@@ -3,10 +3,9 @@ same DNA with noise or from the other strand. The student predicts the masked ba
 for the whole sequence (Yu et al., "Self-Distillation Improves DNA Sequence Inference").
 
     python findna.py --demo                                  two minutes on a laptop, no data needed
-    python findna.py --genome my.fa.gz --micro_batch_size 64 one GPU, your own genome
+    python findna.py --genome my.fa.gz                       one GPU, your own genome
     torchrun --nproc_per_node 8 findna.py                    the paper's run: 50 epochs of 100,000 windows
-    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 findna.py \\
-        --micro_batch_size 4                                 two nodes: 16 micro-batches for 16 GPUs
+    torchrun --nnodes 2 --nproc_per_node 8 --rdzv_backend c10d --rdzv_endpoint HOST:29500 findna.py
     python findna.py --objective mnm                         ablation CM-MNM: masked bases only, no teacher
     python findna.py --backbone transformer                  ablation FinDNA-T
 """
@@ -242,8 +241,8 @@ def parse_args():
     add("--flip", type=share, default=FLIP, help="probability of the other strand (%(default)s)")
     add("--translocation", type=number(int, 0), default=EDIT, metavar="SHIFT",
         help="largest shift of a translocation; --length: any breakpoint (%(default)s)")
-    add = training.add_optimization_flags(parser, batch_size=64, micro_batch_size=8, lr=3e-4, warmup="30 %%",
-                                          weight_decay=3e-4)
+    add = training.add_optimization_flags(parser, batch_size=64, micro_batch_size=None, lr=3e-4,
+                                          warmup="30 %%", weight_decay=3e-4)
     add("--epochs", type=positive, default=50, help="passes over the windows (%(default)s)")
     add("--steps", type=positive, help="steps, instead of --epochs")
     training.add_run_flags(parser, "out/findna", eval_windows=512, eval_every=2000)
@@ -259,6 +258,9 @@ def complete_args(args):
     if not 0 < round(args.mask_rate * args.length) < args.length:
         raise ValueError(f"--mask_rate {args.mask_rate}: masks none or all of {args.length} bases; change it")
     training.complete_warmup(args, 0.3)                      # the paper's
+    if args.micro_batch_size is None:                        # a resumed run keeps its own: draws depend on it
+        share, gpu = args.batch_size // training.read_ranks()[1], torch.cuda.is_available()
+        args.micro_batch_size = min(64, max(share, 1)) if gpu and args.device != "cpu" else 8
 
 
 def build_model(args):

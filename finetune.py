@@ -1295,7 +1295,8 @@ def tuned_outputs(net, parts, task, run, folder, args):
     parts = {split: rows and on_device(rows, device, rows.labels) for split, rows in parts.items()}
     parts["train"] = parts["train"]._replace(labels=data.to_device(parts["train"].labels, device))
     if args.compile and training.can_compile(device):
-        net.compile()
+        torch._dynamo.config.recompile_limit = 64            # beyond it (8), torch goes on uncompiled
+        net.compile(dynamic=True)                            # the same graphs for sequences of all lengths
     result = fine_tune(net, parts, task, run, folder, args)
     net.eval()
     outputs = apply(net, parts["test"], args.micro_batch_size)

@@ -162,8 +162,8 @@ def add_optimization_flags(parser, batch_size, micro_batch_size, lr, warmup, wei
     add, positive = parser.add_argument_group("optimization").add_argument, number(int, 1)
     add("--batch_size", type=positive, default=batch_size,
         help="sequences of a step, over all GPUs (%(default)s)")
-    add("--micro_batch_size", type=positive, default=micro_batch_size,
-        help="sequences of a forward pass (%(default)s)")
+    add("--micro_batch_size", type=positive, default=micro_batch_size, help=f"sequences of a forward pass "
+        f"({micro_batch_size or 'on GPUs batch_size / ranks, at most 64; on a CPU 8'})")
     add("--lr", type=number(float, 1e-30), default=lr, help="peak learning rate (%(default)s)")
     add("--warmup", type=number(int, 0), help=f"steps of linear warm-up ({warmup} of the steps)")
     add("--weight_decay", type=number(float, 0), default=weight_decay, help="of AdamW (%(default)s)")
@@ -506,8 +506,9 @@ class Run:
         self.args, self.writes = args, writes
         self.n_micro = math.ceil(args.batch_size / args.micro_batch_size)
         if self.n_micro < self.world:
+            advice = "take fewer ranks" if args.resume else "lower --micro_batch_size or raise --batch_size"
             raise ValueError(f"--batch_size {args.batch_size}: {self.n_micro} micro-batches for {self.world} "
-                             f"ranks; lower --micro_batch_size or raise --batch_size")
+                             f"ranks; {advice}")
         if writes and max(args.keep, default=0) > args.steps:
             raise ValueError(f"--keep {max(args.keep)}: the run has {args.steps} steps; name some of these")
         self.start = self.step = 0                           # steps in the checkpoint; current step
@@ -552,7 +553,8 @@ class Run:
         self.per_step, self.unit = per_step, unit
         uneven = " in uneven shares" if self.n_micro % self.world else ""
         self.say(f"model    {sum(p.numel() for p in model.parameters()):,} parameters, {self.args.dtype}, "
-                 f"{self.world} x {self.device.type}, {self.n_micro} micro-batches a step{uneven}")
+                 f"{self.world} x {self.device.type}, {self.n_micro} micro-batches of at "
+                 f"most {self.args.micro_batch_size} a step{uneven}")
         self.say(f"genome   {' '.join(self.args.genome)}: {genome}")
         if self.start:
             self.say(f"resume   after step {self.start}")

@@ -90,6 +90,8 @@ MUTANTS += mutants("findna.py", [GOLDEN, "-k", "findna"], {
     "ignores --fresh_windows": ("if args.fresh_windows else", "if False else", [HELD_OUT, "-k", "fresh"]),
     "the same order in each epoch": ("default_rng((seed, epoch, 1, 1))", "default_rng((seed, 1, 1))"),
     "masks 15 %": ("MASK_RATE = 0.3 ", "MASK_RATE = 0.15", [UNIT["findna"]]),
+    "64 on every number of GPUs": ("args.batch_size // training.read_ranks()[1]", "args.batch_size",
+                                   [UNIT["defaults"]]),
     "noise of 0.1": ("EDIT, NOISE, FLIP = 20, 0.2", "EDIT, NOISE, FLIP = 20, 0.1", [UNIT["findna"]]),
     "complement without reversal": ("one_hot[..., :4].flip(1, 2)", "one_hot[..., :4].flip(2)",
                                     [UNIT["findna"]]),
@@ -188,6 +190,7 @@ MUTANTS += mutants("data.py", [UNIT["finetune"]], {
 
 ALL_ROWS = 'np.concatenate([rows.labels for rows in parts.values() if rows])'
 MUTANTS += mutants("finetune.py", [UNIT["finetune_rules"]], {
+    "a graph for each length": ("net.compile(dynamic=True)", "net.compile()"),
     "targets centered by all splits": ('parts["train"].labels.mean(0)', f"{ALL_ROWS}.mean(0)"),
     "targets scaled by all splits": ('mean, sd = parts["train"].labels.mean(0), parts["train"].labels.std(0)',
         f"mean, sd = parts['train'].labels.mean(0), {ALL_ROWS}.std(0)"),

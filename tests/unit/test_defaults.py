@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 import finetune
+import training
 
 # where, how often, on what: every flag that is not here is in one of the tables below
 COMMON = {"genome", "data_dir", "cache", "val_contigs", "init", "micro_batch_size", "out", "resume",
@@ -139,6 +140,33 @@ def test_defaults_equal_the_paper(defaults, script, table, ours):
 def test_defaults_that_follow_other_flags(defaults, script, flags, want):
     args = defaults(script, *flags.split())
     assert {name: args[name] for name in want} == want
+
+
+@pytest.mark.parametrize("gpu, ranks, flags, want", [
+    (True, 1, "", 64), (True, 8, "", 8), (True, 16, "", 4), (True, 3, "", 21), (True, 99, "", 1),
+    (True, 1, "--batch_size 256", 64), (True, 1, "--batch_size 40", 40), (True, 1, "--micro_batch_size 5", 5),
+    (True, 1, "--device cpu", 8), (True, 1, "--demo", 32), (False, 1, "", 8), (False, 8, "", 8)])
+def test_findna_has_one_micro_batch_a_rank_on_gpus(defaults, tmp_path, monkeypatch, gpu, ranks, flags, want):
+    """Where 64 or fewer sequences are enough; a resumed run keeps its own on any number of ranks."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    names = dict(RANK="0", WORLD_SIZE=str(ranks), MASTER_ADDR="here", MASTER_PORT="1")
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    args = defaults("findna", *flags.split())
+    assert args["micro_batch_size"] == want
+    (tmp_path / "last.pt").touch()
+    (tmp_path / "args.json").write_text(json.dumps(args))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert defaults("findna", "--resume", "--out", str(tmp_path))["micro_batch_size"] == want
+
+
+@pytest.mark.parametrize("resumed, advice", [(True, "take fewer ranks"), (False, "lower --micro_batch_size")])
+def test_more_ranks_than_micro_batches(monkeypatch, resumed, advice):
+    """A resumed run refuses another --micro_batch_size, so that the advice differs."""
+    monkeypatch.setattr(training, "set_up", lambda *_: (None, "float32", 0, 8))
+    flags = dict(batch_size=64, micro_batch_size=64, resume=resumed, demo=False, device="", dtype="")
+    with pytest.raises(ValueError, match=advice):
+        training.Run(SimpleNamespace(**flags), writes=False)
 
 
 @pytest.mark.parametrize("script, first, beside", [

@@ -4,6 +4,7 @@ The right values come from literal programs, from scikit-learn on the training r
 would leave, from a record of what was written, synced and renamed in which order.
 """
 import collections
+import functools
 import itertools
 import json
 import math
@@ -17,6 +18,7 @@ import torch
 from harness import random_dna, results_row, run
 from sklearn import linear_model, metrics
 from sklearn.model_selection import train_test_split
+from torch._dynamo.utils import counters
 
 import data
 import finetune
@@ -38,16 +40,35 @@ def texts_of(n, seed, shortest=20, longest=60):
     return [random_dna(m, rng) for m in rng.integers(shortest, longest, n)]
 
 
-def tuned(parts, task, seed=7, spec={}, **numbers):
+def tuned(parts, task, seed=7, spec={}, compiled=False, **numbers):
     """Fine-tunes in out/ by the strict protocol with these numbers: outputs on test, rows of the log."""
     net = finetune.build_net(SPEC | {"n_out": len(task.classes), "regression": task.regression} | spec)
     p = finetune.PROTOCOLS["strict"][0] | STAY | dict(epochs=1, select="loss") | numbers
     key = {"task": "t", "seed": seed, "numbers": p, "metric": "pcc" if task.regression else "mcc"}
-    args = SimpleNamespace(micro_batch_size=5, save_every=99, compile=False, seed=seed + 1, out="out",
+    args = SimpleNamespace(micro_batch_size=5, save_every=99, compile=compiled, seed=seed + 1, out="out",
                            class_weights=None)
     made = {"method": "finetune", "config": net.spec, "data": "", "args": key}
     outputs, _ = finetune.tuned_outputs(net, parts, task, made, "out", args)
     return outputs, [json.loads(line) for line in open("out/log.jsonl")], net
+
+
+# compiled, a network is the same
+
+def test_compiled_fine_tuning(out, monkeypatch):
+    """Two sets of one length each and one of mixed lengths: same scores, no graph break, 2 x 2 graphs."""
+    tables = [{split: data.rows_from(texts_of(n, n, *lengths), [i % 2 for i in range(n)])
+               for split, n in (("train", 9), ("dev", 5), ("test", 7))}
+              for lengths in ((20, 21), (25, 26), (20, 34))]
+    learns = dict(lr=3e-3, batch_size=5, epochs=2)
+    plain = [tuned(parts, CLASSES, **learns)[:2] for parts in tables]
+    compiling = functools.partialmethod(torch.nn.Module.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch.nn.Module, "compile", compiling)
+    torch._dynamo.reset()
+    counters.clear()
+    for parts, (outputs, rows) in zip(tables, plain):
+        again, rows_again, _ = tuned(parts, CLASSES, compiled=True, **learns)
+        assert again == pytest.approx(outputs, rel=1e-5) and rows_again[-1] == pytest.approx(rows[-1])
+    assert counters["stats"]["unique_graphs"] == 4           # trained or evaluated, with a mask or without
 
 
 # nothing of test (or dev) reaches what is fitted
