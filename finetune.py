@@ -999,19 +999,16 @@ def read_csv(args):
     targets = [name.lower() for name in args.targets or ()]
     if len(set(targets)) < len(targets) or {"sequence", "seq"} & set(targets):
         raise ValueError(f"--targets {' '.join(args.targets)}: give each number column once")
-    names = ("train", "dev", "test") if len(others) == 2 else ("train", "test")
+    names = ("train", "test") if len(others) == 1 else ("train", "dev", "test")
     sequences, labels, notes = data.read_table(first, targets=args.targets)
     classes = tuple(args.targets or notes.pop("classes"))
     rows = [data.rows_from(sequences, labels, notes)]
     print(f"{first}: {len(labels):,} rows; {rows[0].notes}", flush=True)
     if targets:
         describe_targets(rows[0].labels, args.targets)
-    for path in others:
-        sequences, labels, notes = data.read_table(path, classes, args.targets)
-        rows.append(data.rows_from(sequences, labels, notes))
+    rows += [data.rows_from(*data.read_table(path, classes, args.targets)) for path in others]
     if not others:
-        shares = args.split or (0.8, 0.1, 0.1)
-        names, rows = ("train", "dev", "test"), data.split_rows(rows[0], shares, args.seed, classes)
+        rows = data.split_table(first, rows[0], args.split_by, args.split, args.seed, classes)
     stem = os.path.basename(first).removesuffix(".gz")
     task = data.Task(f"csv/{os.path.splitext(stem)[0]}", "csv", classes, bool(args.targets),
                      "pcc" if args.targets else "mcc", "", {}, "", first, "yours")
@@ -1352,7 +1349,7 @@ def make_key(plan, task, start, digest, args):
         if task.regression and p["select"] == "score":
             p["select"] = "loss"                             # PCC ignores the scale
     head_flags = HEADS[start.spec["kind"]].FLAGS if start.spec["kind"] in HEADS else {}
-    flags |= {name: getattr(args, name) for name, default in head_flags.items()
+    flags |= {name: getattr(args, name) for name, default in ({"split_by": None} | head_flags).items()
               if getattr(args, name) != default}
     return {"task": task.name, "shots": plan.shots, "seed": args.seed + plan.repeat, "init": start.name,
             "weights": start.digest, "mode": args.mode, "pool": args.pool if args.mode == "probe" else None,
@@ -1443,6 +1440,8 @@ def parse_args():
     add("--fasta", type=file_name, nargs="+",
         help="reference genome for GenomicBenchmarks' coordinate tables")
     add("--split", type=fractions, help="shares of one --csv table (.8,.1,.1)")
+    add("--split_by", metavar="COLUMN", help="--csv: rows with the same value in this column stay together; "
+                                             "similarity: near-duplicates do")
     add("--targets", nargs="+", metavar="COLUMN", help="--csv: regression on these columns")
     add = parser.add_argument_group("model").add_argument
     add("--init", type=file_name, nargs="+", default=["random"],
@@ -1478,8 +1477,9 @@ def check_args(args):
     """ValueError for flags that contradict each other."""
     if args.targets and not args.csv:
         raise ValueError("--targets: belongs to --csv; add that or drop it")
-    if args.split and len(args.csv or ()) != 1:
-        raise ValueError("--split: belongs to one --csv table; drop it")
+    for flag in ("split", "split_by"):
+        if getattr(args, flag) is not None and len(args.csv or ()) != 1:
+            raise ValueError(f"--{flag}: belongs to one --csv table; drop it")
     names = data.task_names(args.task) if args.task else []
     if args.shots and not any(data.TASKS[name].suite == "few-shot" for name in names):
         raise ValueError("--shots: belongs to the few-shot sets (--task fewshot); drop it")

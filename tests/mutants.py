@@ -205,7 +205,7 @@ MUTANTS += mutants("finetune.py", [UNIT["finetune_rules"]], {
         "for rows in parts.values() if rows]))", 'for rows in [parts["train"]]]))'),
     "the same dropout at each step": ('training.seed(key["seed"], done)', 'training.seed(key["seed"], 0)'),
     "the same dropout for every seed": ('training.seed(key["seed"], done)', "training.seed(42, done)"),
-    "one table split alike for every seed": ("shares, args.seed, classes)", "shares, 42, classes)"),
+    "one table split alike for every seed": ("args.split, args.seed, classes)", "args.split, 42, classes)"),
     "the same rows of a probe for every seed": ('p["val"]), seed, names)[0]', 'p["val"]), 42, names)[0]'),
     "a row of results without fsync": ("os.fsync(f.fileno())", "pass"),
     "a row of results synced before it is flushed": ("f.flush()\n        os.fsync(f.fileno())",
