@@ -970,11 +970,13 @@ def similar_groups(rows):
     different, of = np.unique(first_rows(rows), return_inverse=True)
     rows, n, links = take_rows(rows, different), len(different), []
     strands = torch.from_numpy(np.stack([rows.bases, reverse_complement(rows.bases)]))
-    ids, other = kmer_tokens(strands, NEAR_K, 1).numpy()
+    ids = kmer_tokens(strands, NEAR_K, 1).numpy()
+    ids = np.minimum(ids[0], ids[1, ::-1])
     at = np.repeat(np.arange(n), np.diff(rows.offsets))
     whole = (ids != UNK) & (at[NEAR_K - 1:] == at[:len(ids)])                  # in one sequence, without N
     at = at[:len(ids)][whole]
-    total, keys = np.bincount(at, minlength=n), np.unique(np.minimum(ids, other[::-1])[whole] << 32 | at)
+    total, keys = np.bincount(at, minlength=n), np.sort(ids[whole] << 32 | at)
+    keys = keys[np.diff(keys, prepend=-1) > 0]
     new = np.diff(keys >> 32, prepend=-1) > 0                                  # the first holder of a 15-mer
     size = np.diff(np.flatnonzero(new), append=len(new))
     size = np.repeat(size, size)
@@ -1082,14 +1084,14 @@ def split_table(path, rows, by, fractions, seed, names=()):
     value in a column, or similar sequences, together (by); else row by row. fractions=None: 80, 10, 10 %."""
     shares = fractions or (0.8, 0.1, 0.1)
     wanted = {} if by in (None, "similarity") else {by: [by.lower()]}
-    columns, places = read_columns(path, wanted | {"split": ["split"]}, optional=["split"])
+    columns, places = read_columns(path, wanted | {"split": ["split"]}, {"split"} - {by})
     if "split" in columns and by is not None:
         raise ValueError(f"{path}: line 1: the column split contradicts --split_by {by}; drop one of them")
     for name, column in columns.items():
         for text, place in zip(column, places):
             if not text or name == "split" and text.lower() not in SPLITS:
-                use = f"use {', '.join(SPLITS)}" if name == "split" else "complete or remove the row"
-                raise ValueError(f"{place}: {name} is {quoted(text)}; {use}")
+                allowed = ", ".join(SPLITS) if name == "split" else "any text"
+                raise ValueError(f"{place}: {name} is {quoted(text)}; use {allowed}")
     if "split" in columns:
         part = np.array([SPLITS[text.lower()] for text in columns["split"]])
         print(f"{path}: split by its column split{', not by --split' if fractions else ''}", flush=True)

@@ -135,7 +135,9 @@ def report_tables(paths, targets):
     task, splits = finetune.read_csv(args)
     leaks = report_splits(task, splits, functions)
     one = len(paths) == 1 and "split" not in data.read_columns(paths[0], {"split": ["split"]}, ["split"])[0]
-    if one and leaks:
+    if leaks and not one:
+        print("Near-duplicates in train make a test too easy; give one table with --split_by similarity")
+    elif leaks:
         print("Near-duplicates in train make a test too easy. Split by --split_by similarity instead:")
         args.split_by = "similarity"
         report_splits(*finetune.read_csv(args), functions)

@@ -161,12 +161,13 @@ def test_a_column_split_is_obeyed(table, flags, said, capsys):
     ({"split": ["train"] * 240}, {"split_by": "gene"}, "t.csv: line 1: the column split contradicts"),
     ({"split": ["dev"] * 120 + ["test"] * 120}, {}, "t.csv: no row of '0' is in train"),
     ({"split": ["train", "train", "test", "test"] * 60}, {}, "t.csv: no row of '1' is in train"),
-    ({"donor": ["a", "b", ""] * 80}, {"split_by": "donor"}, "t.csv: line 4: donor is ''; complete"),
+    ({"donor": ["a", "b", ""] * 80}, {"split_by": "donor"}, "t.csv: line 4: donor is ''; use any text"),
     ({"donor": ["a"] * 240}, {"split_by": "donor"}, "t.csv: --split_by donor: 1 groups, the largest"),
     ({"donor": ["a"] * 200 + ["b", "c"] * 20}, {"split_by": "donor"}, "with 83.3% of the rows: no split"),
     ({"donor": ["a"] * 120 + ["b"] * 120}, {"split_by": "donor"}, "2 groups, the largest with 50.0%"),
     ({}, {"split_by": "label"}, "t.csv: --split_by label: 2 groups"),
     ({}, {"split_by": "donor"}, "t.csv: line 1: no column donor in the header"),
+    ({}, {"split_by": "Split"}, "t.csv: line 1: no column split in the header"),
     ({}, {"split_by": ""}, "t.csv: line 1: no column  in the header")])
 def test_splits_that_cannot_be_are_refused(table, columns, flags, message):
     path = write(table.path, **table.columns | columns)
@@ -238,7 +239,7 @@ def test_the_report_on_several_tables(table, tmp_path):
         write(tmp_path / f"{name}.csv", **{key: values[i::2] for key, values in columns.items()})
     out = report(str(tmp_path / "train.csv"), str(tmp_path / "test.csv")).out
     assert "train and test: 120 rows of test (100.0%) have one, or an equal sequence, in train" in out
-    assert "too easy" not in out and float(re.search(r"5-mer counts: mcc ([\d.]+)", out)[1]) > 70
+    assert "too easy; give one table" in out and float(re.search(r"5-mer counts: mcc ([\d.]+)", out)[1]) > 70
     columns["y"] = [str(len(text) + i / 7) for i, text in enumerate(columns["sequence"])]
     out = report(write(table.path, **columns, split=["train", "test"] * 120), "--targets", "y").out
     for said in ("train, all: length 100.0", "5-mer counts: pcc", "by its column split", "(100.0%) have one"):
