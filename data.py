@@ -45,6 +45,8 @@ CHUNK = 1 << 23                                              # bytes read from a
 HASHED = 200_000_000                                         # larger files are not always hashed whole
 PLANTED, EARLIER = "other users can write to it", "an earlier version made it"          # of a genome cache
 DEMO_MOTIF = "TGACTCAGCATG"                                  # planted in the demo genome and in the demo task
+NEAR_K, NEAR_SHARE, NEAR_RUN = 15, 0.5, 64                   # near-duplicates: see similar_groups
+SPLITS = {"train": 0, "dev": 1, "val": 1, "validation": 1, "test": 2}          # what a column split may say
 
 
 def quoted(text):
@@ -999,6 +1001,44 @@ def row_keys(rows, strands=True):
     return [min(key, other[n - end:n - start]) for key, start, end in zip(keys, offsets, offsets[1:])]
 
 
+def first_rows(rows):
+    """Return for each row the first one of its sequence, on either strand: int (n,)."""
+    first = {}
+    return np.array([first.setdefault(key, i) for i, key in enumerate(row_keys(rows))])
+
+
+def similar_groups(rows):
+    """Number the groups that equal sequences and near-duplicates form, also through others: int (n,).
+    Two are near-duplicates if they share, on either strand, at least half as many different 15-mers as the
+    shorter has 15-mers. It takes about as long as sorting all 15-mers: one of more than 64 sequences links
+    them in runs of 64, which chains a family without comparing all its pairs."""
+    from scipy.sparse import coo_matrix, csgraph, csr_matrix
+    different, of = np.unique(first_rows(rows), return_inverse=True)
+    rows, n, links = take_rows(rows, different), len(different), []
+    strands = torch.from_numpy(np.stack([rows.bases, reverse_complement(rows.bases)]))
+    ids = kmer_tokens(strands, NEAR_K, 1).numpy()
+    ids = np.minimum(ids[0], ids[1, ::-1])
+    at = np.repeat(np.arange(n), np.diff(rows.offsets))
+    whole = (ids != UNK) & (at[NEAR_K - 1:] == at[:len(ids)])                  # in one sequence, without N
+    at = at[:len(ids)][whole]
+    total, keys = np.bincount(at, minlength=n), np.sort(ids[whole] << 32 | at)
+    keys = keys[np.diff(keys, prepend=-1) > 0]
+    new = np.diff(keys >> 32, prepend=-1) > 0                                  # the first holder of a 15-mer
+    size = np.diff(np.flatnonzero(new), append=len(new))
+    size = np.repeat(size, size)
+    keys, new, size = (x[size > 1] for x in (keys, new, size))
+    column = np.cumsum(new | (size > NEAR_RUN) & (np.arange(len(new)) % NEAR_RUN == 0))
+    held = csr_matrix((np.ones(len(keys), np.int32), (keys & 0xFFFFFFFF, column)), (n, len(keys) + 1))
+    holders = held.T.tocsr()
+    for start in range(0, n, 512):                           # bounds the memory
+        shared = (held[start:start + 512] @ holders).tocoo()
+        i, j = shared.row + start, shared.col
+        near = shared.data >= NEAR_SHARE * np.minimum(total[i], total[j])
+        links.append((i[near], j[near]))
+    i, j = np.concatenate(links, 1)
+    return csgraph.connected_components(coo_matrix((np.ones(len(i)), (i, j)), (n, n)))[1][of]
+
+
 def rows_of(bases, lengths, labels, notes, **masks):
     """Make Rows of base codes. Integer labels are class ids, floats are targets (n, targets), bools labels.
     masks: {name: bool over bases}; the rows that hold a True are counted in the notes."""
@@ -1051,15 +1091,19 @@ def take_rows(rows, index):
     return rows_of(bases, lengths, None if rows.labels is None else rows.labels[index], {})
 
 
+def classes_of(rows):
+    """Return the class of each row; 0 for all where there are none."""
+    has_ids = rows.labels is not None and rows.labels.ndim == 1
+    return rows.labels if has_ids else np.zeros(len(rows.offsets) - 1, int)
+
+
 def split_rows(rows, fractions, seed, names=()):
     """Split Rows at random, class by class, into one Rows per fraction of the different sequences.
     Scikit-learn's stratified split; equal sequences, on either strand, stay together and count with their
     first label. names: of the classes, for the message where one is too small."""
     from sklearn.model_selection import train_test_split
-    first_row = {}                                           # sequence: its first row
-    first = np.array([first_row.setdefault(key, i) for i, key in enumerate(row_keys(rows))])
-    parts, rest = [], np.unique(first)
-    classes = np.zeros(len(first)) if rows.labels is None or rows.labels.ndim > 1 else rows.labels
+    first = first_rows(rows)
+    parts, rest, classes = [], np.unique(first), classes_of(rows)
     try:
         for i, fraction in enumerate(fractions[:-1]):
             part, rest = train_test_split(rest, train_size=fraction / sum(fractions[i:]),
@@ -1068,6 +1112,53 @@ def split_rows(rows, fractions, seed, names=()):
     except ValueError as e:
         raise ValueError(f"split {fractions}: {too_few(classes[np.unique(first)], names, e)}") from None
     return [take_rows(rows, np.flatnonzero(np.isin(first, part))) for part in (*parts, rest)]
+
+
+def assign_groups(groups, classes, fractions, seed, where):
+    """Return the part of each row, int (n,), with groups (n,) kept whole. In random order, but the largest
+    first, each goes where the fullest of its classes is the least full. where: how messages begin."""
+    counts = np.zeros((groups.max() + 1, classes.max() + 1))
+    np.add.at(counts, (groups, classes), 1)
+    sizes, want = counts.sum(1), np.outer(fractions, counts.sum(0))
+    have, part = np.zeros(want.shape), np.zeros(len(counts), int)
+    order = np.random.default_rng(seed).permutation(len(counts))
+    for group in order[np.argsort(-sizes[order], kind="stable")]:
+        full = (have + counts[group]) / want
+        part[group] = full[:, counts[group] > 0].max(1).argmin()
+        have[part[group]] += counts[group]
+    share, (small, *_, large) = sizes.max() / len(groups), sorted(fractions)
+    said = f"{where}: {len(counts):,} groups, the largest with {share:.1%} of the rows"
+    if share > large or not have.sum(1).all():
+        raise ValueError(f"{said}: no split with shares of {fractions}; give the splits as tables")
+    print(f"{said}{f', more than the smallest share ({small:.0%})' if share > small else ''}", flush=True)
+    return part[groups]
+
+
+def split_table(path, rows, by, fractions, seed, names=()):
+    """Split a table in [train, dev, test] (None: no row): as its column split says; else with the rows of a
+    value in a column, or similar sequences, together (by); else row by row. fractions=None: 80, 10, 10 %."""
+    shares = fractions or (0.8, 0.1, 0.1)
+    wanted = {} if by in (None, "similarity") else {by: [by.lower()]}
+    columns, places = read_columns(path, wanted | {"split": ["split"]}, {"split"} - {by})
+    if "split" in columns and by is not None:
+        raise ValueError(f"{path}: line 1: the column split contradicts --split_by {by}; drop one of them")
+    for name, column in columns.items():
+        for text, place in zip(column, places):
+            if not text or name == "split" and text.lower() not in SPLITS:
+                allowed = ", ".join(SPLITS) if name == "split" else "any text"
+                raise ValueError(f"{place}: {name} is {quoted(text)}; use {allowed}")
+    if "split" in columns:
+        part = np.array([SPLITS[text.lower()] for text in columns["split"]])
+        print(f"{path}: split by its column split{', not by --split' if fractions else ''}", flush=True)
+    elif by is None:
+        return split_rows(rows, shares, seed, names)
+    else:
+        similar = by == "similarity"
+        groups = similar_groups(rows) if similar else np.unique(columns[by], return_inverse=True)[1]
+        part = assign_groups(groups, classes_of(rows), shares, seed, f"{path}: --split_by {by}")
+    for i in np.setdiff1d(classes_of(rows), classes_of(rows)[part == 0]):
+        raise ValueError(f"{path}: no row of {quoted(names[i])} is in train; split in another way")
+    return [take_rows(rows, np.flatnonzero(part == i)) if i in part else None for i in range(3)]
 
 
 def too_few(labels, names, error):
@@ -1113,10 +1204,10 @@ def read_lines(path, delimiter):
     return rows, places, text.lstrip()[:40]
 
 
-def read_columns(path, wanted, either=()):
+def read_columns(path, wanted, optional=()):
     """Read columns of a CSV (.csv) or TSV (.tsv, .txt) file, plain or gzip; other columns are passed over.
-    wanted: {name: its spellings in the header}; either: columns of which one, if it alone is there, becomes
-    "name". Returns {name: list of str}, 'FILE: line N' of each row."""
+    wanted: {name: its spellings in the header}; optional: names that may be missing there. Returns
+    {name: list of str}, 'FILE: line N' of each row."""
     suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
     if suffix not in DELIMITER:
         other = other_format(file_start(path))
@@ -1131,6 +1222,8 @@ def read_columns(path, wanted, either=()):
     header, columns = [cell.strip().lower() for cell in header], {}
     for name, spellings in wanted.items():
         found = [i for i, cell in enumerate(header) if cell in spellings]
+        if not found and name in optional:
+            continue
         if len(found) != 1:
             if other := other_format(file_start(path)):
                 raise ValueError(f"{place}: this is {other}")
@@ -1138,9 +1231,6 @@ def read_columns(path, wanted, either=()):
             raise ValueError(f"{place}: {count} {' or '.join(spellings)} in the header ({quoted(start)}); "
                              f"give exactly one, with {DELIMITER[suffix]!r} between columns")
         columns[name] = found[0]
-    named = [i for i, cell in enumerate(header) if cell in either]
-    if len(named) == 1:
-        columns["name"] = named[0]
     for row, place in zip(rows, places):
         if len(row) != len(header):
             raise ValueError(f"{place}: {len(row)} fields, but {len(header)} in the header; correct the row")
@@ -1212,14 +1302,14 @@ def read_table(path, classes=None, targets=None, labels=True, multilabel=False):
     classes: the labels in the order of their ids; None: notes["classes"] holds those found, sorted.
     targets: number columns of a regression, or of 0 and 1 (multilabel); labels=False: sequences only, and
     notes["names"], a column id or name, if there is one of them. K-mer text is joined."""
-    wanted = {name: [name.lower()] for name in targets or ()}
+    wanted = {"sequence": ["sequence", "seq"]} | {name: [name.lower()] for name in targets or ()}
     if labels and not targets:
         wanted["label"] = ["label", "class"]
-    columns, places = read_columns(os.fspath(path), {"sequence": ["sequence", "seq"]} | wanted,
-                                   () if labels else ("id", "name"))
+    wanted |= {} if labels else {"id": ["id"], "name": ["name"]}
+    columns, places = read_columns(os.fspath(path), wanted, ("id", "name"))
     sequences, notes = columns.pop("sequence"), {"kmer_text": 0}
     if not labels:
-        notes["names"] = columns.get("name")
+        notes["names"] = next(iter(columns.values())) if len(columns) == 1 else None
         for name, place in zip(notes["names"] or (), places):
             if not name or not name.isprintable():
                 raise ValueError(f"{place}: {quoted(name)} is no name; give one, without control characters")

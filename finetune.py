@@ -1155,7 +1155,7 @@ def read_csv(args):
     names = [name.lower() for name in columns or ()]
     if len(set(names)) < len(names) or {"sequence", "seq"} & set(names):
         raise ValueError(f"--targets or --multilabel {' '.join(columns)}: give each column once")
-    names = ("train", "dev", "test") if len(others) == 2 else ("train", "test")
+    names = ("train", "test") if len(others) == 1 else ("train", "dev", "test")
     multilabel = bool(args.multilabel)
     sequences, labels, notes = data.read_table(first, targets=columns, multilabel=multilabel)
     classes = tuple(columns or notes.pop("classes"))
@@ -1166,11 +1166,9 @@ def read_csv(args):
     else:
         say_alike(classes)
     for path in others:
-        sequences, labels, notes = data.read_table(path, classes, columns, multilabel=multilabel)
-        rows.append(data.rows_from(sequences, labels, notes))
+        rows.append(data.rows_from(*data.read_table(path, classes, columns, multilabel=multilabel)))
     if not others:
-        shares = args.split or (0.8, 0.1, 0.1)
-        names, rows = ("train", "dev", "test"), data.split_rows(rows[0], shares, args.seed, classes)
+        rows = data.split_table(first, rows[0], args.split_by, args.split, args.seed, classes)
     stem = os.path.basename(first).removesuffix(".gz")
     task = data.Task(f"csv/{os.path.splitext(stem)[0]}", "csv", classes, bool(args.targets),
                      "pcc" if args.targets else "mcc", "", {}, "", first, "yours", multilabel)
@@ -1574,7 +1572,7 @@ def make_key(plan, task, start, digest, args):
             raise ValueError(f"{task.name}: protocol {plan.protocol} has no dev rows to choose among "
                              f"{len(grid(args))} settings; give one value per flag, or --protocol strict")
     head_flags = HEADS[start.spec["kind"]].FLAGS if start.spec["kind"] in HEADS else {}
-    others = {"strands": None, "class_weights": None}
+    others = dict.fromkeys(("strands", "class_weights", "split_by"))
     flags |= {name: getattr(args, name) for name, default in (head_flags | others).items()
               if getattr(args, name) != default}
     return {"task": task.name, "shots": plan.shots, "seed": args.seed + plan.repeat, "init": start.name,
@@ -1674,6 +1672,8 @@ def parse_args():
     add("--fasta", type=file_name, nargs="+",
         help="reference genome for GenomicBenchmarks' coordinate tables")
     add("--split", type=fractions, help="shares of one --csv table (.8,.1,.1)")
+    add("--split_by", metavar="COLUMN", help="--csv: rows with the same value in this column stay together; "
+                                             "similarity: near-duplicates do")
     add("--targets", nargs="+", metavar="COLUMN", help="--csv: regression on these columns")
     add("--multilabel", nargs="+", metavar="COLUMN", help="--csv: these columns are labels, each 0 or 1")
     add = parser.add_argument_group("model").add_argument
@@ -1727,8 +1727,9 @@ def check_args(args):
         if getattr(args, name) and (not args.csv or args.targets and args.multilabel):
             raise ValueError(f"--{name}: belongs to --csv; --targets and --multilabel exclude each other; "
                              f"drop it")
-    if args.split and len(args.csv or ()) != 1:
-        raise ValueError("--split: belongs to one --csv table; drop it")
+    for flag in ("split", "split_by"):
+        if getattr(args, flag) is not None and len(args.csv or ()) != 1:
+            raise ValueError(f"--{flag}: belongs to one --csv table; drop it")
     names = data.task_names(args.task) if args.task else []
     if args.shots and not any(data.TASKS[name].suite == "few-shot" for name in names):
         raise ValueError("--shots: belongs to the few-shot sets (--task fewshot); drop it")

@@ -24,7 +24,7 @@ LIMIT = 600                                                  # seconds for the t
 GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.py"
 UNIT = {name: f"tests/unit/test_{name}.py" for name in (
     "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules", "layers",
-    "messages", "models", "mutagenesis", "randommask", "strands", "table", "tools", "training")}
+    "messages", "models", "mutagenesis", "randommask", "splits", "strands", "table", "tools", "training")}
 PRECISION = "tests/runs/test_precision_runs.py"
 Mutant = namedtuple("Mutant", "file what old new tests")
 
@@ -211,13 +211,33 @@ MUTANTS += mutants("finetune.py", [UNIT["finetune_rules"]], {
         "for rows in parts.values() if rows]))", 'for rows in [parts["train"]]]))'),
     "the same dropout at each step": ('training.seed(key["seed"], done)', 'training.seed(key["seed"], 0)'),
     "the same dropout for every seed": ('training.seed(key["seed"], done)', "training.seed(42, done)"),
-    "one table split alike for every seed": ("shares, args.seed, classes)", "shares, 42, classes)"),
+    "one table split alike for every seed": ("args.split, args.seed, classes)", "args.split, 42, classes)"),
     "the same rows of a probe for every seed": ('p["val"]), seed, names)[0]', 'p["val"]), 42, names)[0]'),
     "a row of results without fsync": ("os.fsync(f.fileno())", "pass"),
     "a row of results synced before it is flushed": ("f.flush()\n        os.fsync(f.fileno())",
                                                      "os.fsync(f.fileno())\n        f.flush()")})
 MUTANTS += mutants("data.py", [UNIT["finetune_rules"]], {
     "splits alike for every seed": ("random_state=seed)", "random_state=42)")})
+MUTANTS += mutants("data.py", [UNIT["splits"], "-k", "literal or chained or alone or whole"], {
+    "near-duplicates of one strand": ("np.minimum(ids[0], ids[1, ::-1])", "ids[0]"),
+    "a third of the 15-mers is enough": ("= 15, 0.5, 64", "= 15, 0.33, 64"),
+    "half of the longer one": ("np.minimum(total[i], total[j])", "np.maximum(total[i], total[j])"),
+    "15-mers over the end of a sequence": (" & (at[NEAR_K - 1:] == at[:len(ids)])", ""),
+    "repeats count each time": ("keys = keys[np.diff(keys, prepend=-1) > 0]", "pass"),
+    "runs are not connected": ("(np.arange(len(new)) % NEAR_RUN == 0)", "(keys % NEAR_RUN == 0)"),
+    "the emptiest class decides": ("[:, counts[group] > 0].max(1)", "[:, counts[group] > 0].min(1)"),
+    "groups alike for every seed": ("default_rng(seed).permutation(len(counts))",
+                                    "default_rng(42).permutation(len(counts))")})
+MUTANTS += mutants("data.py", [UNIT["splits"], "-k", "refused or obeyed"], {
+    "train may lack a class": ("np.setdiff1d(classes_of(rows), classes_of(rows)[part == 0])", "[]"),
+    "validation is test": ('"validation": 1', '"validation": 2'),
+    "an empty value is a value": ("if not text or name", "if name")})
+MUTANTS += mutants("finetune.py", [UNIT["splits"], "-k", "identity"], {
+    "--split_by does not identify a run": ('({"split_by": None} | head_flags)', "head_flags")})
+MUTANTS += mutants("tools/report.py", [UNIT["splits"], "-k", "report"], {
+    "rows of train like test": ("np.isin(groups[b], groups[a])", "np.isin(groups[a], groups[b])"),
+    "GC of all letters": ("rows.bases // 2 == 1", "rows.bases // 2 >= 1"),
+    "copies are near-duplicates": ("np.unique(different, return_index=True)[1]", "slice(None)")})
 MUTANTS += mutants("training.py", [UNIT["finetune_rules"]], {
     "fsync of another file": ("os.fsync(f.fileno())", "os.fsync(os.open(out, os.O_RDONLY))"),
     "fsync behind the rename": (

@@ -1,11 +1,13 @@
-"""Reports what a benchmark set holds: sizes against the published ones, balance, duplicates, leaks.
+"""Reports what a benchmark set or your own table holds: sizes, balance, duplicates, near-duplicates, leaks.
 
     python -m tools.report emp/H3 gb8                          tasks or groups, as in finetune.py --task
     python -m tools.report gb/human_ocr_ensembl --fasta GENOME.fa             cut from its coordinate tables
+    python -m tools.report my.csv                              your table, or two or three: finetune.py --csv
 """
 import argparse
 import itertools
 import os
+from types import SimpleNamespace
 
 import training                                              # first: it answers Ctrl-C in the slow imports
 from training import file_name, folder_name
@@ -13,6 +15,9 @@ from training import file_name, folder_name
 import numpy as np
 
 import data
+import finetune
+
+TABLES = tuple(suffix + packed for suffix in data.DELIMITER for packed in ("", ".gz"))
 
 
 def published(n, task, split):
@@ -67,6 +72,79 @@ def report_overlap(splits):
             print(f"  {a} and {b}: {len(both):,} sequences in both, {' and '.join(shares)} of the rows")
 
 
+def gc_and_length(rows):
+    """Return the share of G and C among the bases other than N, and the length, of each sequence: (n, 2)."""
+    lengths = np.diff(rows.offsets)
+    gc, known = rows.bases // 2 == 1, rows.bases < 4
+    gc, known = (np.add.reduceat(x, rows.offsets[:-1], dtype=int) for x in (gc, known))
+    return np.stack([gc / np.maximum(known, 1), lengths], 1)
+
+
+def report_similar(splits):
+    """Print how many sequences have near-duplicates within and across splits; return whether train has any of
+    the others. Those that are linked through others count, as in data.similar_groups."""
+    bases, lengths = zip(*[(rows.bases, np.diff(rows.offsets)) for rows in splits.values()])
+    rows = data.rows_of(np.concatenate(bases), np.concatenate(lengths), None, {})
+    ends, leaks = np.cumsum(list(map(len, lengths)))[:-1], False
+    groups = dict(zip(splits, np.split(data.similar_groups(rows), ends)))
+    print(f"  near-duplicates (half of the {data.NEAR_K}-mers in common, on either strand):")
+    for (split, x), different in zip(groups.items(), np.split(data.first_rows(rows), ends)):
+        sizes = np.bincount(x[np.unique(different, return_index=True)[1]])
+        n, near = sizes.sum(), sizes[sizes > 1]
+        print(f"    within {split}: {near.sum():,} of {n:,} different sequences ({near.sum() / n:.1%}) in "
+              f"{len(near):,} groups, the largest of {sizes.max():,}")
+    for a, b in itertools.combinations(groups, 2):
+        if not b.startswith("train"):
+            near = np.isin(groups[b], groups[a])
+            leaks |= a == "train" and near.any()
+            print(f"    {a} and {b}: {near.sum():,} rows of {b} ({near.mean():.1%}) have one, or an equal "
+                  f"sequence, in {a}")
+    return leaks
+
+
+def report_floors(task, splits, functions):
+    """Print length and GC by class, and how well linear models do with only {name: function of Rows}."""
+    split, rows = next(iter(splits.items()))
+    for i, name in enumerate(["all"] if task.regression else task.classes):
+        x = gc_and_length(rows)[slice(None) if task.regression else rows.labels == i]
+        (gc, length), (gc_sd, length_sd) = x.mean(0), x.std(0)
+        print(f"  {split}, {name}: length {length:.1f} (sd {length_sd:.1f}), GC {gc:.1%} (sd {gc_sd:.1%})")
+    test = splits.get("test") or splits.get("dev")
+    if split == "train" and test:
+        metric, found = finetune.main_metric("strict", task), []
+        for name, function in functions.items():
+            outputs = finetune.fit_linear(function(rows), rows.labels, function(test), task)
+            score = finetune.scores(outputs, test.labels, task)[metric]
+            found.append(f"{name}: {finetune.shown(metric, score)}")
+        print(f"  linear models on {'test' if 'test' in splits else 'dev'}: {', '.join(found)}")
+
+
+def report_splits(task, splits, functions):
+    """Print what the splits of a task hold and share; returns whether test or dev is like train in part."""
+    splits = {split: rows for split, rows in splits.items() if rows}
+    for split, rows in splits.items():
+        report_rows(task, split, rows)
+    report_overlap(splits)
+    leaks = report_similar(splits)
+    report_floors(task, splits, functions)
+    return leaks
+
+
+def report_tables(paths, targets):
+    """Print what an own table holds, or two or three that belong together, split as finetune.py does."""
+    args = SimpleNamespace(csv=paths, targets=targets, multilabel=None, split=None, split_by=None, seed=42)
+    functions = {"GC and length": gc_and_length, "5-mer counts": finetune.kmer_counts}
+    task, splits = finetune.read_csv(args)
+    leaks = report_splits(task, splits, functions)
+    one = len(paths) == 1 and "split" not in data.read_columns(paths[0], {"split": ["split"]}, ["split"])[0]
+    if leaks and not one:
+        print("Near-duplicates in train make a test too easy; give one table with --split_by similarity")
+    elif leaks:
+        print("Near-duplicates in train make a test too easy. Split by --split_by similarity instead:")
+        args.split_by = "similarity"
+        report_splits(*finetune.read_csv(args), functions)
+
+
 def report_task(task, data_dir, fasta):
     """Print where a benchmark set comes from and what its files hold."""
     print(f"{task.name}: {task.suite}, {', '.join(task.classes)}; {task.metric}, {task.length} bases\n"
@@ -74,27 +152,31 @@ def report_task(task, data_dir, fasta):
     folder = data.coordinate_folder(task, data_dir)
     if data.find(folder, f"train/{task.classes[0]}.csv"):
         report_intervals(task, folder)
-    splits = {split: rows for split, rows in data.read_task(task.name, data_dir, fasta=fasta).items() if rows}
+    splits = data.read_task(task.name, data_dir, fasta=fasta)
     if task.suite == "few-shot":                             # all its train files, and a dev file not for use
         files = {f"train/{n}": data.FEW_SHOT[task.name][0].format(n) for n in (10, 50, 100, 500, 1000)}
         files["dev"] = "full-dataset/dev.tsv"
         wanted = {split: [name] for split, name in files.items() if data.find(folder, name)}
         splits = data.read_tables(task, data_dir, wanted) | {"test": splits["test"]}
-    for split, rows in splits.items():
-        report_rows(task, split, rows)
-    report_overlap(splits)
+    report_splits(task, splits, {"GC and length": gc_and_length})
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
-    add("tasks", nargs="+", help=f"tasks (emp/H3) or groups: {' '.join(data.GROUPS)}")
+    add("tasks", nargs="+", help=f"tasks (emp/H3), groups ({' '.join(data.GROUPS)}), or your tables")
+    add("--targets", nargs="+", metavar="COLUMN", help="your tables: number columns of a regression")
     add("--data_dir", type=folder_name, default="data", help="folder of the benchmark sets (%(default)s)")
     add("--fasta", type=file_name, nargs="+", help="genome of coordinate tables: one FASTA, or one a class")
     args = parser.parse_args()
-    status = 0
+    status, names = 0, []
     with training.user_errors():
-        names = data.task_names(args.tasks)
+        if all(name.endswith(TABLES) for name in args.tasks):
+            report_tables(args.tasks, args.targets)
+        elif args.targets:
+            raise ValueError("--targets: belongs to tables of your own; drop it")
+        else:
+            names = data.task_names(args.tasks)
     for name in names:
         try:
             report_task(data.TASKS[name], args.data_dir, args.fasta)

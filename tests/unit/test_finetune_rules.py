@@ -217,7 +217,8 @@ def test_splits_are_those_of_the_seed(out, seed):
     """As scikit-learn splits by this seed: one table in three; dev from train; a probe's share of train."""
     texts, labels = texts_of(100, 0), [int(i % 5 == 0) for i in range(100)]
     write_csv("t.csv", texts, labels)
-    args = SimpleNamespace(csv=["t.csv"], targets=None, multilabel=None, split=(0.7, 0.2, 0.1), seed=seed)
+    args = SimpleNamespace(csv=["t.csv"], targets=None, multilabel=None, split=(0.7, 0.2, 0.1), split_by=None,
+                           seed=seed)
     _, splits = finetune.read_csv(args)
     train, rest = sk_split(range(100), labels, 0.7, seed)
     dev, test = sk_split(rest, labels, 0.2 / (0.2 + 0.1), seed)
