@@ -48,6 +48,7 @@ import data
 import models
 
 BETAS, EPS = (0.9, 0.999), 1e-8                              # AdamW: DNABERT-2, Liang et al., GeneMask
+MASKED = 0.15                                                # of the tokens at a time in Model.score: BERT's
 SORTED = 50                                                  # batches that are sorted by length together
 FAR = 1e15                                                   # sd: the square of a target has to fit float32
 UNSCALED = torch.amp.GradScaler(enabled=False)               # no loss scaling
@@ -141,8 +142,10 @@ def main_metric(protocol, task):
 #                         regression, and the bases of the longest training sequence
 #   inputs(rows, index)   arguments of forward and embed for these sequences (bases already on the device)
 #   forward(*inputs)      outputs (B, n_out), through the linear layer `out`
-#   embed(*inputs)        one vector a sequence (B, C), pooled as spec["pool"] says
-#   per_base(rows, index) hidden states (N, C) and the bases that each one covers (N, width)
+#   embed(*inputs, layer) one vector a sequence (B, C), pooled as spec["pool"] says; layer: as in models.py
+#   per_base(rows, index, layer)  hidden states (N, C) and the bases that each one covers (N, width)
+#   spread(x, rows, index)        the same of any x (windows, T, C) over the inputs of the network
+#   READER                the Embedding of its tokens, or what reads one-hot bases, for gradients; or None
 #   n_windows(lengths)    windows of each sequence, the unit of --micro_batch_size
 #   micro_batch_size      windows of one sequence that are computed at a time
 #   read(lengths)         how many bases of each sequence are read, in k-mers of k bases, each stride bases:
@@ -223,7 +226,7 @@ class BertHead(nn.Module):
 
     A sequence longer than block_size takes several windows, whose pooled vectors are averaged.
     """
-    BODY, FLAGS, micro_batch_size = "bert", {}, 128
+    BODY, READER, FLAGS, micro_batch_size = "bert", "bert.tok_emb", {}, 128
 
     @staticmethod
     def body_spec(config, stride=1):
@@ -239,7 +242,7 @@ class BertHead(nn.Module):
         if config.k != spec["k"] or not 1 <= spec["stride"] <= config.k:
             raise ValueError(f"--stride {spec['stride']}: {config.k}-mers take a stride of 1 to {config.k}")
         C = config.n_embd
-        self.spec, self.bert = spec, models.Bert(config)
+        self.spec, self.bert, self.n_layer = spec, models.Bert(config), config.n_layer
         self.pooler, self.out = nn.Linear(C, C), nn.Linear(C, spec["n_out"])
         for layer in (self.pooler, self.out):                # as BERT's own layers
             nn.init.normal_(layer.weight, std=0.02)
@@ -303,19 +306,45 @@ class BertHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):   # bf16 is too coarse for a large target
             return self.out(F.dropout(x.float(), self.bert.config.dropout, self.training))
 
-    def embed(self, tokens, mask=None, n_windows=None):
+    def embed(self, tokens, mask=None, n_windows=None, layer=None):
         """Mean over the k-mers, or over the [CLS] of the windows, or both concatenated."""
-        sums = in_parts(lambda tokens, mask: summed(self.spec["pool"], self.bert.encode(tokens, mask), {
-            "mean": (tokens == data.UNK) | (tokens > data.MASK), "cls": tokens == data.CLS}),
-            self.micro_batch_size, tokens, mask)
-        return pooled(*sums, n_windows)
+        def sums(tokens, mask):
+            return summed(self.spec["pool"], self.bert.encode(tokens, mask, layer=layer), {
+                "mean": (tokens == data.UNK) | (tokens > data.MASK), "cls": tokens == data.CLS})
+        return pooled(*in_parts(sums, self.micro_batch_size, tokens, mask), n_windows)
 
-    def per_base(self, rows, index):
+    def per_base(self, rows, index, layer=None):
+        x = in_parts(lambda *windows: self.bert.encode(*windows, layer=layer).float().cpu(),
+                     self.micro_batch_size, *self.inputs(rows, index)[:2])
+        return self.spread(x, rows, index)
+
+    def spread(self, x, rows, index):
         owner, first, n = self.windows(lengths_of(rows, index))
-        starts = rows.offsets[index][owner] + first
-        x = in_parts(lambda *windows: self.bert.encode(*windows)[:, 1:-1].float().cpu(),
-                     self.micro_batch_size, *self.tokens(rows.bases, starts, n))
-        return covered(x, starts, n, self.spec["k"], self.spec["stride"])
+        return covered(x[:, 1:-1], rows.offsets[index][owner] + first, n, self.spec["k"], self.spec["stride"])
+
+    def log_p(self, tokens, mask):
+        """Sums of log P over the k bases of each k-mer, and how many bases these are: (B, 1) each.
+
+        A pass hides every `passes`-th run of `stride` bases, by masking all k-mers over it. P of a base is
+        its share among the four k-mers that have the other bases right.
+        """
+        k, stride, real = self.spec["k"], self.spec["stride"], tokens > data.MASK
+        column, letter = (torch.arange(n, device=tokens.device) for n in (tokens.shape[1], 4))
+        span, total = math.ceil(k / stride), torch.zeros(len(tokens), device=tokens.device)
+        passes = math.ceil(span / MASKED)
+        for i in range(passes):
+            run = ((i - column) % passes).expand_as(tokens)  # that is hidden, in each k-mer
+            hidden = real & (run < span)
+            states = self.bert.encode(tokens.masked_fill(hidden, data.MASK), mask)[hidden]
+            logits, ids, row = self.bert.decode(states).float(), tokens[hidden] - 5, hidden.nonzero()[:, 0]
+            for j in range(stride):
+                base = run[hidden] * stride + j
+                unit = 4 ** (k - 1 - base).clamp(min=0)      # of this base in the number of the k-mer
+                digit = ids // unit % 4
+                four = (ids - digit * unit)[:, None] + unit[:, None] * letter + 5
+                log_p = logits.gather(1, four).log_softmax(1).gather(1, digit[:, None])[:, 0]
+                total.index_add_(0, row, log_p * (base < k))
+        return total[:, None], k * real.sum(1, keepdim=True).float()
 
 
 class HfHead(nn.Module):
@@ -324,7 +353,7 @@ class HfHead(nn.Module):
     Its own tokenizer reads the sequences; with a stride, they become overlapping k-mers of its vocabulary. A
     sequence of more tokens than positions takes several windows, whose pooled vectors are averaged.
     """
-    BODY, FLAGS, micro_batch_size = "hf", {}, 128
+    BODY, READER, FLAGS, micro_batch_size = "hf", None, {}, 128
 
     @staticmethod
     def complete(spec, args, longest):
@@ -338,6 +367,7 @@ class HfHead(nn.Module):
         self.first, self.last, self.k, self.room = facts
         self.has_cls = self.first[:1] == [self.tokenizer.cls_token_id]
         C, self.p = self.hf.config.hidden_size, getattr(self.hf.config, "hidden_dropout_prob", 0.0)
+        self.n_layer = self.hf.config.num_hidden_layers
         self.pooler, self.out = nn.Linear(C, C), nn.Linear(C, spec["n_out"])
         self.tokenize = functools.partial(models.tokens_of, self.tokenizer, k=self.k, stride=spec["stride"])
         sample = data.decode(np.random.default_rng(0).integers(4, size=4096))
@@ -378,8 +408,9 @@ class HfHead(nn.Module):
         tensors = tokens, real, at < n, None if len(owner) == len(index) else owner.bincount()
         return tuple(x if x is None else data.to_device(x, rows.bases.device) for x in tensors)
 
-    def states(self, tokens, mask):
-        return self.hf(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()     # (B, T, C)
+    def states(self, tokens, mask, layer=None):
+        found = self.hf(input_ids=tokens, attention_mask=mask.long(), output_hidden_states=layer is not None)
+        return (found.last_hidden_state if layer is None else found.hidden_states[layer]).float()  # (B, T, C)
 
     def read_window(self, tokens, real, mask):
         x = self.states(tokens, mask)
@@ -391,19 +422,21 @@ class HfHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.out(F.dropout(x.float(), self.p, self.training))
 
-    def embed(self, tokens, real, mask, n_windows=None):
+    def embed(self, tokens, real, mask, n_windows=None, layer=None):
         if self.spec["pool"] != "mean" and not self.has_cls:
             raise ValueError(f"--pool {self.spec['pool']}: its tokenizer adds no [CLS]; use --pool mean")
         first = torch.arange(tokens.shape[1], device=tokens.device) == 0
-        sums = in_parts(lambda tokens, real, mask: summed(self.spec["pool"], self.states(tokens, mask), {
-            "mean": real, "cls": first.expand_as(real)}), self.micro_batch_size, tokens, real, mask)
-        return pooled(*sums, n_windows)
 
-    def per_base(self, rows, index):
+        def sums(tokens, real, mask):
+            return summed(self.spec["pool"], self.states(tokens, mask, layer), {
+                "mean": real, "cls": first.expand_as(real)})
+        return pooled(*in_parts(sums, self.micro_batch_size, tokens, real, mask), n_windows)
+
+    def per_base(self, rows, index, layer=None):
         _, starts, widths = np.concatenate(self.windows(rows, index)[1], 1)
         tokens, real, mask, _ = self.inputs(rows, index)
         bases = np.repeat(starts - widths.cumsum() + widths, widths) + np.arange(widths.sum())
-        x = in_parts(lambda *windows: self.states(*windows).cpu(), self.micro_batch_size, tokens, mask)
+        x = in_parts(lambda *windows: self.states(*windows, layer).cpu(), self.micro_batch_size, tokens, mask)
         x = x[real.cpu()].repeat_interleave(torch.from_numpy(widths), 0)
         return x, torch.from_numpy(bases)[:, None]
 
@@ -414,7 +447,7 @@ class MixerHead(nn.Module):
     A ChordMixer reads a sequence of any length. For an Encoder, one that is longer than its positions is cut
     into windows of equal length (to one base); the means are over all of them.
     """
-    BODY, micro_batch_size = "backbone", 128
+    BODY, READER, micro_batch_size = "backbone", "backbone.proj", 128
     FLAGS = {"pool": "mean", "head": "linear", "blocks": "all", "eval_network": None}
 
     @staticmethod
@@ -430,6 +463,7 @@ class MixerHead(nn.Module):
     def __init__(self, spec):
         super().__init__()
         self.spec, self.backbone = spec, models.make_backbone(spec["mixer"])
+        self.n_layer = self.backbone.config.n_layer
         self.options = {"n_blocks": spec["n_blocks"]} if spec["n_blocks"] else {}
         C = self.backbone.config.n_embd
         width = 2 * C if spec["pool"] == "both" else C
@@ -488,21 +522,23 @@ class MixerHead(nn.Module):
         lengths, n_windows = (data.to_device(x, bases.device) for x in (n, np.bincount(owner)))
         return data.one_hot(bases), None if alike else lengths + self.n_cls, n_windows if several else None
 
-    def states(self, one_hot, lengths=None):
-        return self.backbone(one_hot, lengths, **self.options)                 # (B, L, C)
+    def states(self, one_hot, lengths=None, layer=None):
+        return self.backbone(one_hot, lengths, layer=layer, **self.options)    # (B, L, C)
 
-    def sums(self, one_hot, lengths):
+    def sums(self, one_hot, lengths, layer=None):
         """What `pooled` makes a mean of: over the bases, or the [CLS] behind them, of each window."""
-        x, ends = self.states(one_hot, lengths), lengths[:, None]
+        x, ends = self.states(one_hot, lengths, layer), lengths[:, None]
         at = torch.arange(x.shape[1], device=x.device)
         return summed(self.spec["pool"], x, {"mean": at < ends - self.n_cls,
                                              "cls": (at < ends) & (at >= ends - self.n_cls)})
 
-    def embed(self, one_hot, lengths=None, n_windows=None):
+    def embed(self, one_hot, lengths=None, n_windows=None, layer=None):
         if lengths is None:                                  # one window a sequence, all equally long
-            bases, cls = self.states(one_hot).split([one_hot.shape[1] - self.n_cls, self.n_cls], 1)
+            x = self.states(one_hot, layer=layer)
+            bases, cls = x.split([one_hot.shape[1] - self.n_cls, self.n_cls], 1)
             return concatenated(self.spec["pool"], lambda pool: (cls if pool == "cls" else bases).mean(1))
-        return pooled(*in_parts(self.sums, self.micro_batch_size, one_hot, lengths), n_windows)
+        sums = functools.partial(self.sums, layer=layer)
+        return pooled(*in_parts(sums, self.micro_batch_size, one_hot, lengths), n_windows)
 
     def forward(self, one_hot, lengths=None, n_windows=None):
         x = self.embed(one_hot, lengths, n_windows)
@@ -510,16 +546,19 @@ class MixerHead(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return self.out(x.float())
 
-    def per_base(self, rows, index):
-        owner, first, n = self.windows(lengths_of(rows, index))
-        x = in_parts(lambda *windows: self.states(*windows).float().cpu(), self.micro_batch_size,
+    def per_base(self, rows, index, layer=None):
+        x = in_parts(lambda *windows: self.states(*windows, layer).float().cpu(), self.micro_batch_size,
                      *self.inputs(rows, index)[:2])
+        return self.spread(x, rows, index)
+
+    def spread(self, x, rows, index):
+        owner, first, n = self.windows(lengths_of(rows, index))
         return covered(x, rows.offsets[index][owner] + first, n)
 
 
 class CnnHead(models.Cnn):
     """GenomicBenchmarks' CNN on the first `length` bases; shorter sequences are filled with N."""
-    BODY, FLAGS = None, {}
+    BODY, READER, FLAGS = None, "emb", {}
 
     @staticmethod
     def complete(spec, args, longest):
@@ -541,10 +580,13 @@ class CnnHead(models.Cnn):
     def inputs(self, rows, index):
         return (padded(rows, index, self.length, 4),)
 
+    def spread(self, x, rows, index):
+        return covered(x, rows.offsets[index], np.minimum(lengths_of(rows, index), self.length))
+
 
 class PenguinnHead(models.Penguinn):
     """Martinek et al.'s CNN, with the inputs of the other one."""
-    BODY, FLAGS = None, {}
+    BODY, READER, FLAGS = None, None, {}
     n_windows, read, count, inputs = CnnHead.n_windows, CnnHead.read, CnnHead.count, CnnHead.inputs
 
     @staticmethod
@@ -794,11 +836,35 @@ class Model:
             outputs[n_bases(self.net, rows) == 0] = math.nan
         return outputs
 
-    def embed(self, sequences):
-        """One vector a sequence: (n, C); NaN where the network reads no base (shorter than k, all N)."""
+    def at_layer(self, layer):
+        """{"layer": n} for the n layers up to this one, counted as in `embed`; {} for all of them."""
         if not self.net.BODY:
             raise ValueError(f"--init {self.init}: a CNN has no embeddings; use a pretrained network")
-        return self.apply(sequences, self.net.embed)
+        last = self.net.n_layer
+        if not -last - 1 <= layer <= last:
+            raise ValueError(f"--layer {layer}: {self.init} has {last} layers; give 0 (the input embeddings) "
+                             f"to {last}, or -1 to {-last - 1} from the end")
+        return {} if layer in (-1, last) else {"layer": layer % (last + 1)}
+
+    def embed(self, sequences, layer=-1):
+        """One vector a sequence: (n, C); NaN where the network reads no base (shorter than k, all N).
+
+        layer: 0 is the input embeddings, 1 the first layer, -1 the last one, -2 the one before.
+        """
+        return self.apply(sequences, functools.partial(self.net.embed, **self.at_layer(layer)))
+
+    def score(self, sequences):
+        """How likely a pretrained BERT finds each sequence: (n,), in nats a base; -1.386 is pure chance.
+
+        The pseudo-log-likelihood: the mean of log P(base | all other bases). A base is hidden by masking all
+        k-mers over it; a pass masks about 15 % of them. ValueError for a classifier, which has `predict`.
+        """
+        net = self.net
+        if net.BODY != "bert" or "classes" in net.spec or not net.bert.ln_head.weight.any():
+            raise ValueError(f"--init {self.init}: no masked-LM head to score with; give a BERT as "
+                             f"randommask.py or cm_gems.py pretrains it (a classifier has predict)")
+        return self.apply(sequences, lambda tokens, mask, owner: pooled(
+            *in_parts(net.log_p, self.micro_batch_size, tokens, mask), owner))[:, 0]
 
     def predict(self, sequences, empty=False):
         """Probabilities of the classes or labels, or the values of a regression: (n, number of outputs).

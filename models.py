@@ -122,18 +122,19 @@ class Bert(nn.Module):
         with torch.no_grad():
             self.tok_emb.weight[PAD] = 0
 
-    def encode(self, tokens, mask=None, need_weights=False, first=None):
+    def encode(self, tokens, mask=None, need_weights=False, first=None, layer=None):
         """tokens (B, T) -> hidden states (B, T, C); need_weights: also each layer's attention (B, H, T, T).
 
         mask: bool (B, T), True = real token; None if no row is padded (fast path).
         first: return only the first N hidden states; the last layer then computes no others.
+        layer: return the states after that many layers (0: the input embeddings), not the last ones.
         """
         T, p = tokens.shape[1], self.config.dropout if self.training else 0.0
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens for {self.config.block_size} positions; use shorter sequences")
         x = self.tok_emb(tokens) + self.pos_emb.weight[:T] + self.type_emb.weight[0]
         x, all_weights = F.dropout(self.ln_emb(x), p), []
-        for i, block in enumerate(self.blocks, 1):
+        for i, block in enumerate([*self.blocks][:layer], 1):
             x, weights = block(x, mask, need_weights, first if i == len(self.blocks) else None)
             all_weights.append(weights)
         return (x, all_weights) if need_weights else x
@@ -245,6 +246,7 @@ class ChordMixer(nn.Module):
 
     lengths (B,): lengths of padded rows; padding never reaches a real position.
     n_blocks: use only the first N blocks of each layer and N rotated tracks, as if built for length 2**N.
+    layer: return the states after that many layers (0: the input embeddings), not the last ones.
     """
 
     def __init__(self, config):
@@ -253,11 +255,11 @@ class ChordMixer(nn.Module):
         self.proj = nn.Linear(5, config.n_embd)
         self.blocks = nn.ModuleList(MixerBlock(config) for _ in range(config.n_layer * config.n_blocks))
 
-    def forward(self, one_hot, lengths=None, n_blocks=None):
+    def forward(self, one_hot, lengths=None, n_blocks=None, layer=None):
         (B, L, _), c, x = one_hot.shape, self.config, self.proj(one_hot.flatten(0, 1))           # (B * L, C)
         n_blocks = min(n_blocks or c.n_blocks, c.n_blocks)
         index, inverse = rotations(L, c.n_tracks, n_blocks, lengths, x.device)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate([*self.blocks][:None if layer is None else layer * c.n_blocks]):
             if i % c.n_blocks < n_blocks:
                 x = block(x, index, inverse)
         return x.view(B, L, -1)
@@ -279,7 +281,10 @@ class EncoderConfig:
 
 
 class Encoder(nn.Module):
-    """one_hot (B, L, 5) -> (B, L, C): pre-LN transformer, learned positions. lengths (B,): of padded rows."""
+    """one_hot (B, L, 5) -> (B, L, C): pre-LN transformer, learned positions. lengths (B,): of padded rows.
+
+    layer: as in ChordMixer; only the last states are normalised.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -291,12 +296,17 @@ class Encoder(nn.Module):
         self.layers = nn.TransformerEncoder(layer, config.n_layer, nn.LayerNorm(C), False)     # not nested
         nn.init.normal_(self.pos_emb.weight, std=0.02)
 
-    def forward(self, one_hot, lengths=None):
+    def forward(self, one_hot, lengths=None, layer=None):
         L = one_hot.shape[1]
         if L > self.config.length:
             raise ValueError(f"{L} bases for {self.config.length} positions; use shorter sequences")
         padding = None if lengths is None else torch.arange(L, device=lengths.device) >= lengths[:, None]
-        return self.layers(self.proj(one_hot) + self.pos_emb.weight[:L], src_key_padding_mask=padding)
+        x = self.proj(one_hot) + self.pos_emb.weight[:L]
+        if layer is None:
+            return self.layers(x, src_key_padding_mask=padding)
+        for block in self.layers.layers[:layer]:
+            x = block(x, src_key_padding_mask=padding)
+        return x
 
 
 def make_backbone(fields):

@@ -2,6 +2,7 @@
 
     python -m tools.embed new.fa --init out/randommask/last.pt                           new.npz
     python -m tools.embed new.fa --init out/findna/last.pt --per_base
+    python -m tools.embed new.fa --init out/randommask/last.pt --layer -2        the layer before the last
 
 --per_base adds per_base (bases, C) of all sequences in one array: that of sequence i is
 per_base[offsets[i]:offsets[i + 1]]. With k-mers, a base has the mean of the k-mers that cover it. A vector is
@@ -24,14 +25,14 @@ NAMED = 10                                                   # names that are pr
 
 
 @torch.no_grad()
-def per_base(net, rows, micro_batch_size):
+def per_base(net, rows, micro_batch_size, **layer):
     """Embedding of every base of rows (bases, C): the mean of the hidden states that cover it."""
     average = net.spec["strands"] == "average"
     rows = data.both_strands(rows) if average else rows
     total, lengths = torch.zeros(len(rows.bases), net.out.in_features), np.diff(rows.offsets)
     count = torch.zeros(len(rows.bases), 1)
     for index in finetune.pieces(net, np.arange(len(lengths)), lengths, micro_batch_size):
-        states, covered = net.per_base(rows, index)          # (N, C), (N, width)
+        states, covered = net.per_base(rows, index, **layer)                   # (N, C), (N, width)
         for at in covered.T:
             total.index_add_(0, at, states)
             count.index_add_(0, at, torch.ones(len(at), 1))
@@ -63,16 +64,17 @@ def embed(model, args):
     """Writes ids and embeddings of all sequences; with --per_base those of all bases, and their offsets."""
     ids, embeddings, bases, offsets = [], [], [], [np.zeros(1, np.int64)]
     out, counts, empty, partial, n_nan = output(args, ".npz"), collections.Counter(), [], [], 0
+    layer = model.at_layer(args.layer)
     with data.new_path(out) as f:
         for names, rows in read_blocks(read_sequences(args.file, args.window, args.step)):
             ids += names
             n_bases = finetune.n_bases(model.net, rows)
-            embeddings.append(model.embed(rows))
+            embeddings.append(model.embed(rows, args.layer))
             counts.update(count_block(model.net, rows, n_bases))
             empty += [name for name, n in zip(names, n_bases) if not n]
             if args.per_base:
                 device_rows = finetune.on_device(rows, model.device)
-                vectors = per_base(model.net, device_rows, args.micro_batch_size)
+                vectors = per_base(model.net, device_rows, args.micro_batch_size, **layer)
                 vectors[np.repeat(n_bases == 0, np.diff(rows.offsets))] = np.nan
                 missing = np.add.reduceat(np.isnan(vectors[:, 0]), rows.offsets[:-1], dtype=np.int64)
                 partial += [name for name, n in zip(names, missing) if n]
@@ -95,6 +97,7 @@ if __name__ == "__main__":
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = add_flags(parser)
     add("--pool", choices=("mean", "cls", "both"), default="mean", help="mean, [CLS] or both (%(default)s)")
+    add("--layer", type=int, default=-1, help="0: input embeddings, 1: first layer, -1: last (%(default)s)")
     add("--per_base", action="store_true", help="also the embedding of each base")
     with training.user_errors():
         args = parser.parse_args()

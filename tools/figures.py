@@ -344,6 +344,18 @@ def draw_shots(ours):
     return fig
 
 
+def write_figure(fig, stem, dpi):
+    """Writes stem.png and stem.pdf, each whole, in place of earlier ones."""
+    os.makedirs(os.path.dirname(stem) or ".", exist_ok=True)
+    names = [f"{stem}.{kind}" for kind in ("png", "pdf")]
+    for name in names:
+        picture = io.BytesIO()                               # matplotlib answers a full disk in many ways
+        fig.savefig(picture, format=name[-3:], dpi=dpi)
+        with data.new_path(name, replace=True) as f:
+            f.write(picture.getvalue())
+    print(f"wrote {', '.join(names)}")
+
+
 def label_paths(args):
     """{label: path}. The labels are --names or the paths themselves."""
     labels = args.names or [path.removesuffix(".pt") for path in args.paths]
@@ -518,11 +530,4 @@ if __name__ == "__main__":
         if not os.path.basename(args.out):
             raise ValueError(f"--out {args.out!r}: not a file name; give one without .png or .pdf")
         for suffix, fig in args.plot(args).items():
-            os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-            names = [f"{args.out}{suffix}.{kind}" for kind in ("png", "pdf")]
-            for name in names:
-                picture = io.BytesIO()                       # matplotlib answers a full disk in many ways
-                fig.savefig(picture, format=name[-3:], dpi=args.dpi)
-                with data.new_path(name, replace=True) as f:
-                    f.write(picture.getvalue())
-            print(f"wrote {', '.join(names)}")
+            write_figure(fig, args.out + suffix, args.dpi)

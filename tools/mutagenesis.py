@@ -1,0 +1,232 @@
+"""Show which bases matter to a fine-tuned model: the effect of every single-base substitution on its output.
+
+    python -m tools.mutagenesis new.fa --init out/finetune/csv_my/randommask.pt
+    python -m tools.mutagenesis new.fa --init out/finetune/csv_my/randommask.pt --class enhancer --gradient
+
+Writes new.mutagenesis.tsv, .png and .pdf. An effect is the output with the substitution minus the output
+without it. The output is the log-odds of a class, log p - log (1 - p), by default of the class that the model
+predicts for the sequence; or the value of a target. The picture shows all effects of the first sequence and,
+below, each base as high as the output falls when it is substituted (mean).
+"""
+import argparse
+import collections
+import io
+import os
+import sys
+import warnings
+
+import training                                              # first: it answers Ctrl-C in the slow imports
+from training import number
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from scipy import stats
+from tqdm import tqdm
+
+import data
+import finetune
+from tools import figures
+from tools.predict import add_flags, count_block, open_model, output, read_sequences, say_counts
+
+LETTERS = "ACGT"
+CODES = data.encode(LETTERS)
+COLORS = dict(zip(LETTERS, figures.COLORS[[2, 0, 4, 1]]))
+BLOCK = 1 << 24                                              # bases of substituted sequences at a time
+WIDTH, LINES = 100, 20                                       # of a picture: bases of a line, lines
+ONE = np.zeros(1, np.int64)                                  # index of the only sequence in Rows
+
+
+def find_output(model, name):
+    """Index of the class or target of this name; None: of the class that is predicted."""
+    names, regression = model.classes(), model.net.spec["regression"]
+    if name is None and not (regression and len(names) > 1):
+        return 0 if regression else None
+    if name not in names:
+        raise ValueError(f"--class {data.quoted(name or '')}: the model has {', '.join(names)[:300]}; "
+                         f"name one of them")
+    return names.index(name)
+
+
+def value_of(outputs, at, regression):
+    """Outputs (n, n_out) of a network -> (n,): log-odds of class `at`, or values of target `at`."""
+    others = [i for i in range(outputs.shape[1]) if i != at]
+    return outputs[:, at] - (0 if regression else outputs[:, others].logsumexp(1))
+
+
+def copies(codes, places=ONE, letters=None):
+    """Rows: a copy of the sequence for each place, with the letter there, if any."""
+    bases = np.tile(codes, (len(places), 1))
+    if letters is not None:
+        bases[np.arange(len(places)), places] = letters
+    return data.Rows(bases.ravel(), len(codes) * np.arange(len(places) + 1), None, {})
+
+
+def effects(model, codes, at, bar):
+    """Effects (4, L) of A, C, G and T at each base: 0 where this is the base, NaN where N is."""
+    def value(rows):
+        outputs = torch.from_numpy(model.apply(rows, empty=True)).double()
+        return value_of(outputs, at, model.net.spec["regression"]).numpy()
+    before, found = value(copies(codes)), np.where(codes < 4, np.zeros((4, 1)), np.nan)
+    letters, places = np.nonzero((codes != CODES[:, None]) & (codes < 4))
+    size = max(BLOCK // len(codes), 1)
+    for i in range(0, len(places), size):
+        part = letters[i:i + size], places[i:i + size]
+        found[part] = value(copies(codes, part[1], CODES[part[0]])) - before
+        bar.update(len(part[0]))
+    return found
+
+
+def by_base(net, rows, x):
+    """Values x (windows, T) over the inputs of the network -> (L,): the mean of those that cover a base."""
+    x, covered = net.spread(x.cpu()[..., None], rows, ONE)   # (N, 1), (N, width)
+    total = torch.zeros(len(rows.bases), 2)
+    for at in covered.T:
+        total.index_add_(0, at, F.pad(x, (0, 1), value=1.0))
+    return (total[:, 0] / total[:, 1]).numpy()               # 0 / 0, where nothing is read, is NaN
+
+
+def gradient_x_input(net, rows, at):
+    """Gradient x input (L,), on the one-hot bases, or on the embeddings of the k-mers that contain a base."""
+    if not net.READER:
+        raise ValueError(f"--gradient: not for a network of the kind {net.spec['kind']}; drop the flag")
+    reader, kept = net.get_submodule(net.READER), []
+
+    def keep(module, inputs, output=None):
+        kept.append((inputs[0] if output is None else output).detach().requires_grad_())
+        return kept[0]
+    hook = reader.register_forward_hook if isinstance(reader, nn.Embedding) else \
+        reader.register_forward_pre_hook
+    net.micro_batch_size, inputs = len(rows.bases), net.inputs(rows, ONE)      # all windows in one pass
+    with hook(keep):
+        value = value_of(net(*inputs).float(), at, net.spec["regression"])
+    product = kept[0].detach() * torch.autograd.grad(value.sum(), kept)[0]
+    return by_base(net, rows, product.sum(-1).view(len(inputs[0]), -1))
+
+
+@torch.no_grad()
+def attention(net, rows):
+    """Attention (L,) of [CLS], which the output is read from, in the last layer: mean over the heads and over
+    the k-mers that contain a base, as Ji et al. (DNABERT) show it."""
+    if net.BODY != "bert":
+        raise ValueError(f"--attention: not for a network of the kind {net.spec['kind']}; drop the flag")
+    x = finetune.in_parts(lambda *window: net.bert.encode(*window, need_weights=True)[1][-1][:, :, 0].mean(1),
+                          1, *net.inputs(rows, ONE)[:2])
+    return by_base(net, rows, x)
+
+
+def explain(model, codes, args, bar):
+    """One sequence -> name of the output, effects (4, L), {column: a value for each base (L,)}."""
+    net, rows, at, more = model.net, copies(codes), find_output(model, args.output), {}
+    if at is None:
+        at = int(model.apply(rows, empty=True).argmax())
+    found = effects(model, codes, at, bar)
+    if not finetune.n_bases(net, rows)[0]:
+        found[:] = np.nan
+    rows = finetune.on_device(rows, model.device)
+    if args.gradient:
+        more["gradient_x_input"] = gradient_x_input(net, rows, at)
+    if args.attention:
+        more["attention"] = attention(net, rows)
+    return model.classes()[at], found, more
+
+
+def cell(value):
+    return "" if np.isnan(value) else f"{value:.6g}"
+
+
+def table_lines(name, codes, label, found, more):
+    """The lines of one sequence: one for each substitution."""
+    for at, ref in enumerate(data.decode(codes)):
+        values = [label, *(cell(x[at]) for x in more.values())]
+        for alt, effect in zip(LETTERS, found[:, at]):
+            if ref not in ("N", alt):
+                yield "\t".join([name, str(at), ref, alt, cell(effect), *values]) + "\n"
+
+
+def agreement(found, more):
+    """{column: Spearman correlation, over the bases, of its size with the mean size of the effects}."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")                      # of a constant: NaN
+        return {name: stats.spearmanr(abs(found).mean(0), abs(x), nan_policy="omit")[0]
+                for name, x in more.items()}
+
+
+def mutate(model, args):
+    """Writes the table; returns what `draw` needs of the first --draw sequences."""
+    find_output(model, args.output)                          # an unknown name ends here
+    out, counts, found_in, drawn = output(args, ".mutagenesis.tsv"), collections.Counter(), [], []
+    columns = ["id", "position", "ref", "alt", "effect", "output"]
+    columns += ["gradient_x_input"] * args.gradient + ["attention"] * args.attention
+    bar = tqdm(unit=" substitutions", disable=not sys.stderr.isatty())
+    with data.new_path(out) as file, io.TextIOWrapper(file, "utf-8") as f, bar:
+        f.write("\t".join(columns) + "\n")
+        for name, codes in read_sequences(args.file, args.window, args.step):
+            label, found, more = explain(model, codes, args, bar)
+            f.writelines(table_lines(name, codes, label, found, more))
+            rows = data.rows_of(codes, [len(codes)], None, {})
+            counts.update(count_block(model.net, rows, finetune.n_bases(model.net, rows)))
+            found_in.append(agreement(found, more))
+            if len(drawn) < args.draw:
+                drawn.append((f"{name}: {label}", codes, found, more))
+    print(f"wrote {out}")
+    say_counts(counts)
+    for column in columns[6:]:
+        print(f"{column}: rank correlation of its size with the mean size of a base's effects "
+              f"{np.nanmean([x[column] for x in found_in]):.3f} (mean over the sequences)")
+    return drawn, os.path.splitext(out)[0]
+
+
+def draw_letters(ax, codes, heights):
+    """Each base as a letter of its height, upside down below 0."""
+    from matplotlib import patches, textpath, transforms
+    glyphs = {letter: textpath.TextPath((0, 0), letter, 1, prop="DejaVu Sans:bold") for letter in LETTERS}
+    for at, (letter, height) in enumerate(zip(data.decode(codes), heights)):
+        if letter in glyphs and height:                      # NaN draws nothing
+            box = glyphs[letter].get_extents()
+            to = transforms.Affine2D().translate(-box.x0, -box.y0).scale(1 / box.width, height / box.height)
+            path = glyphs[letter].transformed(to.translate(at - 0.5, 0))
+            ax.add_patch(patches.PathPatch(path, color=COLORS[letter], lw=0))
+    ax.axhline(0, color="black", lw=0.5)
+
+
+def draw(drawn):
+    """A figure of these sequences, WIDTH bases a line: all effects, then each base as high as it matters."""
+    parts = [(*one, at) for one in drawn for at in range(0, len(one[1]), WIDTH)]
+    if len(parts) > LINES:
+        print(f"the picture has the first {LINES} of {len(parts)} lines of {WIDTH} bases, the table all")
+    n, top = 2 + len(drawn[0][3]), max(np.nanmax(abs(found), initial=1e-9) for _, _, found, _ in drawn)
+    fig, axes = figures.new_figure(n * len(parts[:LINES]), 1, 11, 0.8)
+    for i, (title, codes, found, more, at) in enumerate(parts[:LINES]):
+        own, to = axes[n * i:n * (i + 1)], slice(at, at + WIDTH)
+        image = own[0].imshow(found[:, to], cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
+        own[0].set_yticks(range(4), LETTERS)
+        own[0].set_title(title if at == 0 else "", loc="left")
+        for ax, (what, values) in zip(own[1:], {"fall": -found.sum(0) / 3, **more}.items()):
+            draw_letters(ax, codes[to], values[to])
+            low, high = np.nanmin(values, initial=0), np.nanmax(values, initial=1e-9)
+            ax.set(ylabel=what.replace("_", "\n", 1).replace("_", " "), ylim=(1.1 * low, 1.1 * high))
+        for ax in own:
+            ax.set_xlim(-0.5, WIDTH - 0.5)
+            ax.set_xticks(range(0, WIDTH, 10), range(at, at + WIDTH, 10) if ax is own[-1] else [""] * 10)
+    fig.colorbar(image, ax=axes, aspect=60, pad=0.01, label="effect of a substitution")
+    return fig
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = add_flags(parser)
+    add("--class", dest="output", metavar="NAME", help="class or target (default: the predicted class)")
+    add("--gradient", action="store_true", help="also gradient x input (BERT, ChordMixer, cnn)")
+    add("--attention", action="store_true", help="also the attention of [CLS] to each base (BERT)")
+    add("--draw", type=number(int, 0, 100), default=1, help="sequences in the picture; 0: none (%(default)s)")
+    parser.set_defaults(dtype="float32")                     # effects are small differences
+    with training.user_errors():
+        args = parser.parse_args()
+        if args.draw:
+            figures.new_figure(1, 1, 1, 1)                   # without matplotlib it ends here
+        drawn, stem = mutate(open_model(args), args)
+        if drawn:
+            figures.write_figure(draw(drawn), stem, 150)
