@@ -125,8 +125,8 @@ def planted(folder):
 
 
 def test_planted_motifs_stand_out(tmp_path):
-    """AUROC of the mean size of the effects on a base: of bases in a motif against the others. Only bases that
-    are as likely to be in one as any: near the ends a motif is rare, and the CNN sees less."""
+    """AUROC of the mean size of the effects on a base: bases in a motif against others. Only bases that are
+    as likely to be in one as any: near the ends a motif is rare, and the CNN sees less."""
     def auroc(sizes):
         return roc_auc_score(inside[:, 11:-11].ravel(), np.abs(sizes)[:, 11:-11].ravel())
     (trained, random), sequences, inside = planted(tmp_path)
@@ -134,5 +134,4 @@ def test_planted_motifs_stand_out(tmp_path):
              for model in (trained, random)]
     rows = [finetune.on_device(mutagenesis.copies(codes), "cpu") for codes in sequences]
     gradient = [mutagenesis.gradient_x_input(trained.net, one, 1) for one in rows]
-    print(auroc(found[0]), auroc(found[1]), auroc(gradient))
     assert auroc(found[0]) > 0.9 and abs(auroc(found[1]) - 0.5) < 0.1 and auroc(gradient) > 0.8
