@@ -7,8 +7,9 @@
     python finetune.py --csv my.csv --init out/randommask/last.pt     your table: columns sequence, label
 
 The same command continues a sweep and skips finished runs. Afterwards: python -m tools.table, tools.predict,
-tools.embed, tools.export. From Python: model = finetune.load_model("out/finetune/csv_my/randommask.pt"), then
-model.predict(["ACGT..."]) and model.embed(["ACGT..."]).
+tools.embed, tools.mutagenesis, tools.export. From Python:
+model = finetune.load_model("out/finetune/csv_my/randommask.pt"), then model.predict(["ACGT..."]) and
+model.embed(["ACGT..."], layer=-1); model.score(["ACGT..."]) for a pretrained BERT.
 """
 import os
 import sys
@@ -842,8 +843,8 @@ class Model:
             raise ValueError(f"--init {self.init}: a CNN has no embeddings; use a pretrained network")
         last = self.net.n_layer
         if not -last - 1 <= layer <= last:
-            raise ValueError(f"--layer {layer}: {self.init} has {last} layers; give 0 (the input embeddings) "
-                             f"to {last}, or -1 to {-last - 1} from the end")
+            raise ValueError(f"--layer {layer}: {self.init} takes 0 (the input embeddings) to {last} (the "
+                             f"last layer), or -1 to {-last - 1}, from the end")
         return {} if layer in (-1, last) else {"layer": layer % (last + 1)}
 
     def embed(self, sequences, layer=-1):

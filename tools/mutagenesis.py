@@ -10,6 +10,7 @@ below, each base as high as the output falls when it is substituted (mean).
 """
 import argparse
 import collections
+import importlib.util
 import io
 import os
 import sys
@@ -225,8 +226,8 @@ if __name__ == "__main__":
     parser.set_defaults(dtype="float32")                     # effects are small differences
     with training.user_errors():
         args = parser.parse_args()
-        if args.draw:
-            figures.new_figure(1, 1, 1, 1)                   # without matplotlib it ends here
+        if args.draw and not importlib.util.find_spec("matplotlib"):
+            raise ValueError("matplotlib is missing; run pip install matplotlib, or give --draw 0")
         drawn, stem = mutate(open_model(args), args)
         if drawn:
             figures.write_figure(draw(drawn), stem, 150)

@@ -46,8 +46,8 @@ def here(tmp_path, monkeypatch):
 
 
 def use(tool, *args, patches={}):
-    return run([*args, *(["--device", "cpu"] if tool in ("predict", "embed") else [])], patches,
-               script=f"tools.{tool}")
+    device = ["--device", "cpu"] if tool in ("predict", "embed", "mutagenesis") else []
+    return run([*args, *device], patches, script=f"tools.{tool}")
 
 
 def table(path):
@@ -72,6 +72,51 @@ def test_a_sequence_without_a_base_has_no_vector_and_no_class(here):
     assert {row["class"] for row in rows.values()} <= {"'=neg", "pos"} and "p_=neg" in rows["p1"]
     found = finetune.load_model("tuned.pt").predict(["ATGC", "ATGCAT"])
     assert np.isnan(found).any(1).tolist() == [True, False]
+
+
+def test_effects_of_substitutions(here):
+    """A table with three lines a base, also where nothing is read; a picture of the first two sequences."""
+    flags = ["--init", "tuned.pt", "--class", "pos", "--gradient", "--attention", "--draw", "2"]
+    result = use("mutagenesis", "tiny.fa", *flags)
+    assert result.code == 0 and "wrote tiny.mutagenesis.tsv" in result.out and not result.err, result
+    assert "sequences 6, with_n 1" in result.out and "without a base that the network reads 4" in result.out
+    for name, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")):
+        assert Path(f"tiny.mutagenesis.{name}").read_bytes().startswith(start)
+    head, *rows = [line.split("\t") for line in Path("tiny.mutagenesis.tsv").read_text().splitlines()]
+    assert head == "id position ref alt effect output gradient_x_input attention".split()
+    records = {name: text for name, text in CASE["tiny.fa"].items() if "N" not in text}
+    assert [row[:4] for row in rows] == [[name, str(at), ref, alt] for name, text in records.items()
+                                         for at, ref in enumerate(text) for alt in "ACGT" if alt != ref]
+    unread = [row for row in rows if row[0] in ("p1", "p2", "p6")]
+    assert {(row[4], *row[6:]) for row in unread} == {("", "", "")} and {row[5] for row in rows} == {"pos"}
+    text, model = CASE["tiny.fa"]["p4"], finetune.load_model("tuned.pt")
+    p = model.predict([text, "C" + text[1:]])[:, 1].astype(float)
+    [row] = [row for row in rows if row[:4] == ["p4", "0", "A", "C"]]
+    assert float(row[4]) == pytest.approx(np.diff(np.log(p / (1 - p)))[0], abs=1e-5)
+
+
+def test_effects_refuse_what_cannot_be_shown(here):
+    Path("there.tsv").write_text("mine")
+    before = contents(here)
+    without = {0: lambda: sys.modules.update(matplotlib=None)}
+    for flags, patches, message in (
+            (["--init", "pre.pt"], {}, "pre.pt: not fine-tuned; make a classifier with finetune.py"),
+            (["--init", "tuned.pt", "--class", "none"], {}, "--class 'none': the model has =neg, pos; name"),
+            (["--init", "tuned.pt", "--out", "there.tsv"], {}, "there.tsv: already exists"),
+            (["--init", "tuned.pt"], without, "pip install matplotlib, or give --draw 0")):
+        assert message in refused(use("mutagenesis", "long.fa", *flags, patches=patches))
+        assert contents(here) == before
+    result = use("mutagenesis", "tiny.fa", "--init", "tuned.pt", "--draw", "0", patches=without)
+    assert result.code == 0 and contents(here).keys() - before.keys() == {"tiny.mutagenesis.tsv"}, result
+
+
+def test_a_layer_that_is_not_there_is_refused(here):
+    for flags in (["--layer", "2"], ["--layer", "-3", "--per_base"]):
+        result = use("embed", "tiny.fa", "--init", "pre.pt", *flags)
+        assert f"--layer {flags[1]}: pre.pt takes 0 (the input embeddings) to 1" in refused(result)
+    assert use("embed", "tail.fa", "--init", "pre.pt", "--layer", "0").code == 0
+    first = finetune.load_model("pre.pt").embed([*CASE["tail.fa"].values()], 0)
+    assert np.array_equal(np.load("tail.npz")["embeddings"], first)
 
 
 def test_a_base_that_is_not_read_has_no_vector(here):
