@@ -864,8 +864,8 @@ class Model:
         if net.BODY != "bert" or "classes" in net.spec or not net.bert.ln_head.weight.any():
             raise ValueError(f"--init {self.init}: no masked-LM head to score with; give a BERT as "
                              f"randommask.py or cm_gems.py pretrains it (a classifier has predict)")
-        return self.apply(sequences, lambda tokens, mask, owner: pooled(
-            *in_parts(net.log_p, self.micro_batch_size, tokens, mask), owner))[:, 0]
+        return self.apply(sequences, lambda tokens, mask, n_windows: pooled(
+            *in_parts(net.log_p, self.micro_batch_size, tokens, mask), n_windows))[:, 0]
 
     def predict(self, sequences, empty=False):
         """Probabilities of the classes or labels, or the values of a regression: (n, number of outputs).

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 600                                                  # seconds for the tests of one mutant
 GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.py"
 UNIT = {name: f"tests/unit/test_{name}.py" for name in (
-    "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules",
-    "messages", "models", "randommask", "strands", "table", "tools", "training")}
+    "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules", "layers",
+    "messages", "models", "mutagenesis", "randommask", "strands", "table", "tools", "training")}
 PRECISION = "tests/runs/test_precision_runs.py"
 Mutant = namedtuple("Mutant", "file what old new tests")
 
@@ -269,6 +269,24 @@ MUTANTS += mutants("tools/predict.py", [UNIT["tools"]], {
 MUTANTS += mutants("tools/embed.py", [UNIT["tools"]], {
     "offsets of each block from 0": ("rows.offsets[1:] + offsets[-1][-1]", "rows.offsets[1:]"),
     "sums over the k-mers of a base": ("total / count)", "total)")})
+MUTANTS += mutants("tools/mutagenesis.py", [UNIT["mutagenesis"], "-k", "literal or slope or heads"], {
+    "effects without what was before": (" - before", ""),
+    "logits for log-odds": ("(0 if regression else outputs[:, others].logsumexp(1))", "0"),
+    "rows of effects in the order of the codes": ('LETTERS = "ACGT"', 'LETTERS = "ATCG"'),
+    "substitutes the next letter": ("CODES[part[0]]", "CODES[part[0] - 1]"),
+    "the gradient alone": ("kept[0].detach() * torch", "torch"),
+    "sums over the k-mers of a base": ("(total[:, 0] / total[:, 1])", "total[:, 0]"),
+    "attention of the first k-mer": ("[:, :, 0].mean(1)", "[:, :, 1].mean(1)")})
+MUTANTS += mutants("models.py", [UNIT["layers"], "-k", "layers"], {
+    "BERT has one layer, the last": ("[*self.blocks][:layer]", "[*self.blocks]"),
+    "a block for a layer": ("else layer * c.n_blocks", "else layer"),
+    "a layer too few": ("self.layers.layers[:layer]", "self.layers.layers[1:layer]")})
+MUTANTS += mutants("finetune.py", [UNIT["layers"]], {
+    "layers from the end are one off": ("layer % (last + 1)", "layer % last"),
+    "other k-mers over a base stay": ("real & (run < span)", "real & (run < 1)"),
+    "bases behind a k-mer count": ("log_p * (base < k)", "log_p"),
+    "P among all k-mers": (".log_softmax(1).gather(1, digit", ".gather(1, digit"),
+    "scores a headless BERT": (" or not net.bert.ln_head.weight.any()", "")})
 MUTANTS += mutants("tools/export.py", [UNIT["tools"]], {
     "scores of all runs": ('row["id"] == state.get("id")', "True"),
     "losses of the first row": ("log[-1].items()", "log[0].items()"),
