@@ -271,7 +271,7 @@ MUTANTS += mutants("tools/embed.py", [UNIT["tools"]], {
     "sums over the k-mers of a base": ("total / count)", "total)")})
 MUTANTS += mutants("tools/mutagenesis.py", [UNIT["mutagenesis"], "-k", "literal or slope or heads"], {
     "effects without what was before": (" - before", ""),
-    "logits for log-odds": ("(0 if regression else outputs[:, others].logsumexp(1))", "0"),
+    "logits for log-odds": (" - outputs[:, [i for", "  # - outputs[:, [i for"),
     "rows of effects in the order of the codes": ('LETTERS = "ACGT"', 'LETTERS = "ATCG"'),
     "substitutes the next letter": ("CODES[part[0]]", "CODES[part[0] - 1]"),
     "the gradient alone": ("kept[0].detach() * torch", "torch"),

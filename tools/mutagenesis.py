@@ -9,12 +9,12 @@ predicts for the sequence; or the value of a target. The picture shows all effec
 below, each base as high as the output falls when it is substituted (mean).
 """
 import argparse
-import collections
 import importlib.util
 import io
 import os
 import sys
 import warnings
+from collections import Counter
 
 import training                                              # first: it answers Ctrl-C in the slow imports
 from training import number
@@ -50,25 +50,24 @@ def find_output(model, name):
     return names.index(name)
 
 
-def value_of(outputs, at, regression):
-    """Outputs (n, n_out) of a network -> (n,): log-odds of class `at`, or values of target `at`."""
-    others = [i for i in range(outputs.shape[1]) if i != at]
-    return outputs[:, at] - (0 if regression else outputs[:, others].logsumexp(1))
+def value_of(net, outputs, at):
+    """Outputs (n, n_out) of a network -> (n,): log-odds of class or label `at`, or values of target `at`."""
+    if net.spec["regression"] or net.spec["multilabel"]:
+        return outputs[:, at]
+    return outputs[:, at] - outputs[:, [i for i in range(outputs.shape[1]) if i != at]].logsumexp(1)
 
 
 def copies(codes, places=ONE, letters=None):
-    """Rows: a copy of the sequence for each place, with the letter there, if any."""
+    """Rows: a copy of the sequence for each place, with the letter there (None: the sequence as it is)."""
     bases = np.tile(codes, (len(places), 1))
-    if letters is not None:
-        bases[np.arange(len(places)), places] = letters
+    bases[np.arange(len(places)), places] = codes[places] if letters is None else letters
     return data.Rows(bases.ravel(), len(codes) * np.arange(len(places) + 1), None, {})
 
 
 def effects(model, codes, at, bar):
     """Effects (4, L) of A, C, G and T at each base: 0 where this is the base, NaN where N is."""
     def value(rows):
-        outputs = torch.from_numpy(model.apply(rows, empty=True)).double()
-        return value_of(outputs, at, model.net.spec["regression"]).numpy()
+        return value_of(model.net, torch.from_numpy(model.apply(rows, empty=True)).double(), at).numpy()
     before, found = value(copies(codes)), np.where(codes < 4, np.zeros((4, 1)), np.nan)
     letters, places = np.nonzero((codes != CODES[:, None]) & (codes < 4))
     size = max(BLOCK // len(codes), 1)
@@ -90,8 +89,6 @@ def by_base(net, rows, x):
 
 def gradient_x_input(net, rows, at):
     """Gradient x input (L,), on the one-hot bases, or on the embeddings of the k-mers that contain a base."""
-    if not net.READER:
-        raise ValueError(f"--gradient: not for a network of the kind {net.spec['kind']}; drop the flag")
     reader, kept = net.get_submodule(net.READER), []
 
     def keep(module, inputs, output=None):
@@ -101,81 +98,79 @@ def gradient_x_input(net, rows, at):
         reader.register_forward_pre_hook
     net.micro_batch_size, inputs = len(rows.bases), net.inputs(rows, ONE)      # all windows in one pass
     with hook(keep):
-        value = value_of(net(*inputs).float(), at, net.spec["regression"])
+        value = value_of(net, net(*inputs).float(), at)
     product = kept[0].detach() * torch.autograd.grad(value.sum(), kept)[0]
     return by_base(net, rows, product.sum(-1).view(len(inputs[0]), -1))
 
 
 @torch.no_grad()
-def attention(net, rows):
+def attention(net, rows, at=None):
     """Attention (L,) of [CLS], which the output is read from, in the last layer: mean over the heads and over
     the k-mers that contain a base, as Ji et al. (DNABERT) show it."""
-    if net.BODY != "bert":
-        raise ValueError(f"--attention: not for a network of the kind {net.spec['kind']}; drop the flag")
     x = finetune.in_parts(lambda *window: net.bert.encode(*window, need_weights=True)[1][-1][:, :, 0].mean(1),
                           1, *net.inputs(rows, ONE)[:2])
     return by_base(net, rows, x)
 
 
-def explain(model, codes, args, bar):
-    """One sequence -> name of the output, effects (4, L), {column: a value for each base (L,)}."""
-    net, rows, at, more = model.net, copies(codes), find_output(model, args.output), {}
+def explain(model, codes, at, checks, bar):
+    """One sequence -> name of the output, effects (4, L), {name of a check: its values (L,)}."""
+    net, rows, more = model.net, copies(codes), {}
     if at is None:
         at = int(model.apply(rows, empty=True).argmax())
     found = effects(model, codes, at, bar)
     if not finetune.n_bases(net, rows)[0]:
         found[:] = np.nan
-    rows = finetune.on_device(rows, model.device)
-    if args.gradient:
-        more["gradient_x_input"] = gradient_x_input(net, rows, at)
-    if args.attention:
-        more["attention"] = attention(net, rows)
+    for function in checks:
+        x = function(net, finetune.on_device(rows, model.device), at)
+        if net.spec["strands"] == "average":
+            other = copies(data.reverse_complement(codes))
+            x = (x + function(net, finetune.on_device(other, model.device), at)[::-1]) / 2
+        more[function.__name__] = x
     return model.classes()[at], found, more
-
-
-def cell(value):
-    return "" if np.isnan(value) else f"{value:.6g}"
 
 
 def table_lines(name, codes, label, found, more):
     """The lines of one sequence: one for each substitution."""
     for at, ref in enumerate(data.decode(codes)):
-        values = [label, *(cell(x[at]) for x in more.values())]
         for alt, effect in zip(LETTERS, found[:, at]):
             if ref not in ("N", alt):
-                yield "\t".join([name, str(at), ref, alt, cell(effect), *values]) + "\n"
+                numbers = [effect, *(x[at] for x in more.values())]
+                first, *others = ["" if np.isnan(x) else f"{x:.6g}" for x in numbers]
+                yield "\t".join([name, str(at), ref, alt, first, label, *others]) + "\n"
 
 
-def agreement(found, more):
-    """{column: Spearman correlation, over the bases, of its size with the mean size of the effects}."""
+def agreement(found, x):
+    """Rank correlation, over the bases that are read, of the size of x with the mean size of the effects."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # of a constant: NaN
-        return {name: stats.spearmanr(abs(found).mean(0), abs(x), nan_policy="omit")[0]
-                for name, x in more.items()}
+        return stats.spearmanr(abs(found).mean(0), abs(x), nan_policy="omit")[0]
 
 
 def mutate(model, args):
-    """Writes the table; returns what `draw` needs of the first --draw sequences."""
-    find_output(model, args.output)                          # an unknown name ends here
-    out, counts, found_in, drawn = output(args, ".mutagenesis.tsv"), collections.Counter(), [], []
-    columns = ["id", "position", "ref", "alt", "effect", "output"]
-    columns += ["gradient_x_input"] * args.gradient + ["attention"] * args.attention
-    bar = tqdm(unit=" substitutions", disable=not sys.stderr.isatty())
+    """Writes the table; returns what `draw` takes of the first sequences, and the name of the picture."""
+    for flag, fits in (("gradient", model.net.READER), ("attention", model.net.BODY == "bert")):
+        if getattr(args, flag) and not fits:
+            raise ValueError(f"--{flag}: not for a network of the kind {model.net.spec['kind']}; drop it")
+    at, out, counts, drawn = find_output(model, args.output), output(args, ".mutagenesis.tsv"), Counter(), []
+    checks = [gradient_x_input] * args.gradient + [attention] * args.attention
+    alike, bar = {f.__name__: [] for f in checks}, tqdm(unit=" effects", disable=not sys.stderr.isatty())
     with data.new_path(out) as file, io.TextIOWrapper(file, "utf-8") as f, bar:
-        f.write("\t".join(columns) + "\n")
+        f.write("\t".join(["id", "position", "ref", "alt", "effect", "output", *alike]) + "\n")
         for name, codes in read_sequences(args.file, args.window, args.step):
-            label, found, more = explain(model, codes, args, bar)
+            label, found, more = explain(model, codes, at, checks, bar)
             f.writelines(table_lines(name, codes, label, found, more))
             rows = data.rows_of(codes, [len(codes)], None, {})
             counts.update(count_block(model.net, rows, finetune.n_bases(model.net, rows)))
-            found_in.append(agreement(found, more))
+            for check, x in more.items():
+                alike[check].append(agreement(found, x))
             if len(drawn) < args.draw:
                 drawn.append((f"{name}: {label}", codes, found, more))
     print(f"wrote {out}")
     say_counts(counts)
-    for column in columns[6:]:
-        print(f"{column}: rank correlation of its size with the mean size of a base's effects "
-              f"{np.nanmean([x[column] for x in found_in]):.3f} (mean over the sequences)")
+    for check, values in alike.items():
+        known = [x for x in values if np.isfinite(x)]
+        print(f"{check}: rank correlation of its size with the mean size of a base's effects "
+              f"{sum(known) / max(len(known), 1):.3f} (mean over {len(known):,} sequences)")
     return drawn, os.path.splitext(out)[0]
 
 
