@@ -194,6 +194,7 @@ def draw(drawn):
         print(f"the picture has the first {LINES} of {len(parts)} lines of {WIDTH} bases, the table all")
     n, top = 2 + len(drawn[0][3]), max(np.nanmax(abs(found), initial=1e-9) for _, _, found, _ in drawn)
     fig, axes = figures.new_figure(n * len(parts[:LINES]), 1, 11, 0.8)
+    width = min(WIDTH, max(len(codes) for _, codes, *_ in drawn))
     for i, (title, codes, found, more, at) in enumerate(parts[:LINES]):
         own, to = axes[n * i:n * (i + 1)], slice(at, at + WIDTH)
         image = own[0].imshow(found[:, to], cmap="RdBu_r", vmin=-top, vmax=top, aspect="auto")
@@ -204,8 +205,8 @@ def draw(drawn):
             low, high = np.nanmin(values, initial=0), np.nanmax(values, initial=1e-9)
             ax.set(ylabel=what.replace("_", "\n", 1).replace("_", " "), ylim=(1.1 * low, 1.1 * high))
         for ax in own:
-            ax.set_xlim(-0.5, WIDTH - 0.5)
-            ax.set_xticks(range(0, WIDTH, 10), range(at, at + WIDTH, 10) if ax is own[-1] else [""] * 10)
+            ax.set_xticks(range(0, width, 10), [at + x if ax is own[-1] else "" for x in range(0, width, 10)])
+            ax.set_xlim(-0.5, width - 0.5)
     fig.colorbar(image, ax=axes, aspect=60, pad=0.01, label="effect of a substitution")
     return fig
 

@@ -20,9 +20,10 @@ SPECS = {"bert": SPEC, "bert, stride 3": SPEC | {"stride": K}, "cut": SPEC | {"l
 BAR = SimpleNamespace(update=lambda n: None)
 
 
-def make_model(kind, regression=False):
+def make_model(kind, outputs="classes", **more):
     """A model of random weights whose outputs differ between sequences."""
-    net = finetune.build_net(SPECS[kind] | {"n_out": 3, "classes": NAMES, "regression": regression}, seed=3)
+    spec = {"n_out": 3, "classes": NAMES, "regression": outputs == "targets"} | more
+    net = finetune.build_net(SPECS[kind] | spec | {"multilabel": outputs == "labels"}, seed=3)
     for p in net.parameters():
         if p.dim() > 1:
             torch.nn.init.normal_(p, std=1.5 / p[0].numel() ** 0.5)
@@ -30,17 +31,17 @@ def make_model(kind, regression=False):
 
 
 @pytest.mark.parametrize("kind", SPECS)
-@pytest.mark.parametrize("regression", [False, True])
-def test_effects_are_those_of_a_literal_loop(kind, regression, monkeypatch):
+@pytest.mark.parametrize("outputs", ["classes", "labels", "targets"])
+def test_effects_are_those_of_a_literal_loop(kind, outputs, monkeypatch):
     """One substitution and one prediction at a time; two windows, an N, several parts."""
     monkeypatch.setattr(mutagenesis, "BLOCK", 40 * 50)
-    model, text = make_model(kind, regression), random_dna(40, np.random.default_rng(1))
+    model, text = make_model(kind, outputs), random_dna(40, np.random.default_rng(1))
     text = text[:7] + "N" + text[8:]
 
     found, moved = mutagenesis.effects(model, data.encode(text), 1, BAR), []
     for at, ref in enumerate(text):
         p = model.predict([text[:at] + letter + text[at + 1:] for letter in ref + "ACGT"])[:, 1].astype(float)
-        value = p if regression else np.log(p / (1 - p))
+        value = p if outputs == "targets" else np.log(p / (1 - p))
         want = np.full(4, np.nan) if ref == "N" else value[1:] - value[0]
         assert found[:, at] == pytest.approx(want, abs=2e-5, nan_ok=True)
         moved += [*abs(want)]
@@ -102,6 +103,17 @@ def test_attention_is_the_mean_over_heads_and_k_mers():
     for at in range(30):
         over = range(max(at - K + 1, 0), min(at + 1, 30 - K + 1))
         assert got[at] == pytest.approx(float(np.mean([weights[:, t].mean() for t in over])), abs=1e-6)
+
+
+@pytest.mark.parametrize("strands", ["forward", "average"])
+def test_the_mean_over_both_strands_is_that_of_the_other_strand(strands):
+    """Everything about the reverse complement is the same, from right to left."""
+    model, codes = make_model("bert", strands=strands), data.encode(random_dna(45, np.random.default_rng(4)))
+    checks, turned = [mutagenesis.gradient_x_input, mutagenesis.attention], data.reverse_complement(codes)
+    one, other = (mutagenesis.explain(model, x, 1, checks, BAR) for x in (codes, turned))
+    same = [np.allclose(one[1], other[1][::-1, ::-1], atol=1e-5)]                  # A, C, G, T: T, G, C, A
+    same += [np.allclose(one[2][name], other[2][name][::-1], atol=1e-6) for name in one[2]]
+    assert same == [strands == "average"] * 3
 
 
 def planted(folder):
