@@ -45,8 +45,8 @@ def find_output(model, name):
     if name is None and not (regression and len(names) > 1):
         return 0 if regression else None
     if name not in names:
-        raise ValueError(f"--class {data.quoted(name or '')}: the model has {', '.join(names)[:300]}; "
-                         f"name one of them")
+        given = data.quoted(name) if name else "is missing"
+        raise ValueError(f"--class {given}: the model has {', '.join(names)[:300]}; name one of them")
     return names.index(name)
 
 

@@ -116,6 +116,17 @@ def test_the_mean_over_both_strands_is_that_of_the_other_strand(strands):
     assert same == [strands == "average"] * 3
 
 
+def test_flags_that_do_not_fit_are_refused():
+    for kind, outputs, flags, message in (
+            ("cnn", "classes", {"attention": True}, "--attention: not for a network of the kind cnn"),
+            ("penguinn", "classes", {"gradient": True}, "--gradient: not for a network of the kind penguinn"),
+            ("cnn", "classes", {"output": "x"}, "--class 'x': the model has no, maybe, yes; name one"),
+            ("cnn", "targets", {}, "--class is missing: the model has no, maybe, yes; name one of them")):
+        args = SimpleNamespace(**{"gradient": False, "attention": False, "output": None} | flags)
+        with pytest.raises(ValueError, match=message):
+            mutagenesis.mutate(make_model(kind, outputs), args)
+
+
 def planted(folder):
     """A CNN trained on shorter sequences of the demo task, one that is not; (20, 64) bases with a motif, and
     where it is."""
