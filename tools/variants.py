@@ -55,14 +55,14 @@ def read_header(path):
     header = []
     for n, line in read_lines(path):
         if n == 1 and not line.startswith("##fileformat=VCF"):
-            raise ValueError(f"{path}: line 1: {data.quoted(line[:40])} is not ##fileformat=VCFv4.x; give a "
-                             f"VCF (of a BCF, bcftools view makes one)")
+            raise ValueError(f"{path}: line 1: {data.quoted(line[:40])} is not ##fileformat=VCFv4.x; use a "
+                             f"VCF (bcftools view makes one of a BCF)")
         header.append(line)
         if not line.startswith("##"):
             break
     if not header or not re.match(rf"{COLUMNS}(\tFORMAT\t|$)", header[-1]):
-        raise ValueError(f"{path}: line {max(len(header), 1)}: the header must end with #CHROM POS ID REF ALT "
-                         f"QUAL FILTER INFO, between tabs; give a whole VCF")
+        raise ValueError(f"{path}: line {max(len(header), 1)}: the header must end with #CHROM POS ID REF "
+                         f"ALT QUAL FILTER INFO, between tabs; give a whole VCF")
     return header
 
 
@@ -89,7 +89,7 @@ def read_records(path, header, genome, names, args):
 
 
 def read_alleles(place, columns, contig, genome, args):
-    """Return for each ALT of a record its Alleles (ALT, REF), or why it is not scored."""
+    """Return for each ALT of a record its Alleles [ALT, REF], or why it is not scored."""
     chrom, pos, _, ref, alts = columns[:5]
     if not re.fullmatch(r"\d{1,15}", pos, re.A) or not re.fullmatch(LETTERS, ref, re.I):
         raise ValueError(f"{place}: POS {data.quoted(pos)} and REF {data.quoted(ref)}: not a number and DNA "
@@ -104,19 +104,23 @@ def read_alleles(place, columns, contig, genome, args):
     if wrong and not args.skip_mismatch:
         raise ValueError(f"{place}: {chrom}:{pos} {data.quoted(ref)}: {wrong}, which {there}; use the genome "
                          f"of the calls, or --skip_mismatch to leave such records unscored")
-    return [read_alt(place, contig, start, ref.upper(), alt, args.limit, wrong) for alt in alts.split(",")]
+    found = [(alt.upper(), why_not(place, ref, alt)) for alt in alts.split(",")]
+    return [wrong or why or trimmed(contig, start, ref.upper(), alt, args.limit) for alt, why in found]
 
 
-def read_alt(place, contig, start, ref, alt, limit, wrong):
-    """Return the Alleles (ALT, REF) of one ALT, trimmed at the end, then at the start; or why there are none."""
-    if not DNA.fullmatch(ref) or not DNA.fullmatch(alt):
-        reasons = [reason for reason, pattern in UNSCORED.items() if re.fullmatch(pattern, alt, re.I)]
-        if not reasons:
-            raise ValueError(f"{place}: ALT {data.quoted(alt)} is no allele; use DNA letters, <NAME>, * or .")
-        return wrong or reasons[0]
-    alt, end = alt.upper(), start + len(ref)
-    if wrong or alt == ref:
-        return wrong or "ALT equals REF"
+def why_not(place, ref, alt):
+    """Return why an ALT is not scored, None if it can be; ValueError if it is no allele."""
+    if DNA.fullmatch(ref) and DNA.fullmatch(alt):
+        return "ALT equals REF" if alt.upper() == ref.upper() else None
+    for reason, pattern in UNSCORED.items():
+        if re.fullmatch(pattern, alt, re.I):
+            return reason
+    raise ValueError(f"{place}: ALT {data.quoted(alt)} is no allele; use DNA letters, <NAME>, * or .")
+
+
+def trimmed(contig, start, ref, alt, limit):
+    """Return the Alleles [ALT, REF] without what both end, then begin with; or that they are too long."""
+    end = start + len(ref)
     n = len(os.path.commonprefix([ref[::-1], alt[::-1]]))
     ref, alt, end = ref[:len(ref) - n], alt[:len(alt) - n], end - n
     n = len(os.path.commonprefix([ref, alt]))
@@ -164,14 +168,14 @@ LM = {"bert": bert_lm, "mixer": mixer_lm}
 def masked_lm(model, rows, alleles, spans):
     """Mean log P of the tokens of each allele in its span (M, 2), all of these masked: (M, 1).
 
-    rows: windows of the sorted alleles; those that are equal once masked share a forward pass. A token with an
-    N is neither masked nor counted; NaN where none is left.
+    rows: windows of the sorted alleles; those that are equal once masked share a forward pass. A token with
+    an N is neither masked nor counted; NaN where none is left.
     """
     net, size, parts = model.net, model.micro_batch_size, []
     rows, spans = finetune.on_device(rows, model.device), torch.from_numpy(spans).to(model.device)
     new = [i for i in range(len(alleles)) if not i or alleles[i][:-1] != alleles[i - 1][:-1]]
-    edges, device = np.array([*new, len(alleles)]), rows.bases.device.type
-    with torch.autocast(device, torch.bfloat16, enabled=net.spec["dtype"] == "bfloat16"):
+    edges, device = np.array([*new, len(alleles)]), rows.bases.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=net.spec["dtype"] == "bfloat16"):
         for low in training.until_stopped(range(0, len(new), size)):
             part = edges[low:low + size + 1]
             index, one = np.arange(part[0], part[-1]), part[:-1] - part[0]
@@ -180,9 +184,9 @@ def masked_lm(model, rows, alleles, spans):
             own = (starts + width > span[:, 0]) & (starts < span[:, 1]) & (ids >= 0)              # (M, T)
             masked = own[one]                                # (S, T), of the windows that differ
             log_p = logits(one, masked).float().log_softmax(-1)                # (N, V)
-            which = (masked.flatten().cumsum(0) - 1).view_as(masked).repeat_interleave(
-                torch.from_numpy(np.diff(part)).to(device), 0)                 # (M, T): one of N
-            total = log_p.new_zeros(len(own)).index_add(0, own.nonzero()[:, 0], log_p[which[own], ids[own]])
+            number = (masked.flatten().cumsum(0) - 1).view_as(masked)          # (S, T): which of N
+            number = number.repeat_interleave(torch.from_numpy(np.diff(part)).to(device), 0)[own]
+            total = log_p.new_zeros(len(own)).index_add(0, own.nonzero()[:, 0], log_p[number, ids[own]])
             parts.append((total / own.sum(1))[:, None].cpu().numpy())
     return np.concatenate(parts)
 
@@ -200,9 +204,9 @@ def choose_score(model, embedding):
         columns = {"cosine": "cosine distance of embeddings", "l2": "Euclidean distance of embeddings"}
         return columns, lambda rows, *_: model.embed(rows), distances
     if "classes" in spec:
-        what, scale = ("value", np.asarray) if spec["regression"] else ("log P", functools.partial(special.log_softmax, axis=1))
+        what, scale = ("value", lambda x, _: x) if spec["regression"] else ("log P", special.log_softmax)
         columns = {f"d_{name}": f"change of the {what} of {name}" for name in model.classes()}
-        return columns, lambda rows, *_: scale(model.apply(rows)), np.subtract
+        return columns, lambda rows, *_: scale(model.apply(rows), 1), np.subtract
     if spec["kind"] not in LM or spec["kind"] == "bert" and not model.net.bert.ln_head.weight.any():
         raise ValueError(f"--init {model.init}: has no masked-LM head that is read; use --embedding, or "
                          f"fine-tune it")
@@ -282,11 +286,12 @@ def vcf_text(line, results, fields):
 def vcf_header(header, columns, init):
     """Return the header with our INFO fields, and their names. ValueError if it has such fields already."""
     if any(line.startswith(f"##INFO=<ID={INFO}") for line in header):
-        raise ValueError(f"--out: the VCF has an INFO field {INFO} already; remove it there, or write a .tsv")
+        raise ValueError(f"--out: the VCF has an INFO field {INFO} already; remove it there, or name a .tsv")
     fields = [INFO] if "score" in columns else [f"{INFO}_{i}" for i in range(len(columns))]
     init = "".join(c for c in os.path.basename(init) if c.isprintable())
     texts = [f"{what}; model {init}".replace("\\", "\\\\").replace('"', '\\"') for what in columns.values()]
-    lines = [f'##INFO=<ID={name},Number=A,Type=Float,Description="{text}">' for name, text in zip(fields, texts)]
+    lines = [f'##INFO=<ID={field},Number=A,Type=Float,Description="{text}">'
+             for field, text in zip(fields, texts)]
     lines.append(f'##INFO=<ID={INFO}_not,Number=.,Type=String,Description="why an ALT has no score">')
     return [*header[:-1], *lines, header[-1]], fields
 

@@ -10,13 +10,12 @@ import torch
 from harness import random_dna, write_fasta
 from scipy import spatial, special
 
-import data
 import finetune
 import models
 from tools import variants
 
 RNG = np.random.default_rng(0)
-CONTIGS = {"chr1": random_dna(41, RNG) + "N" + random_dna(40, RNG), "chrS": random_dna(14, RNG), "chrT": "AC"}
+CONTIGS = {"chr1": random_dna(25, RNG) + "N" + random_dna(24, RNG), "chrS": random_dna(14, RNG), "chrT": "AC"}
 HEAD = "##fileformat=VCFv4.2\n##contig=<ID=chr1>\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
 MIXER, ENCODER = models.ChordMixerConfig(24, 2, 4, 8), models.EncoderConfig(24, 1, 2, 8)
 
@@ -30,12 +29,17 @@ def save(name, method, net, **args):
     return net.eval()
 
 
+def small_bert():
+    return models.Bert(models.BertConfig(69, 20, 1, 2, 8, 16, 0.0))
+
+
 def classifier(regression=False):
     config = vars(models.BertConfig(69, 20, 1, 2, 8, 16, 0.0))
     spec = {"kind": "bert", "bert": config, "k": 3, "stride": 1, "n_out": 3, "regression": regression}
     net = finetune.build_net(spec, seed=3)
     for p in net.parameters():
-        torch.nn.init.normal_(p, std=0.3)
+        if p.dim() == 2:
+            torch.nn.init.normal_(p)
     spec |= {"classes": ["a", "b", "=c"]}
     torch.save({"format": 1, "method": "finetune", "step": 7, "optimizer": {}, "config": spec, "data": "d",
                 "model": net.state_dict(), "args": {}}, "tuned.pt")
@@ -55,11 +59,11 @@ def score(records, init, out="s.tsv", contigs=CONTIGS, **flags):
 
 
 def all_kinds(contigs):
-    """(contig, 0-based start, REF, ALT): each SNV, and longer ones, also at the ends of the contigs."""
+    """(contig, 0-based start, REF, ALT): an SNV of each base, three of some; longer ones; at both ends."""
     found = [(name, i, ref, alt) for name, text in contigs.items() for i, ref in enumerate(text)
-             for alt in "ACGT" if "N" not in (ref, alt) and ref != alt]
+             for alt in "CGTA"["ACGT".find(ref)] + "ACGT" * (i in (0, 9)) if ref not in ("N", alt)]
     text = contigs["chr1"]
-    for i in (0, 1, 20, 37, 43, 77):
+    for i in (0, 1, 12, 21, 27, 45):
         a, b, c, d = text[i:i + 4]
         found += [("chr1", i, a + b, f"{'GA'[a == 'G']}{'TC'[b == 'T']}"), ("chr1", i, a + b + c + d, a),
                   ("chr1", i, a, a + "GTT"), ("chr1", i, a + b + c, "GATTT")]
@@ -78,7 +82,7 @@ def shared(ref, alt):
 
 
 def windows(text, start, ref, alt, size, more):
-    """Of ALT and REF: the window and the first and last + 1 base to mask in it; more: of an indel, either side."""
+    """Of ALT and REF: window, first base to mask and the one after; more: of an indel, on either side."""
     end, begin = shared(ref, alt)
     more *= len(ref) != len(alt)
     for allele in (alt, ref):
@@ -133,11 +137,11 @@ def test_masked_scores_are_those_of_a_plain_loop(out, kind):
         after, before = (loop(*x) for x in windows(CONTIGS[name], start, ref, alt, size, 1))
         assert float(row[5] or "nan") == pytest.approx(after - before, 1e-5, 2e-5, nan_ok=True), row
         assert row[6] == ("no base read" if np.isnan(after - before) else "")
-    assert sum(row[6] == "" for row in rows) > 270
+    assert sum(row[6] == "" for row in rows) > 80
 
 
 def test_scores_do_not_depend_on_the_batch_or_the_order(out):
-    save("x.pt", "randommask", models.Bert(models.BertConfig(69, 20, 1, 2, 8, 16, 0.0)), stride=1)
+    save("x.pt", "randommask", small_bert(), stride=1)
     records = [record(*x) for x in all_kinds(CONTIGS)]
     rows = score(records, "x.pt")
     for size, order in ((1, 1), (500, -1)):
@@ -159,9 +163,12 @@ def test_a_classifier_is_scored_by_its_outputs(out, regression):
 
 
 def test_embeddings_are_compared_by_angle_and_distance(out):
-    model, found = classifier(), all_kinds(CONTIGS)[:250]
+    model, found = classifier(), all_kinds(CONTIGS)[::2]
     rows = score([record(*x) for x in found], "tuned.pt", embedding=True)
     for (name, start, ref, alt), row in zip(found, rows, strict=True):
+        if name == "chrT":
+            assert row[5:] == ["", "", "no base read"]
+            continue
         a, b = (model.embed([x[0]])[0].astype(float) for x in windows(CONTIGS[name], start, ref, alt, 20, 0))
         want = spatial.distance.cosine(a, b), spatial.distance.euclidean(a, b)
         assert [float(x) for x in row[5:7]] == pytest.approx(want, abs=1e-6)
@@ -172,12 +179,12 @@ def test_the_mean_of_both_strands_is_the_same_on_the_other_strand(out, kind):
     if kind == "classifier":
         classifier()
     elif kind == "kmers":
-        save("x.pt", "randommask", models.Bert(models.BertConfig(69, 20, 1, 2, 8, 16, 0.0)), stride=3)
+        save("x.pt", "randommask", small_bert(), stride=3)
     else:
         save("x.pt", "findna", models.BaseModel(models.ChordMixer(MIXER)), length=18)
     init, turn = "tuned.pt" if kind == "classifier" else "x.pt", str.maketrans("ACGT", "TGCA")
     found, other = all_kinds(CONTIGS), {name: text.translate(turn)[::-1] for name, text in CONTIGS.items()}
-    there = [(name, len(CONTIGS[name]) - start - len(ref), ref.translate(turn)[::-1], alt.translate(turn)[::-1])
+    there = [(name, len(CONTIGS[name]) - start - len(ref), *(x.translate(turn)[::-1] for x in (ref, alt)))
              for name, start, ref, alt in found]
     rows = [score([record(*x) for x in x], init, contigs=y, strands="average")
             for x, y in ((found, CONTIGS), (there, other))]
@@ -190,7 +197,7 @@ def test_the_mean_of_both_strands_is_the_same_on_the_other_strand(out, kind):
     assert max(abs(float(a[5]) - float(b[5])) for a, b in zip(forward, rows[0]) if a[5] and b[5]) > 0.01
 
 
-MIXED = [("1", 3, "G", "<DEL>,*,A,N"), ("chr1", 4, "a", "c,A"), ("1", 42, "N", "A"), ("chr1", 5, "T", "."),
+MIXED = [("1", 3, "G", "<DEL>,*,A,N"), ("chr1", 4, "a", "c,A"), ("1", 26, "N", "A"), ("chr1", 5, "T", "."),
          ("chr1", 6, "C", "C]chr1:9],]chr1:9]C,.C,C."), ("chr1", 7, "A", "A" + "C" * 30), ("MT", 1, "A", "C"),
          ("chr1", 9, "T", "G"), ("chr1", 999, "A", "C"), ("chr1", 0, "A", "C")]
 REASONS = ["symbolic ALT", "ALT is *", "", "ambiguous base", "", "ALT equals REF", "ambiguous base", "no ALT",
@@ -203,7 +210,7 @@ def mixed_contigs():
 
 
 def test_every_alternative_has_a_row_in_the_order_of_the_file(out, capsys):
-    save("x.pt", "randommask", models.Bert(models.BertConfig(69, 20, 1, 2, 8, 16, 0.0)), stride=1)
+    save("x.pt", "randommask", small_bert(), stride=1)
     rows = score(MIXED, "x.pt", contigs=mixed_contigs(), skip_mismatch=True)
     want = [(c, str(p), ".", r, alt) for c, p, r, alts in MIXED for alt in alts.split(",")]
     assert [tuple(row[:5]) for row in rows] == want and [row[6] for row in rows] == REASONS
@@ -261,43 +268,43 @@ GOOD = "chr1\t3\t.\tG\tA\t.\t.\t.\n"
 
 @pytest.mark.parametrize("text, message", [
     ("", "line 1: the header must end"), ("##fileformat=VCFv4.2\n", "line 1: the header must end"),
-    (">chr1\nACGT\n", "line 1: '>chr1' is not ##fileformat=VCFv4.x; give a VCF"),
+    (">chr1\nACGT\n", "line 1: '>chr1' is not ##fileformat=VCFv4.x; use a VCF"),
     ("##fileformat=VCFv4.2\n" + GOOD, "line 2: the header must end"),
     (HEAD.replace("QUAL", "QAUL") + GOOD, "line 3: the header must end"),
-    (HEAD + GOOD.replace("\t", " "), "line 4: not the 8 columns"), (HEAD + GOOD + "chr1\t3\n", "line 5: not the 8"),
+    (HEAD + GOOD.replace("\t", " "), "line 4: not the 8 columns"),
+    (HEAD + GOOD + "chr1\t3\n", "line 5: not the 8 columns"),
     (HEAD + GOOD.replace("3", "3x"), "line 4: POS '3x' and REF 'G'"),
     (HEAD + GOOD.replace("G", "G!"), "line 4: POS '3' and REF 'G!'"),
     (HEAD + GOOD.replace("A", "A,,C"), "line 4: ALT '' is no allele"),
     (HEAD + GOOD.replace("A", "A?"), "line 4: ALT 'A\\?' is no allele"),
-    (HEAD + GOOD.replace(".", "a\u202eb", 1), "line 4: not the 8 columns of the header, or a control character"),
-    (HEAD + GOOD.replace(".", "\udcff", 1), "line 4: not the 8 columns of the header, or a control character"),
-    (HEAD + GOOD.replace("G", "T"), "line 4: chr1:3 'T': REF differs from FASTA, which has 'G'; use the genome"),
-    (HEAD + GOOD.replace("3", "99"), "line 4: chr1:99 'G': position outside contig, which has 82 bases of chr1"),
-    (HEAD + GOOD.replace("chr1", "chrM"), "line 4: chrM:3 'G': contig not in FASTA, which has chr1, chrS, chrT")])
+    (HEAD + GOOD.replace(".", "a\u202eb", 1), "line 4: not the 8 columns of the header, or a control char"),
+    (HEAD + GOOD.replace(".", "\udcff", 1), "line 4: not the 8 columns of the header, or a control char"),
+    (HEAD + GOOD.replace("G", "T"), "line 4: chr1:3 'T': REF differs from FASTA, which has 'G'; us"),
+    (HEAD + GOOD.replace("3", "99"), "line 4: chr1:99 'G': position outside contig, which has 50 bas"),
+    (HEAD + GOOD.replace("chr1", "chrM"), "line 4: chrM:3 'G': contig not in FASTA, which has chr1, c")])
 def test_a_bad_vcf_is_refused_in_one_line(out, text, message):
-    save("x.pt", "randommask", models.Bert(models.BertConfig(69, 20, 1, 2, 8, 16, 0.0)), stride=1)
+    save("x.pt", "randommask", small_bert(), stride=1)
+    Path("b.vcf").write_text(text, "utf-8", "surrogateescape")
     with pytest.raises(ValueError, match=f"^b.vcf: {message}") as e:
-        Path("b.vcf").write_text(text, "utf-8", "surrogateescape")
         score([], "x.pt", contigs=mixed_contigs(), file="b.vcf")
     assert "\n" not in str(e.value) and not Path("s.tsv").exists()
 
 
 def test_what_a_model_cannot_score_is_refused(out):
-    net = models.Bert(models.BertConfig(69, 20, 1, 2, 8, 16, 0.0))
-    net.ln_head.weight.data.zero_()
+    net = save("x.pt", "randommask", small_bert(), stride=1)
+    for flags, message in (({"window": 2}, "--window 2: the model reads 3 to 20 bases"),
+                           ({"window": 21}, "--window 21: the"), ({"out": "x.csv"}, "--out x.csv: name")):
+        with pytest.raises(ValueError, match=message):
+            score([], "x.pt", **flags)
+    net.ln_head.weight.data.zero_()                          # as load_model leaves what a folder lacks
     for kind in ("hf", "bert"):
         model = argparse.Namespace(init="x", net=argparse.Namespace(spec={"kind": kind}, bert=net))
         with pytest.raises(ValueError, match="has no masked-LM head that is read"):
             variants.choose_score(model, embedding=False)
-    for flags, message in (({"window": 2}, "--window 2: the model reads 3 to 20 bases"),
-                           ({"window": 21}, "--window 21: the model reads"), ({"out": "x.csv"}, "--out x.csv: name")):
-        with pytest.raises(ValueError, match=message):
-            save("x.pt", "randommask", models.Bert(models.BertConfig(69, 20, 1, 2, 8, 16, 0.0)), stride=1)
-            score([], "x.pt", **flags)
 
 
 def test_a_plain_vcf_and_its_gzip_give_the_same(out):
-    save("x.pt", "randommask", models.Bert(models.BertConfig(69, 20, 1, 2, 8, 16, 0.0)), stride=1)
+    save("x.pt", "randommask", small_bert(), stride=1)
     rows = score(MIXED[:2], "x.pt", contigs=mixed_contigs())
     text = Path("a.vcf").read_text().replace("\n", "\r\n") + "\r\n"
     Path("c.vcf.gz").write_bytes(b"".join(itertools.chain(variants.bgzip(text.encode()), variants.bgzip(b""))))
