@@ -1,7 +1,6 @@
 """tools/variants against plain loops over positions; its inputs, its records in order, both strands."""
 import argparse
 import gzip
-import itertools
 from pathlib import Path
 
 import numpy as np
@@ -307,5 +306,5 @@ def test_a_plain_vcf_and_its_gzip_give_the_same(out):
     save("x.pt", "randommask", small_bert(), stride=1)
     rows = score(MIXED[:2], "x.pt", contigs=mixed_contigs())
     text = Path("a.vcf").read_text().replace("\n", "\r\n") + "\r\n"
-    Path("c.vcf.gz").write_bytes(b"".join(itertools.chain(variants.bgzip(text.encode()), variants.bgzip(b""))))
+    Path("c.vcf.gz").write_bytes(b"".join([*variants.bgzip(text.encode()), *variants.bgzip(b"")]))
     assert rows == score(MIXED[:2], "x.pt", contigs=mixed_contigs(), file="c.vcf.gz")
