@@ -242,7 +242,7 @@ MUTANTS += mutants("tools/embed.py", [UNIT["tools"]], {
     "sums over the k-mers of a base": ("total / count)", "total)")})
 MUTANTS += mutants("tools/variants.py", [UNIT["variants"], "-x"], {
     "k-mers that end at the base are not masked": ("starts + width > span", "starts + width > 1 + span"),
-    "the next k-mer is masked, too": ("(starts < span[:, 1:])", "(starts <= span[:, 1:])"),
+    "the next k-mer is masked, too": ("(starts < span[:, 1])", "(starts <= span[:, 1])"),
     "sum over the tokens": ("(total / own.sum(1))", "(total / (own.sum(1) > 0))"),
     "ALT and REF swapped": ("score[2](outputs[alt], outputs[ref])", "score[2](outputs[ref], outputs[alt])"),
     "nothing is masked": ("tokens[one].masked_fill(masked, data.MASK)", "tokens[one]"),
@@ -252,8 +252,7 @@ MUTANTS += mutants("tools/variants.py", [UNIT["variants"], "-x"], {
     "indels mask no neighbours": ("int(len(ref) != len(alt))", "0"),
     "every allele its own window": ("alleles[i][:-1] != alleles[i - 1][:-1]", "True"),
     "one window for all": ("alleles[i][:-1] != alleles[i - 1][:-1]", "False"),
-    "the other strand is centred as this one": ("(allele.start, genome.contigs[allele.contig] - allele.end)[turn]",
-                                                "(allele.start, genome.contigs[allele.contig] - allele.end)"),
+    "the other strand is centred as this one": ("- allele.end)[turn]", "- allele.end)"),
     "not reverse complemented": ("data.reverse_complement(codes), left", "codes, left"),
     "windows end with the contig": (", size - allele.length - after), before)", ", 0), before)"),
     "probabilities as they are": ('("log P", special.log_softmax)', '("log P", special.softmax)'),

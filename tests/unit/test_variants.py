@@ -308,3 +308,20 @@ def test_a_plain_vcf_and_its_gzip_give_the_same(out):
     text = Path("a.vcf").read_text().replace("\n", "\r\n") + "\r\n"
     Path("c.vcf.gz").write_bytes(b"".join([*variants.bgzip(text.encode()), *variants.bgzip(b"")]))
     assert rows == score(MIXED[:2], "x.pt", contigs=mixed_contigs(), file="c.vcf.gz")
+
+
+def test_a_folder_of_transformers_gives_the_same(out):
+    pytest.importorskip("safetensors")
+    models.save_hf(save("x.pt", "randommask", small_bert(), stride=1), "folder")
+    rows = [score(MIXED[:2], init, contigs=mixed_contigs()) for init in ("hf:folder", "x.pt")]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("spec, more, wanted, size", [
+    ({"kind": "cnn"}, {"length": 12}, None, 12),
+    ({"kind": "hf", "stride": None}, {"bases_in_room": 99.9}, None, 99),
+    ({"kind": "mixer", "mixer": {"length": 30}, "n_cls": 10}, {"room": None}, 50, 50),       # any length
+    ({"kind": "bert", "bert": {"block_size": 12}, "k": 4, "stride": 4}, {}, None, 40),
+    ({"kind": "bert", "bert": {"block_size": 12}, "k": 4, "stride": 4}, {}, 31, 28)])
+def test_a_window_is_what_the_model_reads(spec, more, wanted, size):
+    assert variants.window_size(argparse.Namespace(spec=spec, **more), wanted) == size
