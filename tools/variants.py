@@ -311,9 +311,9 @@ def score_records(records, genome, score, args, counts):
         counts["with N in the window"] += with_n
 
 
-def write_scores(genome, score, args):
+def write_scores(header, genome, score, args):
     """Write all records, in their order, to --out; print what became of them."""
-    header, names, counts = read_header(args.file), {}, collections.Counter(records=0, scored=0)
+    names, counts = {}, collections.Counter(records=0, scored=0)
     out, text = output(args, ".variants.tsv"), excel_safe if args.excel_safe else str
     for _ in read_records(args.file, header, genome, names, args):
         pass                                                 # what is wrong shows before the first score
@@ -340,15 +340,14 @@ def main(args):
     """Open the VCF, the model and the genome; write the scores."""
     if args.out and not args.out.endswith((".tsv", ".vcf", ".vcf.gz")):
         raise ValueError(f"--out {args.out}: name a .tsv, .vcf or .vcf.gz file")
-    read_header(args.file)
-    model = open_scorer(args)
+    header, model = read_header(args.file), open_scorer(args)
     score, args.window = choose_score(model, args.embedding), window_size(model.net, args.window)
     args.limit = min(args.window // 2, LONGEST if "score" in score[0] else args.window)
     genome = data.Genome(args.fasta, args.cache)
     genome.bases = np.asarray(genome.bases)                  # slices of a memmap are slow
     print(f"scores   {', '.join(score[0].values())}; windows of {args.window:,} bases; alleles of up to "
           f"{args.limit:,}", flush=True)
-    write_scores(genome, score, args)
+    write_scores(header, genome, score, args)
 
 
 if __name__ == "__main__":
