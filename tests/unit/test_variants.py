@@ -150,6 +150,15 @@ def test_scores_do_not_depend_on_the_batch_or_the_order(out):
         assert values[0] == pytest.approx(values[1], 1e-5, 1e-5)
 
 
+def test_alternatives_of_a_place_share_a_forward_pass(out, monkeypatch):
+    sizes, real = [], models.Bert.encode
+    monkeypatch.setattr(models.Bert, "encode", lambda net, x, *a: sizes.append(len(x)) or real(net, x, *a))
+    save("x.pt", "randommask", small_bert(), stride=1)
+    text = CONTIGS["chr1"][:20]
+    score([record("chr1", i, ref, ",".join({*"ACGT"} - {ref})) for i, ref in enumerate(text)], "x.pt")
+    assert sizes == [7, 7, 6]
+
+
 @pytest.mark.parametrize("regression", [False, True])
 def test_a_classifier_is_scored_by_its_outputs(out, regression):
     model, found = classifier(regression), all_kinds(CONTIGS)
@@ -205,7 +214,8 @@ REASONS = ["symbolic ALT", "ALT is *", "", "ambiguous base", "", "ALT equals REF
 
 
 def mixed_contigs():
-    return CONTIGS | {"chr1": "CAGATCAGG" + CONTIGS["chr1"][9:]}
+    """With two contigs that MT could be: it is neither."""
+    return CONTIGS | {"chr1": "CAGATCAGG" + CONTIGS["chr1"][9:], "M": "ACGT", "chrM": "ACGT"}
 
 
 def test_every_alternative_has_a_row_in_the_order_of_the_file(out, capsys):
@@ -280,7 +290,7 @@ GOOD = "chr1\t3\t.\tG\tA\t.\t.\t.\n"
     (HEAD + GOOD.replace(".", "\udcff", 1), "line 4: not the 8 columns of the header, or a control char"),
     (HEAD + GOOD.replace("G", "T"), "line 4: chr1:3 'T': REF differs from FASTA, which has 'G'; us"),
     (HEAD + GOOD.replace("3", "99"), "line 4: chr1:99 'G': position outside contig, which has 50 bas"),
-    (HEAD + GOOD.replace("chr1", "chrM"), "line 4: chrM:3 'G': contig not in FASTA, which has chr1, c")])
+    (HEAD + GOOD.replace("chr1", "chrX"), "line 4: chrX:3 'G': contig not in FASTA, which has chr1, c")])
 def test_a_bad_vcf_is_refused_in_one_line(out, text, message):
     save("x.pt", "randommask", small_bert(), stride=1)
     Path("b.vcf").write_text(text, "utf-8", "surrogateescape")
