@@ -24,7 +24,8 @@ LIMIT = 600                                                  # seconds for the t
 GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.py"
 UNIT = {name: f"tests/unit/test_{name}.py" for name in (
     "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules", "layers",
-    "messages", "models", "mutagenesis", "randommask", "splits", "strands", "table", "tools", "training")}
+    "messages", "models", "mutagenesis", "randommask", "splits", "strands", "table", "tools", "training",
+    "variants")}
 PRECISION = "tests/runs/test_precision_runs.py"
 Mutant = namedtuple("Mutant", "file what old new tests")
 
@@ -307,6 +308,27 @@ MUTANTS += mutants("finetune.py", [UNIT["layers"]], {
     "bases behind a k-mer count": ("log_p * (base < k)", "log_p"),
     "P among all k-mers": (".log_softmax(1).gather(1, digit", ".gather(1, digit"),
     "scores a headless BERT": (" or not net.bert.ln_head.weight.any()", "")})
+MUTANTS += mutants("tools/variants.py", [UNIT["variants"], "-x"], {
+    "k-mers that end at the base are not masked": ("starts + width > span", "starts + width > 1 + span"),
+    "the next k-mer is masked, too": ("(starts < span[:, 1])", "(starts <= span[:, 1])"),
+    "sum over the tokens": ("(total / own.sum(1))", "(total / (own.sum(1) > 0))"),
+    "ALT and REF swapped": ("score[2](outputs[alt], outputs[ref])", "score[2](outputs[ref], outputs[alt])"),
+    "nothing is masked": ("tokens[one].masked_fill(masked, data.MASK)", "tokens[one]"),
+    "the base is not zeroed": ("one_hot[one].masked_fill(masked[..., None], 0)", "one_hot[one]"),
+    "no [CLS] behind the bases": ('net.spec["pool"] = "cls"', "pass"),
+    "starts count from [CLS]": ("device=tokens.device) - 1)", "device=tokens.device))"),
+    "indels mask no neighbours": ("int(len(ref) != len(alt))", "0"),
+    "every allele its own window": ("alleles[i][:-1] != alleles[i - 1][:-1]", "True"),
+    "one window for all": ("alleles[i][:-1] != alleles[i - 1][:-1]", "False"),
+    "the other strand is centred as this one": ("- allele.end)[turn]", "- allele.end)"),
+    "not reverse complemented": ("data.reverse_complement(codes), left", "codes, left"),
+    "windows end with the contig": (", size - allele.length - after), before)", ", 0), before)"),
+    "probabilities as they are": ('("log P", special.log_softmax)', '("log P", special.softmax)'),
+    "an empty ALT is scored": ("DNA.fullmatch(ref) and DNA.fullmatch(alt)", "DNA.fullmatch(ref + alt)"),
+    "REF is not compared": ("!= data.decode(data.encode(ref))", "is None"),
+    "two contigs of one spelling": ("if len(alike) == 1", "if alike"),
+    "quotes end a description": (""".replace('"', '\\\\"')""", ""),
+    "a formula in a cell": ("*map(text, [*start, alt])", "*[*start, alt]")})
 MUTANTS += mutants("tools/export.py", [UNIT["tools"]], {
     "scores of all runs": ('row["id"] == state.get("id")', "True"),
     "losses of the first row": ("log[-1].items()", "log[0].items()"),

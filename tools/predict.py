@@ -67,16 +67,11 @@ def output(args, suffix):
     return args.out or os.path.splitext(os.path.basename(args.file).removesuffix(".gz"))[0] + suffix
 
 
-def add_flags(parser):
-    """The flags that predict and embed share; returns the function that adds the next one."""
+def add_model_flags(parser):
+    """The flags that say what to run, and where to write; returns the function that adds the next one."""
     add, positive = parser.add_argument, number(int, 1)
-    add("file", type=file_name, metavar="FILE",
-        help="FASTA, or a .csv, .tsv or .txt with a column sequence; plain or gzip")
     add("--init", type=file_name, required=True,
         help="checkpoint (predict: a fine-tuned one), hf:FOLDER or findna:FILE")
-    add("--window", type=positive, help="cut each sequence into windows of N bases")
-    add("--step", type=positive, help="bases between the starts of windows (--window)")
-    add("--long", choices=("chunk", "truncate"), help="beyond block_size: windows, or cut (as fine-tuned)")
     add("--stride", type=positive, help="1: overlapping k-mers, k: non-overlapping (as trained)")
     add("--strands", choices=("forward", "average"), help="average: mean over both strands (as fine-tuned)")
     add("--eval_network", choices=("teacher", "student"), help="FinDNA: network to use (as finetune.py)")
@@ -85,6 +80,17 @@ def add_flags(parser):
     add("--dtype", choices=training.DTYPES, default="auto", help=training.AUTO)
     add("--out", type=file_name,
         help="file to write (default: FILE's name with another ending, in this folder)")
+    return add
+
+
+def add_flags(parser):
+    """The flags that predict and embed share; returns the function that adds the next one."""
+    add, positive = add_model_flags(parser), number(int, 1)
+    add("file", type=file_name, metavar="FILE",
+        help="FASTA, or a .csv, .tsv or .txt with a column sequence; plain or gzip")
+    add("--window", type=positive, help="cut each sequence into windows of N bases")
+    add("--step", type=positive, help="bases between the starts of windows (--window)")
+    add("--long", choices=("chunk", "truncate"), help="beyond block_size: windows, or cut (as fine-tuned)")
     return add
 
 

@@ -130,6 +130,17 @@ def test_a_base_that_is_not_read_has_no_vector(here):
         assert np.isfinite(found["embeddings"]).all()
 
 
+def test_a_vcf_that_does_not_fit_leaves_no_file(here):
+    head = "##fileformat=VCFv4.2\n#CHROM\tPOS\tID\tREF\tALT\tQUAL\tFILTER\tINFO\n"
+    wrong = "error: a.vcf: line 3: p4:2 'C': REF differs from FASTA, which has 'T'; use"
+    for flags, code, message in (([], 2, wrong), (["--skip_mismatch"], 0, ""), (
+            ["--skip_mismatch"], 2, "error: a.variants.tsv: already exists")):
+        Path("a.vcf").write_text(head + "p4\t2\t.\tC\tA\t.\t.\t.\n")
+        result = use("variants", "a.vcf", "--fasta", "tiny.fa", "--init", "pre.pt", "--device", "cpu", *flags)
+        assert result.code == code and message in result.err and result.err.count("\n") == bool(code), result
+        assert Path("a.variants.tsv").exists() == bool(flags) and not [*here.glob("*.tmp")]
+
+
 @pytest.mark.skipif(not (SHARED / "cases/04-embed-short").exists(), reason="no shared cases")
 def test_the_case_is_as_here():
     for name, records in CASE.items():

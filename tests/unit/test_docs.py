@@ -13,7 +13,8 @@ from harness import ROOT
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 GROUND = {"data", "models", "training"}
 METHODS = {"randommask", "findna", "cm_gems"}
-TOOLS = {"download", "report", "predict", "embed", "mutagenesis", "export", "table", "figures", "bench"}
+TOOLS = {"download", "report", "predict", "embed", "variants", "mutagenesis", "export", "table", "figures",
+         "bench"}
 FIGURES = {"loss", "embeddings", "attention", "masks", "results"}              # subcommands of tools.figures
 BY_HAND = {"tests/mutants.py", "tests/faults/soak.py"}
 OTHER = {"--help", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}        # torchrun's
