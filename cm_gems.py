@@ -181,11 +181,11 @@ def best_tokens(tokens, npmi_rank, centers):
     n_up_to = (centers & (tokens > data.MASK)).cumsum(1)
     m = n_up_to[:, -1]
     S = T if m.is_cuda else int(m.max())                     # asking a GPU would make it wait
-    nth = torch.arange(1, S + 1, device=tokens.device).repeat(len(tokens), 1)
+    nth = torch.arange(1, S + 1, device=tokens.device).expand(len(tokens), S).contiguous()
     at = torch.searchsorted(n_up_to, nth)                    # (B, S): the centers in order, then T
     near = at[..., None] + torch.arange(-left, right + 1, device=tokens.device)
     near = near.clamp_(0, T - 1)                             # (B, S, k); a position twice changes nothing
-    rank = npmi_rank[tokens.gather(1, near.flatten(1))].view(near.shape)       # of specials: last
+    rank = npmi_rank.index_select(0, tokens.gather(1, near.flatten(1)).flatten()).view(near.shape)
     best, which = rank.min(2)                                # ties: the leftmost
     best_at = torch.where(rank[..., left] == best, at, near.gather(2, which[..., None])[..., 0])
     half, key = (m + 1) // 2, (best * T + at).masked_fill(at == T, torch.iinfo(torch.int64).max)
@@ -199,8 +199,9 @@ def gene_mask(tokens, npmi_rank, centers):
     tokens int64 (B, T), npmi_rank by token id (0 = highest NPMI), centers bool (B, T). 2k - 1 masked tokens
     hide all letters of the one in the middle.
     """
-    best, reach = best_tokens(tokens, npmi_rank, centers), k_of(npmi_rank) - 1
-    return random_mask(tokens, npmi_rank, centers) | data.span_mask(best, tokens > data.MASK, reach, reach)
+    k, maskable, best = k_of(npmi_rank), tokens > data.MASK, best_tokens(tokens, npmi_rank, centers)
+    near = data.span_mask(centers, maskable, (k - 1) // 2, k // 2)
+    return near | data.span_mask(best, maskable, k - 1, k - 1)
 
 
 def top_tokens(tokens, npmi_rank, m):
