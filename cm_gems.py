@@ -196,8 +196,8 @@ def best_tokens(tokens, npmi_rank, centers):
 def gene_mask(tokens, npmi_rank, centers):
     """Masks the k tokens around every center and the 2k - 1 around best_tokens, as GeneMask: bool (B, T).
 
-    tokens int64 (B, T), npmi_rank by token id (0 = highest NPMI), centers bool (B, T). 2k - 1 masked tokens
-    hide all letters of the one in the middle.
+    tokens int64 (B, T), npmi_rank by token id (0 = highest NPMI, specials last), centers bool (B, T). 2k - 1
+    masked tokens hide all letters of the one in the middle.
     """
     k, maskable, best = k_of(npmi_rank), tokens > data.MASK, best_tokens(tokens, npmi_rank, centers)
     near = data.span_mask(centers, maskable, (k - 1) // 2, k // 2)
