@@ -48,12 +48,12 @@ def join_intervals(bases, intervals, ends, low, high):
 
 
 def count_starts(bases, k, but):
-    """Counts the k-mers in bases that start anywhere but at these positions: (4**k,) in token order."""
-    ids = data.kmer_tokens(torch.from_numpy(bases)[None], k, 1)[0]
-    counts = torch.bincount(ids, minlength=4 ** k + 5)
+    """Counts the k-mers in bases, without N, that start anywhere but at these positions: (4**k,) in order."""
+    numbers = data.kmer_numbers(torch.from_numpy(bases)[None], k)[0]
+    counts = torch.bincount(numbers, minlength=4 ** k)
     if len(but):
-        counts -= torch.bincount(ids[but], minlength=4 ** k + 5)
-    return counts[5:].numpy()
+        counts -= torch.bincount(numbers[but], minlength=4 ** k)
+    return counts.numpy()
 
 
 def count_kmers(bases, intervals, k):
@@ -162,11 +162,6 @@ def lowest(key, n):
     return torch.where(torch.arange(S, device=key.device) < n[:, None], at, T)
 
 
-def mark(at, T):
-    """Marks the positions (B, S), except T: bool (B, T)."""
-    return torch.zeros(len(at), T + 1, dtype=torch.bool, device=at.device).scatter_(1, at, True)[:, :T]
-
-
 def random_mask(tokens, npmi_rank, centers):
     """Masks the k tokens around every center, as DNABERT: bool (B, T)."""
     k = k_of(npmi_rank)
@@ -180,28 +175,30 @@ def best_tokens(tokens, npmi_rank, centers):
     then by position; all m if that is fewer than 5.
     """
     T, left, right = tokens.shape[1], (k_of(npmi_rank) - 1) // 2, k_of(npmi_rank) // 2
-    centers = centers & (tokens > data.MASK)
-    m, position = centers.sum(1), torch.arange(T, device=tokens.device)
-    at = lowest(torch.where(centers, position, T), m)        # (B, S): the centers in order
+    n_up_to = (centers & (tokens > data.MASK)).cumsum(1)
+    m = n_up_to[:, -1]
+    S = T if m.is_cuda else int(m.max())                     # asking a GPU would make it wait
+    nth = torch.arange(1, S + 1, device=tokens.device).expand(len(tokens), S).contiguous()
+    at = torch.searchsorted(n_up_to, nth)                    # (B, S): the centers in order, then T
     near = at[..., None] + torch.arange(-left, right + 1, device=tokens.device)
-    near = near.clamp(0, T - 1)                              # (B, S, k); a position twice changes nothing
-    near_tokens = tokens.gather(1, near.flatten(1)).view(near.shape)
-    rank = npmi_rank[near_tokens].masked_fill(near_tokens <= data.MASK, len(npmi_rank))
+    near = near.clamp_(0, T - 1)                             # (B, S, k); a position twice changes nothing
+    rank = npmi_rank.index_select(0, tokens.gather(1, near.flatten(1)).flatten()).view(near.shape)
     best, which = rank.min(2)                                # ties: the leftmost
     best_at = torch.where(rank[..., left] == best, at, near.gather(2, which[..., None])[..., 0])
     half, key = (m + 1) // 2, (best * T + at).masked_fill(at == T, torch.iinfo(torch.int64).max)
     high = lowest(key, torch.where(half < 5, m, half))
-    return mark(F.pad(best_at, (0, 1), value=T).gather(1, high), T)
+    return data.mark(F.pad(best_at, (0, 1), value=T).gather(1, high), T)
 
 
 def gene_mask(tokens, npmi_rank, centers):
     """Masks the k tokens around every center and the 2k - 1 around best_tokens, as GeneMask: bool (B, T).
 
-    tokens int64 (B, T), npmi_rank by token id (0 = highest NPMI), centers bool (B, T). 2k - 1 masked tokens
-    hide all letters of the one in the middle.
+    tokens int64 (B, T), npmi_rank by token id (0 = highest NPMI, specials last), centers bool (B, T). 2k - 1
+    masked tokens hide all letters of the one in the middle.
     """
-    best, reach = best_tokens(tokens, npmi_rank, centers), k_of(npmi_rank) - 1
-    return random_mask(tokens, npmi_rank, centers) | data.span_mask(best, tokens > data.MASK, reach, reach)
+    k, maskable, best = k_of(npmi_rank), tokens > data.MASK, best_tokens(tokens, npmi_rank, centers)
+    near = data.span_mask(centers, maskable, (k - 1) // 2, k // 2)
+    return near | data.span_mask(best, maskable, k - 1, k - 1)
 
 
 def top_tokens(tokens, npmi_rank, m):
@@ -209,7 +206,7 @@ def top_tokens(tokens, npmi_rank, m):
     T, maskable = tokens.shape[1], tokens > data.MASK
     rank = npmi_rank.index_select(0, tokens.flatten()).view(tokens.shape)      # 4 x faster than [tokens]
     key = rank * T + torch.arange(T, device=tokens.device)
-    return mark(lowest(key.masked_fill(~maskable, torch.iinfo(key.dtype).max), m), T) & maskable
+    return data.mark(lowest(key.masked_fill(~maskable, torch.iinfo(key.dtype).max), m), T) & maskable
 
 
 def global_mask(tokens, npmi_rank, m):

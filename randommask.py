@@ -54,9 +54,9 @@ def random_mask(tokens, phase, p, span=6):
     Each sequence draws its span m from span, span + 2, ... (`phase` values). Every k-mer is a center with
     probability p and masks the tokens c - m/2 + 1 .. c + m/2. Phase 1 is DNABERT's masking.
     """
-    centers = data.draw_centers(tokens.shape, p, tokens.device)
+    at = data.draw_positions(tokens.shape, p, tokens.device)
     half = torch.randint(phase, (len(tokens),), device=tokens.device)          # m = span + 2 half
-    return data.span_mask(centers, tokens > data.MASK, (span - 1) // 2 + half, span // 2 + half)
+    return data.row_spans(at, tokens > data.MASK, (span - 1) // 2 + half, span // 2 + half)
 
 
 def parse_args():

@@ -133,7 +133,11 @@ MUTANTS += mutants("cm_gems.py", [GOLDEN, "-k", "cm_gems"], {
 MUTANTS += mutants("data.py", [UNIT["data"]], {
     "70/10/20": ("5 - 8 * n, 5 + 2 * n", "5 - 7 * n, 5 + 3 * n"),
     "a random k-mer of all tokens": ("masked & (draw < 5 + n)", "masked & (draw < 5 + 2 * n)"),
-    "spans one to the left": ("(at - right)", "(at - right + 1)"),
+    "spans one to the left": ("& maskable, (right, left))", "& maskable, (right - 1, left + 1))"),
+    "spans of a row one to the left": ("(right[:, None] + 1)", "right[:, None]"),
+    "centers on special tokens": ("F.pad(maskable, (0, 1)).gather(1, at)", "(at < T)"),
+    "any > begins a record": ('if (chunk[at - 1] if at else record[-1]) == ord("\\n"):', "if True:"),
+    "headers are no lines": ("line += 1 + n_lines", "line += n_lines"),
     "A, C, G, T order": ('b"ATCGN"', 'b"ACTGN"'),
     "trains on what is held out": ("np.stack([start, cut], 1)", "np.stack([start, end], 1)", [HELD_OUT]),
     "holds out 2 %": ("sizes // 100", "sizes // 50", [HELD_OUT]),

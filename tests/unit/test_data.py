@@ -86,12 +86,16 @@ def test_span_mask():
     for draw in range(300):
         B, T = 1 + draw % 13, 1 + draw % 41
         maskable, centers = torch.rand(B, T) < 0.7, torch.rand(B, T) < draw % 7 / 10
-        left, right = (draw % 5, draw % 4) if draw % 3 == 0 else torch.randint(0, 9, (2, B))
+        left, right, rows = draw % 5, draw % 4, draw % 3 > 0
+        if rows:                                             # each has its own
+            left, right = torch.randint(0, 9, (2, B))
         want = torch.zeros(B, T, dtype=torch.bool)
         for b, c in (centers & maskable).nonzero().tolist():
-            low, high = (x if isinstance(x, int) else x[b].item() for x in (left, right))
+            low, high = (left[b], right[b]) if rows else (left, right)
             want[b, max(0, c - low):c + high + 1] = True
-        assert torch.equal(data.span_mask(centers, maskable, left, right), want & maskable)
+        at = torch.where(centers, torch.arange(T), T).sort(1).values if rows else centers
+        spans = (data.row_spans if rows else data.span_mask)(at, maskable, left, right)
+        assert torch.equal(spans, want & maskable)
 
 
 def test_corrupt_80_10_10():
