@@ -142,7 +142,12 @@ def report_tables(paths, targets):
     elif leaks:
         print("Near-duplicates in train make a test too easy. Split by --split_by similarity instead:")
         args.split_by = "similarity"
-        report_splits(*finetune.read_csv(args), functions)
+        try:
+            task, splits = finetune.read_csv(args)
+        except ValueError as e:                              # one group may hold nearly all rows
+            print(f"  not possible: {training.plain(str(e))}")
+        else:
+            report_splits(task, splits, functions)
 
 
 def report_task(task, data_dir, fasta):
