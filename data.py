@@ -4,6 +4,7 @@ Bases are uint8 codes A,T,C,G,N = 0,1,2,3,4: DNABERT's vocabulary order, so the 
 The id of a k-mer is 5 + the k-mer read as a base-4 number; [PAD] [UNK] [CLS] [SEP] [MASK] are 0..4.
 Coordinates are 0-based and half-open, as in BED. Invalid input raises ValueError: where, what, what to do.
 """
+import argparse
 import collections
 import contextlib
 import csv
@@ -1157,12 +1158,17 @@ def assign_groups(groups, classes, fractions, seed, where):
     return part[groups]
 
 
-def split_table(path, rows, by, fractions, seed, names=()):
-    """Split a table in [train, dev, test] (None: no row): as its column split says; else with the rows of a
-    value in a column, or similar sequences, together (by); else row by row. fractions=None: 80, 10, 10 %."""
-    shares = fractions or (0.8, 0.1, 0.1)
+def read_groups(path, by, delimiter=None):
+    """Return for split_table: the path, its columns by and split, where there are such, and their places."""
     wanted = {} if by in (None, "similarity") else {by: [by.lower()]}
-    columns, places = read_columns(path, wanted | {"split": ["split"]}, {"split"} - {by})
+    return path, *read_columns(path, wanted | {"split": ["split"]}, {"split"} - {by}, delimiter)
+
+
+def split_table(table, rows, by, fractions, seed, names=()):
+    """Split a table in [train, dev, test] (None: no row): as its column split says; else with the rows of a
+    value in a column, or similar sequences, together (by); else row by row. fractions=None: 80, 10, 10 %.
+    table: what read_groups returns."""
+    shares, (path, columns, places) = fractions or (0.8, 0.1, 0.1), table
     if "split" in columns and by is not None:
         raise ValueError(f"{path}: line 1: the column split contradicts --split_by {by}; drop one of them")
     for name, column in columns.items():
@@ -1227,7 +1233,28 @@ def read_lines(path, delimiter):
     return rows, places, text.lstrip()[:40]
 
 
-def read_columns(path, wanted, optional=()):
+def add_column_flags(add, *names):
+    """Add the flags that say which column of a table is what, and what is between columns."""
+    for name in names:
+        add(f"--{name}_column", metavar="COLUMN", help=f"tables: the column of the {name}s")
+    add("--delimiter", type=delimiter, help="tables: between columns (.csv: comma, .tsv and .txt: tab)")
+
+
+def delimiter(text):
+    """argparse type: one character, or tab."""
+    text = "\t" if text in ("tab", "\\t") else text
+    if len(text) != 1 or text in "\r\n\"":
+        raise argparse.ArgumentTypeError(f"expected one character, or tab, not {quoted(text)}")
+    return text
+
+
+def column_flags(args):
+    """Return what the flags of add_column_flags say: {sequence, label, id, delimiter: text or None}."""
+    found = {name: getattr(args, f"{name}_column", None) for name in ("sequence", "label", "id")}
+    return found | {"delimiter": getattr(args, "delimiter", None)}
+
+
+def read_columns(path, wanted, optional=(), delimiter=None):
     """Read columns of a CSV (.csv) or TSV (.tsv, .txt) file, plain or gzip; other columns are passed over.
     wanted: {name: its spellings in the header}; optional: names that may be missing there. Returns
     {name: list of str}, 'FILE: line N' of each row."""
@@ -1237,7 +1264,8 @@ def read_columns(path, wanted, optional=()):
         reason = f"this is {other}" if other else "no table by its name"
         raise ValueError(f"{path}: {reason}; use .csv (commas), .tsv or .txt (tabs)")
     try:
-        (header, *rows), (place, *places), start = read_lines(path, DELIMITER[suffix])
+        delimiter = delimiter or DELIMITER[suffix]
+        (header, *rows), (place, *places), start = read_lines(path, delimiter)
     except ValueError:
         if other := other_format(file_start(path)):
             raise ValueError(f"{path}: line 1: this is {other}") from None
@@ -1252,12 +1280,19 @@ def read_columns(path, wanted, optional=()):
                 raise ValueError(f"{place}: this is {other}")
             count = f"{len(found)} columns" if found else "no column"
             raise ValueError(f"{place}: {count} {' or '.join(spellings)} in the header ({quoted(start)}); "
-                             f"give exactly one, with {DELIMITER[suffix]!r} between columns")
+                             f"give exactly one, with {delimiter!r} between columns{advice(name, start)}")
         columns[name] = found[0]
     for row, place in zip(rows, places):
         if len(row) != len(header):
             raise ValueError(f"{place}: {len(row)} fields, but {len(header)} in the header; correct the row")
     return {name: [row[i].strip(" \t") for row in rows] for name, i in columns.items()}, places
+
+
+def advice(name, start):
+    """Return the flags that may help where a header that starts like this has no column of this name."""
+    flags = [f"--{name}_column"] if name in ("sequence", "label", "id") else []
+    flags += ["--delimiter ';'"] if ";" in start else []
+    return f" (or see {' and '.join(flags)})" if flags else ""
 
 
 def label_kind(names):
@@ -1293,16 +1328,16 @@ def class_ids(texts, classes, places):
 
 def numbers(columns, places):
     """Turn columns of text into one tuple of finite floats per row."""
-    for column in columns:
+    for column in columns.values():
         for text, place in zip(column, places):
             if not NUMBER.fullmatch(text):
                 raise ValueError(f"{place}: {quoted(text)} is not a finite decimal number; correct it")
             if abs(float(text)) > 3e38:
                 raise ValueError(f"{place}: {quoted(text)} is beyond 3e38; give the column in other units")
-    return list(zip(*(map(float, column) for column in columns)))
+    return list(zip(*(map(float, column) for column in columns.values())))
 
 
-def flags(columns, places):
+def zeros_and_ones(columns, places):
     """Turn columns of 0 and 1 into one tuple of bools per row."""
     for name, column in columns.items():
         for text, place in zip(column, places):
@@ -1320,16 +1355,19 @@ def join_kmers(text, place):
     return sequence
 
 
-def read_table(path, classes=None, targets=None, labels=True, multilabel=False):
+def read_table(path, classes=None, targets=None, labels=True, multilabel=False, flags=column_flags(None)):
     """Read a table with columns sequence (or seq) and label (or class): sequences, labels, notes.
     classes: the labels in the order of their ids; None: notes["classes"] holds those found, sorted.
     targets: number columns of a regression, or of 0 and 1 (multilabel); labels=False: sequences only, and
-    notes["names"], a column id or name, if there is one of them. K-mer text is joined."""
+    notes["names"], a column id or name, if there is one of them; flags: of column_flags. K-mer text is
+    joined."""
     wanted = {"sequence": ["sequence", "seq"]} | {name: [name.lower()] for name in targets or ()}
     if labels and not targets:
         wanted["label"] = ["label", "class"]
-    wanted |= {} if labels else {"id": ["id"], "name": ["name"]}
-    columns, places = read_columns(os.fspath(path), wanted, ("id", "name"))
+    wanted |= {} if labels else {"id": ["id"]} if flags["id"] else {"id": ["id"], "name": ["name"]}
+    wanted |= {name: [flags[name].lower()] for name in wanted if flags.get(name)}
+    columns, places = read_columns(os.fspath(path), wanted, () if flags["id"] else ("id", "name"),
+                                   flags["delimiter"])
     sequences, notes = columns.pop("sequence"), {"kmer_text": 0}
     if not labels:
         notes["names"] = next(iter(columns.values())) if len(columns) == 1 else None
@@ -1342,7 +1380,7 @@ def read_table(path, classes=None, targets=None, labels=True, multilabel=False):
             notes["kmer_text"] += 1
     rows_from(sequences, places=places)                      # ValueError where one is not DNA
     if targets:
-        return sequences, flags(columns, places) if multilabel else numbers(columns.values(), places), notes
+        return sequences, (zeros_and_ones if multilabel else numbers)(columns, places), notes
     if not labels:
         return sequences, None, notes
     ids, found = class_ids(columns["label"], classes, places)
@@ -1513,7 +1551,7 @@ def read_deepstarr(task, data_dir):
         codes = [record[1] for record in fasta_records(fasta)]
         if len(codes) != len(places):
             raise ValueError(f"{fasta}: {len(codes)} sequences, but {len(places)} rows in {table}; get both")
-        labels = numbers(columns.values(), places)
+        labels = numbers(columns, places)
         splits[split] = rows_of(np.concatenate(codes), list(map(len, codes)), labels, {})
     return splits
 

@@ -362,6 +362,12 @@ MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "grid"], {
                                'run["test"].get(run["metric"], run["score"])'),
     "the highest loss is chosen": ('-value if run["by_loss"]', 'value if run["by_loss"]'),
     "of a grid, all settings are columns": ("kept += settings[best]", "kept += sum(settings.values(), [])")})
+MUTANTS += mutants("data.py", ["tests/unit/test_columns.py"], {
+    "named columns are not read": ("[flags[name].lower()] for name in wanted", "[name] for name in wanted"),
+    "the delimiter of the suffix": ("delimiter or DELIMITER[suffix]", "DELIMITER[suffix]"),
+    "a named id may be missing": ('() if flags["id"] else ("id", "name"),', '("id", "name"),')})
+MUTANTS += mutants("tools/report.py", ["tests/unit/test_columns.py"], {
+    "strands of other sequences": ("x[len(x) // 2:][::-1]]", "x[len(x) // 2:]]")})
 MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
     "runs of a checkpoint are not averaged": ("np.mean(runs[seed if seed in runs else None])",
                                               "runs[seed if seed in runs else None][0]"),

@@ -92,7 +92,7 @@ def test_57_tables(case, tmp_path):
 def test_numbers_are_finite_and_not_too_large():
     for text, words in (("1e42", "beyond 3e38; give the column in other units"), ("1e999", "beyond 3e38"),
                         ("inf", "not a finite decimal number")):
-        assert words in refusal(data.numbers, [[text]], ["t.csv: line 2"])
+        assert words in refusal(data.numbers, {"x": [text]}, ["t.csv: line 2"])
 
 
 def test_split_rows():
