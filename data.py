@@ -815,8 +815,8 @@ def read_bed(path, genome):
                 continue
             contig, start, end = (*words, "", "")[:3]
             if contig not in genome.contigs:
-                renamed.add(contig)
                 contig = contig[3:] if contig.startswith("chr") else f"chr{contig}"
+                renamed.add(contig)
             size = genome.contigs.get(contig, 0)
             is_number = start.isdecimal() and end.isdecimal() and len(end) < 16
             if not (is_number and int(start) < int(end) <= size):
@@ -826,8 +826,10 @@ def read_bed(path, genome):
             found.append([genome.offsets[contig] + int(x) for x in (start, end)])
     if not found:
         raise ValueError(f"{path}: no intervals in it; check that it is the right file")
-    but = f"; the names of {len(renamed)} contigs differ by chr from the genome's" if renamed else ""
-    return np.array(found), f"bed      {path}: {len(found):,} intervals{but}"
+    line = f"bed      {path}: {len(found):,} intervals"
+    if renamed:
+        line += f"; its names of {', '.join(sorted(renamed)[:5])} (in all {len(renamed)}) differ by chr"
+    return np.array(found), line
 
 
 def parts_within(a, b):
