@@ -51,7 +51,8 @@ def spy(path):
 def test_the_weighted_loss_of_a_step(out, script, strands):
     """Over all micro-batches: the sum of weight x loss by that of weights; weights by the FASTA's letters."""
     write_fasta(out.with_name("genome.fa"), TEXTS)
-    args = command_line(RUN | FLAGS[script] | dict(repeat_weight=0.1, strands=strands))
+    args = command_line(RUN | FLAGS[script] | dict(repeat_weight=0.1, strands=strands, batch_size=40,
+                                                   micro_batch_size=16))
     assert run(args, {0: spy(out.with_name("seen"))}, script=f"{script}.py").code == 0
     calls = [json.loads(line) for line in out.with_name("seen").open()]
     assert all(call["weights"] is None for call in calls if not call["training"])
@@ -68,9 +69,9 @@ def test_the_weighted_loss_of_a_step(out, script, strands):
             seen, other = seen + bool(masked), other + (want[0] != got)
             total.append([sum(weights[i] * losses[i] for i in masked), sum(weights[i] for i in masked)])
     rows = log_rows(out)
-    sums = np.array(total).reshape(3, 10, 2).sum(1)
+    sums = np.array(total).reshape(3, 40, 2).sum(1)
     assert [row["loss"] for row in rows] == pytest.approx((sums[:, 0] / sums[:, 1]).tolist(), rel=1e-4)
-    assert seen > 15 and (0.1 < other / seen < 0.9 if strands == "both" else other == 0)
+    assert seen > 25 and (0.1 < other / seen < 0.9 if strands == "both" else other == 0)
 
 
 @pytest.mark.parametrize("objective", ["both", "mnm"])
