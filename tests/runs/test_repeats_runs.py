@@ -128,3 +128,16 @@ def test_a_run_of_before_these_flags_goes_on(out):
     assert "strands 'forward' there" in refused(run(["--resume", "--out", "out", "--strands", "both"]))
     assert run(["--resume", "--out", "out"]).code == 0
     equal(torch.load(out / "last.pt", weights_only=True)["model"], whole)
+
+
+@pytest.mark.parametrize("script", FLAGS)
+def test_two_ranks_are_as_one(out, script):
+    """Weights and their sums over uneven shares of the batch: 2 and 1 micro-batches."""
+    write_fasta(out.with_name("genome.fa"), TEXTS)
+    args, rows = command_line(RUN | FLAGS[script] | dict(repeat_weight=0.1)), []
+    for ranks in (1, 2):
+        assert run(args, ranks=ranks, script=f"{script}.py").code == 0
+        rows.append([{name: x for name, x in row.items() if name != "strategy"} for row in log_rows(out)])
+        shutil.rmtree(out)
+    for one, two in zip(*rows, strict=True):
+        assert one == pytest.approx(two, rel=1e-4, abs=1e-6)
