@@ -572,7 +572,7 @@ def pack_contigs(paths, source, write):
     contigs, intervals, size, crc, n_ambiguous, case = [], [], 0, 0, 0, []
     keep, drawn = source["keep"], source["ambiguous"] == "random"
     for path in paths:
-        for name, codes, ambiguous, changes in fasta_records(path, drawn):
+        for name, codes, ambiguous, changes in fasta_records(path, drawn, case=True):
             if keep and name not in keep:
                 continue
             contigs.append((path, name, len(codes)))
@@ -706,10 +706,10 @@ def file_start(path):
         return f.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
-def fasta_records(path, drawn=False):
-    """Yield (name, base codes uint8 (L,), number of IUPAC codes other than N, case_edges) of each record.
-    Checked. Plain, gzip or bgzip; CRLF, blank lines, lower case and uneven lines are accepted.
-    drawn: these codes become one of their bases, a function of the position, not N."""
+def fasta_records(path, drawn=False, case=False):
+    """Yield (name, base codes uint8 (L,), number of IUPAC codes other than N) of each record, checked.
+    Plain, gzip or bgzip; CRLF, blank lines, lower case and uneven lines are accepted.
+    drawn: these codes become one of their bases, a function of the position, not N. case: also case_edges."""
     seen = set()
     for line, record in raw_records(path):
         end = record.index(b"\n")
@@ -726,7 +726,7 @@ def fasta_records(path, drawn=False):
         if name in seen:
             raise ValueError(f"{path}: line {line}: contig name {quoted(name)} occurs twice; rename one")
         seen.add(name)
-        yield name, *contig_codes(record, path, line, drawn), case_edges(record)
+        yield name, *contig_codes(record, path, line, drawn), *([case_edges(record)] if case else [])
 
 
 def raw_records(path):
