@@ -116,7 +116,8 @@ def read_npmi(path, k):
     wanted = {"kmer": ("kmer", "ngram"), "npmi": ("npmi", "norm_dp_true_pmi")}
     columns, places = data.read_columns(path, wanted)
     values = {}
-    for kmer, (value,), place in zip(columns["kmer"], data.numbers({"npmi": columns["npmi"]}, places), places):
+    values = data.numbers({"npmi": columns["npmi"]}, places)
+    for kmer, (value,), place in zip(columns["kmer"], values, places):
         if not re.fullmatch(f"[ACGT]{{{k}}}", kmer.upper()) or kmer.upper() in values:
             raise ValueError(f"{place}: {data.quoted(kmer)}; each line needs another {k}-mer of ACGT (--k)")
         values[kmer.upper()] = value
