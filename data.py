@@ -921,7 +921,7 @@ def draw_starts(table, n, rng):
 
 def to_device(x, device):
     """Copy a tensor or array of the host to a device. From pinned memory, a GPU does it without a wait."""
-    x = torch.as_tensor(x)
+    x = x if torch.is_tensor(x) else torch.from_numpy(np.asarray(x))
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 

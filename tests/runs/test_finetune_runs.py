@@ -514,8 +514,8 @@ def test_embed(here, stride):
 def test_nothing_is_half_written(here, monkeypatch):
     write_fasta(here / "t.fa", {"a": "ACGT" * 9, "b": "ACGT" * 9, "c": "ACGU"})
     model, seen, before = finetune.load_model(str(MODEL)), [], sorted(os.listdir())
-    args = SimpleNamespace(file="t.fa", out="t.tsv", window=None, step=None, per_base=False, empty=False,
-                           excel_safe=False)
+    args = SimpleNamespace(file="t.fa", out="t.tsv", window=None, step=None, per_base=False, layer=-1,
+                           empty=False, excel_safe=False)
     blocks = functools.partial(predict.read_blocks, size=40)
     apply = finetune.apply
     monkeypatch.setattr(finetune, "apply", lambda *args: seen.extend(os.listdir()) or apply(*args))

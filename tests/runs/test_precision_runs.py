@@ -56,7 +56,8 @@ def test_float16_learns_as_float32_does(tmp_path, monkeypatch):
     for dtype in ("float32", "float16"):
         assert go("finetune", dtype=dtype, out=dtype, epochs=6, protocol="strict").code == 0
         [row] = map(json.loads, Path(dtype, "results.jsonl").read_text().splitlines())
-        losses[dtype] = [log["loss"] for log in log_rows(next(Path(dtype).glob("csv_train/*/")))]
+        [log] = Path(dtype).glob("csv_train/*/log.jsonl")
+        losses[dtype] = [entry["loss"] for entry in log_rows(log.parent)]
         assert row["dtype"] == dtype
     assert losses["float16"][-1] == pytest.approx(losses["float32"][-1], abs=0.1)
     assert losses["float32"][-1] < losses["float32"][0] - 0.1
