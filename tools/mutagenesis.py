@@ -160,6 +160,8 @@ def mutate(model, args):
             label, found, more = explain(model, codes, at, checks, bar)
             f.writelines(table_lines(name, codes, label, found, more))
             rows = data.rows_of(codes, [len(codes)], None, {})
+            if rows.first is not None:
+                raise ValueError(f"{args.file}: sequence_2: not for pairs; give single sequences")
             counts.update(count_block(model.net, rows, finetune.n_bases(model.net, rows)))
             for check, x in more.items():
                 alike[check].append(agreement(found, x))
