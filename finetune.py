@@ -314,33 +314,32 @@ class BertHead(nn.Module):
         return np.minimum(n, np.maximum(room - n[:, ::-1], [room - room // 2, room // 2])), n
 
     def pair_inputs(self, rows, index):
-        """Tokens [CLS] k-mers [SEP] k-mers [SEP], mask, None, types: 1 behind the first [SEP]."""
+        """Tokens [CLS] k-mers [SEP] k-mers [SEP], mask, None. All of type 0: no other is pretrained."""
         n, k, device = self.pair_kmers(rows, index)[0], self.spec["k"], rows.bases.device
         T = min(-(-(int(n.sum(1).max()) + 3) // 32) * 32, self.bert.config.block_size)
         a, end, start, second = (data.to_device(x, device)[:, None] for x in (
             n[:, 0] + 1, n.sum(1) + 2, rows.offsets[index], rows.offsets[index] + rows.first[index] + 1))
         at, kmer = (torch.arange(n, device=device) for n in (T, k))
-        types = at > a                                       # [SEP] are at a and end
-        first = torch.where(types, second + (at - a - 1) * self.spec["stride"],
-                            start + (at - 1) * self.spec["stride"])            # base of each k-mer
+        first = torch.where(at < a, start - self.spec["stride"], second - (a + 1) * self.spec["stride"])
+        first = first + at * self.spec["stride"]             # base of each k-mer; [SEP] are at a and end
         bases = rows.bases[(first[..., None] + kmer).clamp_(0, len(rows.bases) - 1)].view(-1, k)
         tokens = data.kmer_tokens(bases, k, 1).view(first.shape).masked_fill(at == 0, data.CLS)
         tokens = tokens.masked_fill((at == a) | (at == end), data.SEP).masked_fill(at > end, data.PAD)
-        return tokens, at <= end, None, types.long()
+        return tokens, at <= end, None
 
-    def forward(self, tokens, mask=None, n_windows=None, types=None):
-        def read(tokens, mask, types):
-            return torch.tanh(self.pooler(self.bert.encode(tokens, mask, first=1, types=types)[:, 0]))
-        x = over_windows(in_parts(read, self.micro_batch_size, tokens, mask, types), n_windows)      # (B, C)
+    def forward(self, tokens, mask=None, n_windows=None):
+        x = in_parts(lambda *windows: torch.tanh(self.pooler(self.bert.encode(*windows, first=1)[:, 0])),
+                     self.micro_batch_size, tokens, mask)    # (B, C)
+        x = over_windows(x, n_windows)
         with torch.autocast(x.device.type, enabled=False):   # bf16 is too coarse for a large target
             return self.out(F.dropout(x.float(), self.bert.config.dropout, self.training))
 
-    def embed(self, tokens, mask=None, n_windows=None, types=None, layer=None):
+    def embed(self, tokens, mask=None, n_windows=None, layer=None):
         """Mean over the k-mers, or over the [CLS] of the windows, or both concatenated."""
-        def sums(tokens, mask, types):
-            return summed(self.spec["pool"], self.bert.encode(tokens, mask, layer=layer, types=types), {
+        def sums(tokens, mask):
+            return summed(self.spec["pool"], self.bert.encode(tokens, mask, layer=layer), {
                 "mean": (tokens == data.UNK) | (tokens > data.MASK), "cls": tokens == data.CLS})
-        return pooled(*in_parts(sums, self.micro_batch_size, tokens, mask, types), n_windows)
+        return pooled(*in_parts(sums, self.micro_batch_size, tokens, mask), n_windows)
 
     def per_base(self, rows, index, layer=None):
         x = in_parts(lambda *windows: self.bert.encode(*windows, layer=layer).float().cpu(),
@@ -922,11 +921,10 @@ class Model:
         if net.BODY != "bert" or "classes" in net.spec or not net.bert.ln_head.weight.any():
             raise ValueError(f"--init {self.init}: no masked-LM head to score with; give a BERT as "
                              f"randommask.py or cm_gems.py pretrains it (a classifier has predict)")
-        def scored(tokens, mask, n_windows, types=None):
-            if types is not None:
-                raise ValueError("score takes single sequences, not pairs; score each by itself")
-            return pooled(*in_parts(net.log_p, self.micro_batch_size, tokens, mask), n_windows)
-        return self.apply(sequences, scored)[:, 0]
+        if getattr(sequences, "first", None) is not None or any(isinstance(x, tuple) for x in sequences):
+            raise ValueError("score takes single sequences, not pairs; score each by itself")
+        return self.apply(sequences, lambda tokens, mask, n_windows: pooled(
+            *in_parts(net.log_p, self.micro_batch_size, tokens, mask), n_windows))[:, 0]
 
     def predict(self, sequences, empty=False):
         """Probabilities of the classes or labels, or the values of a regression: (n, number of outputs).

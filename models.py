@@ -109,7 +109,7 @@ class Bert(nn.Module):
         C, V = config.n_embd, config.vocab_size
         self.tok_emb = nn.Embedding(V, C, padding_idx=PAD)   # tied to the decoder of the masked-LM head
         self.pos_emb = nn.Embedding(config.block_size, C)
-        self.type_emb = nn.Embedding(2, C)                   # BERT's segments: row 1 for the second of a pair
+        self.type_emb = nn.Embedding(2, C)                   # BERT's segments; DNA uses row 0 only
         self.ln_emb = nn.LayerNorm(C, EPS)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.head, self.ln_head = nn.Linear(C, C), nn.LayerNorm(C, EPS)
@@ -122,19 +122,17 @@ class Bert(nn.Module):
         with torch.no_grad():
             self.tok_emb.weight[PAD] = 0
 
-    def encode(self, tokens, mask=None, need_weights=False, first=None, layer=None, types=None):
+    def encode(self, tokens, mask=None, need_weights=False, first=None, layer=None):
         """tokens (B, T) -> hidden states (B, T, C); need_weights: also each layer's attention (B, H, T, T).
 
         mask: bool (B, T), True = real token; None if no row is padded (fast path).
         first: return only the first N hidden states; the last layer then computes no others.
         layer: return the states after that many layers (0: the input embeddings), not the last ones.
-        types: (B, T), 1 for the tokens of the second sequence of a pair; None: 0 for all.
         """
         T, p = tokens.shape[1], self.config.dropout if self.training else 0.0
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens for {self.config.block_size} positions; use shorter sequences")
-        x = self.tok_emb(tokens) + self.pos_emb.weight[:T]
-        x = x + self.type_emb.weight[0 if types is None else types]
+        x = self.tok_emb(tokens) + self.pos_emb.weight[:T] + self.type_emb.weight[0]
         x, all_weights = F.dropout(self.ln_emb(x), p), []
         for i, block in enumerate([*self.blocks][:layer], 1):
             x, weights = block(x, mask, need_weights, first if i == len(self.blocks) else None)
@@ -493,7 +491,7 @@ def kmer_tokenizer(k, stride):
     words = vocabulary(k)
     single = [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
               {"SpecialToken": {"id": "[SEP]", "type_id": 0}}]
-    second = [{"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": "[SEP]", "type_id": 1}}]
+    second = [{"Sequence": {"id": "B", "type_id": 0}}, {"SpecialToken": {"id": "[SEP]", "type_id": 0}}]
     return {
         "version": "1.0", "truncation": None, "padding": None, "decoder": None,
         "added_tokens": [{"id": i, "content": word, "special": True, "normalized": False, "lstrip": False,

@@ -27,13 +27,13 @@ def head(**spec):
 
 
 def literal(a, b, k, stride, room=99):
-    """Words of [CLS] a [SEP] b [SEP], and their types; while there are too many k-mers, the longer loses one."""
+    """Ids of [CLS] a [SEP] b [SEP], n k-mers of each; while these are too many, the longer loses one."""
     a, b = ([text[i:i + k] for i in range(0, len(text) - k + 1, stride)] for text in (a, b))
     while len(a) + len(b) > room:
         (a if len(a) > len(b) else b).pop()
     ids = {word: i for i, word in enumerate(models.vocabulary(k))}
     words = ["[CLS]", *a, "[SEP]", *b, "[SEP]"]
-    return [ids.get(word, data.UNK) for word in words], [0] * (len(a) + 2) + [1] * (len(b) + 1)
+    return [ids.get(word, data.UNK) for word in words], (len(a), len(b))
 
 
 @pytest.mark.parametrize("stride, long", [(1, "chunk"), (2, "chunk"), (3, "chunk"), (1, "truncate"),
@@ -44,13 +44,13 @@ def test_tokens_of_pairs(stride, long):
         pairs += list(zip(texts_of(9, 3, 2, 150), texts_of(9, 4, 2, 150)))
     rows, net = on_cpu(pairs), head(stride=stride, long=long)
     index = np.random.default_rng(0).permutation(len(pairs))
-    tokens, mask, n_windows, types = net.inputs(rows, index)
+    tokens, mask, n_windows = net.inputs(rows, index)
     assert n_windows is None
-    for i, *row in zip(index, tokens.tolist(), types.tolist(), mask.tolist()):
-        words, kinds = literal(*pairs[i], 3, stride, 31)
+    for i, *row in zip(index, tokens.tolist(), mask.tolist()):
+        words, _ = literal(*pairs[i], 3, stride, 31)
         n, n_pad = len(words), tokens.shape[1] - len(words)
-        assert row[0] == words + [data.PAD] * n_pad and row[1][:n] == kinds
-        assert row[2] == [True] * n + [False] * n_pad
+        assert row[0] == words + [data.PAD] * n_pad
+        assert row[1] == [True] * n + [False] * n_pad
     lost = sum(literal(*pair, 3, stride) != literal(*pair, 3, stride, 31) for pair in pairs)
     short = sum(min(map(len, pair)) < 3 for pair in pairs)
     assert finetune.count_unfit(net, rows) == {"truncated": lost, "shorter_than_k": short}
@@ -64,8 +64,8 @@ def test_bases_that_are_read(stride):
     rows, net = data.rows_from(pairs), head(stride=stride, long="truncate")
     want = []
     for pair in pairs:
-        kinds, n = literal(*pair, 3, stride, 31)[1], 0
-        for text, n_kmers in zip(pair, (kinds.count(0) - 2, kinds.count(1) - 1)):
+        n = 0
+        for text, n_kmers in zip(pair, literal(*pair, 3, stride, 31)[1]):
             starts = range(0, n_kmers * stride, stride)
             n += len({j for i in starts if "N" not in text[i:i + 3] for j in range(i, i + 3)})
         want.append(n)
@@ -73,9 +73,9 @@ def test_bases_that_are_read(stride):
 
 
 def test_logits_are_those_of_transformers(tmp_path):
-    """Also through the exported tokenizer, whose template for pairs has the same types."""
+    """Also through the exported tokenizer, whose template for pairs has only type 0."""
     net = head(classes=("no", "yes"), regression=False, pairs=True)
-    net.bert.type_emb.weight.data[1] += 1                    # a type that is not read would show
+    net.bert.type_emb.weight.data[1] += 1                    # a type 1 would show
     models.save_hf(net, str(tmp_path / "x"), net.spec["classes"])
     theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "x").eval()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "x")
@@ -94,7 +94,8 @@ def test_both_strands_of_pairs():
     others = list(zip(flipped(A), flipped(B)))
     want = data.rows_from(PAIRS + others[::-1])
     assert both.bases.tolist() == want.bases.tolist() and both.offsets.tolist() == want.offsets.tolist()
-    assert both.first.tolist() == want.first.tolist() and both.labels.tolist() == [*range(7), *range(6, -1, -1)]
+    assert both.first.tolist() == want.first.tolist()
+    assert both.labels.tolist() == [*range(7), *range(6, -1, -1)]
     net, rows = head(strands="average"), on_cpu(PAIRS)
     got, net.spec["strands"] = finetune.apply(net, rows, 4), "forward"
     one, other = finetune.apply(net, rows, 4), finetune.apply(net, on_cpu(others), 4)
@@ -129,8 +130,8 @@ def test_embeddings_and_scores_of_pairs():
     net = head(pool="mean")
     model = finetune.Model("x", net, "cpu")
     for pair, got in zip(PAIRS, model.embed(PAIRS)):
-        tokens, types = (torch.tensor([x]) for x in literal(*pair, 3, 1))
-        x = net.bert.encode(tokens, types=types)[0][tokens[0] > data.MASK]
+        tokens = torch.tensor([literal(*pair, 3, 1)[0]])
+        x = net.bert.encode(tokens)[0][tokens[0] > data.MASK]
         assert got == pytest.approx(x.mean(0).detach().numpy(), abs=1e-4)
     net.bert.ln_head.weight.data += 1
     with pytest.raises(ValueError, match="single sequences, not pairs"):
@@ -147,7 +148,7 @@ def test_embeddings_and_scores_of_pairs():
     ({}, [*PAIRS, ("ACGT", "")], "sequence 7: no sequence_2; complete"),
     ({}, [("", "ACGT")], "sequence 0: no sequence; complete"),
     ({}, [("ACGT", "AC\nGT")], r"sequence 0: '\\n' is not a DNA letter"),
-    ({}, [*PAIRS, "ACGT"], "give a list of one string"), ({}, [("AC", "AC", "AC")], "give a list of one string")])
+    ({}, [*PAIRS, "ACGT"], "give a list of one string"), ({}, [("AC",) * 3], "give a list of one string")])
 def test_what_reads_no_pairs_says_so(spec, sequences, message):
     net = finetune.build_net(({} if "kind" in spec else SPEC) | {"n_out": 2} | spec).eval()
     with pytest.raises(ValueError, match=message):
