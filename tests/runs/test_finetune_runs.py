@@ -139,7 +139,7 @@ def test_pairs_are_learnt_together(here):
     for name, head in ("train", "sequence label"), ("test", "sequence sequence_2 label"):
         write_table(f"{name}.csv", head, [("ACGTACGT", *["ACGTACGA"] * (name == "test"), i) for i in (0, 1)])
     assert "only one has a column sequence_2" in refused(tune(csv=["train.csv", "test.csv"]))
-    assert "kind cnn reads no pairs" in refused(tune(csv="pairs.csv", init="cnn"))
+    assert "kind penguinn reads no pairs" in refused(tune(csv="pairs.csv", init="penguinn"))
     assert "not for pairs" in refused(run(["pairs.csv", "--init", row["model"]], script="tools.mutagenesis"))
 
 

@@ -15,8 +15,8 @@ A, B = texts_of(7, 1, 8, 18), texts_of(7, 2, 8, 18)          # of 6 to 15 3-mers
 PAIRS = list(zip(A, B))
 
 
-def on_cpu(pairs, labels=None):
-    return finetune.on_device(data.rows_from(pairs, labels), "cpu")
+def on_cpu(pairs):
+    return finetune.on_device(data.rows_from(pairs), "cpu")
 
 
 def head(**spec):
@@ -90,7 +90,7 @@ def test_logits_are_those_of_transformers(tmp_path):
 
 
 def test_both_strands_of_pairs():
-    both = data.both_strands(on_cpu(PAIRS, list(range(7))))
+    both = data.both_strands(data.rows_from(PAIRS, list(range(7))))
     others = list(zip(flipped(A), flipped(B)))
     want = data.rows_from(PAIRS + others[::-1])
     assert both.bases.tolist() == want.bases.tolist() and both.offsets.tolist() == want.offsets.tolist()
