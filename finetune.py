@@ -792,10 +792,10 @@ def bases_read(rows, lengths, k=1, stride=1):
     return np.add.reduceat(np.cumsum(edges[:-1]) > 0, starts, dtype=np.int64)
 
 
-def check_pairs(net, rows):
+def check_pairs(spec, rows):
     """ValueError for pairs that the network does not read, and for single sequences where it wants pairs."""
-    spec, pairs = net.spec, rows.first is not None
-    if pairs and spec["kind"] != "bert":
+    pairs = rows.first is not None
+    if pairs and spec["kind"] not in ("bert", "kmer"):
         raise ValueError(f"sequence_2: a network of the kind {spec['kind']} reads no pairs; use a BERT "
                          f"over k-mers, or --init kmer")
     if "classes" in spec and pairs != spec["pairs"]:
@@ -813,7 +813,7 @@ def count_unfit(net, rows):
 
 def n_bases(net, rows):
     """Number of A, C, G and T that the network reads of each sequence; of 0, its outputs mean nothing."""
-    check_pairs(net, rows)
+    check_pairs(net.spec, rows)
     if rows.first is None:
         return bases_read(rows, *net.read(np.diff(rows.offsets)))
     n, k, stride = net.pair_kmers(rows, np.arange(len(rows.first)))[0], net.spec["k"], net.spec["stride"]
@@ -841,7 +841,7 @@ def apply(net, rows, micro_batch_size, function=None):
     Their means over both strands if the spec says average. Sequences of similar length share a forward pass.
     InterruptedError after a stop signal.
     """
-    check_pairs(net, rows)
+    check_pairs(net.spec, rows)
     average = net.spec["strands"] == "average"
     rows = data.both_strands(rows) if average else rows
     function, lengths = function or net, np.diff(rows.offsets)
@@ -1512,6 +1512,7 @@ def run_one(task, splits, key, start, args, device):
     train = parts["train"]
     spec = complete(start.spec, key, args, task, int(np.diff(train.offsets).max()))
     spec |= {"pairs": True} if train.first is not None else {}
+    check_pairs(spec, train)
     identity, old = run_id(key, spec), run_id({name: key[name] for name in key if name != "classes"}, spec)
     title = f"{task.name}{shots} | {key['init']} | seed {key['seed']}"
     for row in read_rows(args.out):
