@@ -157,11 +157,11 @@ def mutate(model, args):
     with data.new_path(out) as file, io.TextIOWrapper(file, "utf-8") as f, bar:
         f.write("\t".join(["id", "position", "ref", "alt", "effect", "output", *alike]) + "\n")
         for name, codes in read_sequences(args.file, args.window, args.step):
+            if data.BETWEEN in codes:
+                raise ValueError(f"{args.file}: sequence_2: not for pairs; give single sequences")
             label, found, more = explain(model, codes, at, checks, bar)
             f.writelines(table_lines(name, codes, label, found, more))
             rows = data.rows_of(codes, [len(codes)], None, {})
-            if rows.first is not None:
-                raise ValueError(f"{args.file}: sequence_2: not for pairs; give single sequences")
             counts.update(count_block(model.net, rows, finetune.n_bases(model.net, rows)))
             for check, x in more.items():
                 alike[check].append(agreement(found, x))
