@@ -16,6 +16,7 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -37,6 +38,7 @@ LETTERS_ONLY = "use A, C, G, T, N or IUPAC codes"           # the end of message
 PAD, UNK, CLS, SEP, MASK = range(5)
 BLANK = 5                                                    # stands for "no base": zeros in one_hot
 SOFT = 8                                                     # added to the codes of soft-masked bases
+BETWEEN = 6                                                  # stands between the two sequences of a pair
 AMBIGUOUS = b"NRYSWKMBDHVnryswkmbdhv"                        # IUPAC codes of several bases: all become N,
 DRAWN = {"R": "AG", "Y": "CT", "S": "CG", "W": "AT", "K": "GT", "M": "AC",     # or one of these bases
          "B": "CGT", "D": "AGT", "H": "ACT", "V": "ACG"}
@@ -1007,7 +1009,7 @@ Task = namedtuple("Task", "name suite classes regression metric length rows fold
 # The sequences of a split. bases: uint8 codes, end to end; offsets: int64 (n + 1,), their limits in bases;
 # labels: int64 (n,) ids, float64 (n, targets), bool (n, labels) or None; notes: {what is unusual but
 # accepted: its rows}.
-Rows = namedtuple("Rows", "bases offsets labels notes")
+Rows = namedtuple("Rows", "bases offsets labels notes first", defaults=[None])
 BINARY = "negative", "positive"
 SUITES = {                                                   # suite: where it comes from, licence as stated
     "GUE": ("github.com/MAGICS-LAB/DNABERT_2 (GUE.zip)", "not stated"),
@@ -1136,7 +1138,7 @@ def row_keys(rows, strands=True):
     keys = [bases[start:end] for start, end in zip(offsets, offsets[1:])]
     if not strands:
         return keys
-    other = reverse_complement(rows.bases).tobytes()         # of all of them, end to end
+    other = other_strands(rows).tobytes()
     return [min(key, other[n - end:n - start]) for key, start, end in zip(keys, offsets, offsets[1:])]
 
 
@@ -1186,7 +1188,8 @@ def rows_of(bases, lengths, labels, notes, **masks):
         is_ids = labels.dtype.kind == "i"
         labels = labels.astype(np.int64 if is_ids else bool if labels.dtype.kind == "b" else np.float64)
         labels = labels if is_ids else labels.reshape(len(lengths), -1)
-    rows = Rows(bases, np.concatenate([[0], np.cumsum(lengths)]), labels, {})
+    rows, between = Rows(bases, np.concatenate([[0], np.cumsum(lengths)]), labels, {}), bases == BETWEEN
+    rows = rows._replace(first=np.flatnonzero(between) - rows.offsets[:-1]) if between.any() else rows
     n_exact, keys = len(set(row_keys(rows, strands=False))), row_keys(rows)
     counts = {"duplicates": len(keys) - n_exact, "reverse_complements": n_exact - len(set(keys))}
     if labels is not None:                                   # of one sequence, on either strand
@@ -1197,8 +1200,14 @@ def rows_of(bases, lengths, labels, notes, **masks):
 
 
 def rows_from(sequences, labels=None, notes=None, places=None):
-    """Make Rows of DNA strings. ValueError for what is not DNA; places: what to call each sequence there."""
-    places = places or [f"sequence {i}" for i in range(len(sequences))]
+    """Make Rows of DNA strings, or of pairs of strings. ValueError for what is not DNA; places: what to call
+    each sequence there."""
+    places, first = places or [f"sequence {i}" for i in range(len(sequences))], None
+    if sequences and not isinstance(sequences[0], str):
+        for pair, place in zip(sequences, places):
+            if not all(pair):
+                raise ValueError(f"{place}: no sequence{'_2' * bool(pair[0])}; complete or remove the pair")
+        first, sequences = [len(a) for a, _ in sequences], [f"{a}N{b}" for a, b in sequences]
     text, lengths = "".join(sequences), np.array(list(map(len, sequences)))
     ascii_codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
     bases = CODE[ascii_codes]
@@ -1209,16 +1218,34 @@ def rows_from(sequences, labels=None, notes=None, places=None):
         row = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
         hint = BAD_LETTER.get(text[at].upper().encode(), f"in {quoted(sequences[row][:40])}")
         raise ValueError(f"{places[row]}: {quoted(text[at])} is not a DNA letter ({hint}); {LETTERS_ONLY}")
+    if first:
+        bases[np.cumsum(lengths) - lengths + first] = BETWEEN
     is_n = ascii_codes & 0xDF == ord("N")                    # N or n
     return rows_of(bases, lengths, labels, notes or {}, lower_case=ascii_codes > ord("Z"),
                    ambiguous=(bases == 4) & ~is_n)
 
 
+def halves(rows):
+    """Return the offsets of the parts of pairs: the first sequence, what is between them, the second."""
+    start = rows.offsets[:-1]
+    return np.append(np.stack([start, start + rows.first, start + rows.first + 1], 1), rows.offsets[-1])
+
+
+def other_strands(rows):
+    """Return the bases of the reverse complements, from the last row on; those of a pair stay in place."""
+    if rows.first is None:
+        return reverse_complement(rows.bases)
+    offsets = halves(rows)
+    end, size = (x.reshape(-1, 3)[::-1].ravel() for x in (offsets[1:], np.diff(offsets)))
+    bases = rows.bases[np.repeat(end - 1 + np.cumsum(size) - size, size) - np.arange(len(rows.bases))]
+    return bases ^ (bases < 4)
+
+
 def both_strands(rows):
     """Return n Rows with their reverse complements behind: that of sequence i is sequence 2 n - 1 - i."""
     join = torch.cat if torch.is_tensor(rows.bases) else np.concatenate
-    labels = None if rows.labels is None else np.concatenate([rows.labels, rows.labels[::-1]])
-    return rows._replace(bases=join([rows.bases, reverse_complement(rows.bases)]), labels=labels,
+    labels, first = (None if x is None else np.concatenate([x, x[::-1]]) for x in (rows.labels, rows.first))
+    return rows._replace(bases=join([rows.bases, other_strands(rows)]), labels=labels, first=first,
                          offsets=np.concatenate([rows.offsets, 2 * len(rows.bases) - rows.offsets[-2::-1]]))
 
 
@@ -1475,24 +1502,26 @@ def read_table(path, classes=None, targets=None, labels=True, multilabel=False, 
     classes: the labels in the order of their ids; None: notes["classes"] holds those found, sorted.
     targets: number columns of a regression, or of 0 and 1 (multilabel); labels=False: sequences only, and
     notes["names"], a column id or name, if there is one of them; flags: of column_flags. K-mer text is
-    joined."""
-    wanted = {"sequence": ["sequence", "seq"]} | {name: [name.lower()] for name in targets or ()}
+    joined. With a column sequence_2 the sequences are pairs."""
+    wanted = {"sequence": ["sequence", "seq"], "sequence_2": ["sequence_2"]}
+    wanted |= {name: [name.lower()] for name in targets or ()}
     if labels and not targets:
         wanted["label"] = ["label", "class"]
     wanted |= {} if labels else {"id": ["id"]} if flags["id"] else {"id": ["id"], "name": ["name"]}
     wanted |= {name: [flags[name].lower()] for name in wanted if flags.get(name)}
-    columns, places = read_columns(os.fspath(path), wanted, () if flags["id"] else ("id", "name"),
-                                   flags["delimiter"])
-    sequences, notes = columns.pop("sequence"), {"kmer_text": 0}
+    optional = ("sequence_2",) if flags["id"] else ("id", "name", "sequence_2")
+    columns, places = read_columns(os.fspath(path), wanted, optional, flags["delimiter"])
+    texts, notes = [columns.pop(x) for x in ("sequence", "sequence_2") if x in columns], {"kmer_text": 0}
     if not labels:
         notes["names"] = next(iter(columns.values())) if len(columns) == 1 else None
         for name, place in zip(notes["names"] or (), places):
             if not name or not name.isprintable():
                 raise ValueError(f"{place}: {quoted(name)} is no name; give one, without control characters")
-    for i, text in enumerate(sequences):
-        if " " in text:
-            sequences[i] = join_kmers(text, places[i])
+    for column, i in itertools.product(texts, range(len(places))):
+        if " " in column[i]:
+            column[i] = join_kmers(column[i], places[i])
             notes["kmer_text"] += 1
+    sequences = texts[0] if len(texts) == 1 else list(zip(*texts))
     rows_from(sequences, places=places)                      # ValueError where one is not DNA
     if targets:
         return sequences, (zeros_and_ones if multilabel else numbers)(columns, places), notes

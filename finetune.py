@@ -33,7 +33,7 @@ import signal
 import time
 import unicodedata
 import warnings
-from collections import namedtuple
+from collections import Counter, namedtuple
 
 import numpy as np
 import torch
@@ -295,10 +295,37 @@ class BertHead(nn.Module):
 
     def inputs(self, rows, index):
         """Tokens, mask, and the number of windows of each sequence (None: one window a sequence)."""
+        if rows.first is not None:
+            return self.pair_inputs(rows, index)
         owner, first, n = self.windows(lengths_of(rows, index))
         tokens, mask = self.tokens(rows.bases, rows.offsets[index][owner] + first, n)
         alone = len(owner) == len(index)
         return tokens, mask, None if alone else data.to_device(np.bincount(owner), tokens.device)
+
+    def pair_kmers(self, rows, index):
+        """Numbers of k-mers of the two sequences of each pair, as read and as they are: (B, 2) each."""
+        first, room = rows.first[index], self.bert.config.block_size - 3
+        lengths = np.stack([first, lengths_of(rows, index) - 1 - first], 1)
+        n = np.maximum((lengths - self.spec["k"]) // self.spec["stride"] + 1, 0)
+        n_long = int((n.sum(1) > room).sum())
+        if n_long and self.spec["long"] == "chunk":
+            raise ValueError(f"sequence_2: {n_long:,} pairs have more than {room} k-mers; cut the "
+                             f"longer sequence by --long truncate, or give shorter ones")
+        return np.minimum(n, np.maximum(room - n[:, ::-1], [room - room // 2, room // 2])), n
+
+    def pair_inputs(self, rows, index):
+        """Tokens [CLS] k-mers [SEP] k-mers [SEP], mask, None. All of type 0: no other is pretrained."""
+        n, k, device = self.pair_kmers(rows, index)[0], self.spec["k"], rows.bases.device
+        T = min(-(-(int(n.sum(1).max()) + 3) // 32) * 32, self.bert.config.block_size)
+        a, end, start, second = (data.to_device(x, device)[:, None] for x in (
+            n[:, 0] + 1, n.sum(1) + 2, rows.offsets[index], rows.offsets[index] + rows.first[index] + 1))
+        at, kmer = (torch.arange(n, device=device) for n in (T, k))
+        first = torch.where(at < a, start - self.spec["stride"], second - (a + 1) * self.spec["stride"])
+        first = first + at * self.spec["stride"]             # base of each k-mer; [SEP] are at a and end
+        bases = rows.bases[(first[..., None] + kmer).clamp_(0, len(rows.bases) - 1)].view(-1, k)
+        tokens = data.kmer_tokens(bases, k, 1).view(first.shape).masked_fill(at == 0, data.CLS)
+        tokens = tokens.masked_fill((at == a) | (at == end), data.SEP).masked_fill(at > end, data.PAD)
+        return tokens, at <= end, None
 
     def forward(self, tokens, mask=None, n_windows=None):
         x = in_parts(lambda *windows: torch.tanh(self.pooler(self.bert.encode(*windows, first=1)[:, 0])),
@@ -613,9 +640,10 @@ SPEC = {"kind": HEADS.__contains__, "n_out": is_size, "k": is_size, "length": is
         "long": lambda x: x in ("chunk", "truncate"), "dtype": lambda x: x in training.DTYPES[1:],
         "pool": lambda x: x in ("mean", "cls", "both"), "head": lambda x: x in ("linear", "mlp"),
         "binary": lambda x: type(x) is bool, "multilabel": lambda x: type(x) is bool,
-        "strands": lambda x: x in ("forward", "augment", "average")}
+        "pairs": lambda x: type(x) is bool, "strands": lambda x: x in ("forward", "augment", "average")}
 DEFAULTS = {"long": "chunk", "dtype": "float32", "n_out": 1, "pool": "mean", "head": "linear",
-            "n_blocks": None, "strands": "forward", "multilabel": False}       # what a spec may leave out
+            "n_blocks": None, "strands": "forward", "multilabel": False,       # what a spec may leave out
+            "pairs": False}
 
 
 def build_net(spec, weights=None, seed=42):
@@ -701,7 +729,8 @@ def read_folder(folder):
     """A folder of transformers -> (spec, weights): a BERT over k-mers becomes ours, others are theirs."""
     path = os.path.join(folder, "config.json")
     try:
-        is_ours = models.is_kmer_bert(models.read_json(path))
+        config = models.read_json(path)
+        is_ours = models.is_kmer_bert(config)
     except (OSError, ValueError, TypeError, RecursionError) as e:
         raise ValueError(f"{path}: {str(e):.200}; give a folder with a model of transformers") from None
     if is_ours:
@@ -710,7 +739,8 @@ def read_folder(folder):
         if outputs:                                          # a classifier
             own, classes, problem = outputs
             spec |= {"n_out": len(classes), "classes": classes, "regression": problem == "regression",
-                     "multilabel": problem == "multi_label_classification"}
+                     "multilabel": problem == "multi_label_classification",
+                     "pairs": config.get("pairs") is True}
             weights = {f"bert.{name}": tensor for name, tensor in weights.items()} | own
     else:
         config, files, weights = models.load_other(folder)
@@ -762,9 +792,33 @@ def bases_read(rows, lengths, k=1, stride=1):
     return np.add.reduceat(np.cumsum(edges[:-1]) > 0, starts, dtype=np.int64)
 
 
+def check_pairs(spec, rows):
+    """ValueError for pairs that the network does not read, and for single sequences where it wants pairs."""
+    pairs = rows.first is not None
+    if pairs and spec["kind"] not in ("bert", "kmer"):
+        raise ValueError(f"sequence_2: a network of the kind {spec['kind']} reads no pairs; use a BERT "
+                         f"over k-mers, or --init kmer")
+    if "classes" in spec and pairs != spec["pairs"]:
+        was = ("single sequences; give no pairs", "pairs of sequences (sequence, sequence_2); give these")
+        raise ValueError(f"the model was fine-tuned on {was[spec['pairs']]}")
+
+
+def count_unfit(net, rows):
+    """{what does not fit the network: number of sequences, or of pairs}."""
+    if rows.first is None:
+        return net.count(np.diff(rows.offsets))
+    kept, n = net.pair_kmers(rows, np.arange(len(rows.first)))
+    return {"truncated": int((kept < n).any(1).sum()), "shorter_than_k": int((n == 0).any(1).sum())}
+
+
 def n_bases(net, rows):
     """Number of A, C, G and T that the network reads of each sequence; of 0, its outputs mean nothing."""
-    return bases_read(rows, *net.read(np.diff(rows.offsets)))
+    check_pairs(net.spec, rows)
+    if rows.first is None:
+        return bases_read(rows, *net.read(np.diff(rows.offsets)))
+    n, k, stride = net.pair_kmers(rows, np.arange(len(rows.first)))[0], net.spec["k"], net.spec["stride"]
+    lengths = np.insert(np.where(n, (n - 1) * stride + k, 0), 1, 0, axis=1).ravel()
+    return bases_read(rows._replace(offsets=data.halves(rows)), lengths, k, stride).reshape(-1, 3).sum(1)
 
 
 def pieces(net, index, lengths, micro_batch_size):
@@ -787,6 +841,7 @@ def apply(net, rows, micro_batch_size, function=None):
     Their means over both strands if the spec says average. Sequences of similar length share a forward pass.
     InterruptedError after a stop signal.
     """
+    check_pairs(net.spec, rows)
     average = net.spec["strands"] == "average"
     rows = data.both_strands(rows) if average else rows
     function, lengths = function or net, np.diff(rows.offsets)
@@ -805,10 +860,12 @@ def mean_of_strands(outputs):
 
 
 def texts(sequences):
-    """Return what the user gives as sequences as a list of strings; ValueError where it is none."""
+    """Return what the user gives as sequences as a list of strings, or of pairs; ValueError else."""
     found = [] if isinstance(sequences, str | dict) else list(sequences)
-    if not found or not all(isinstance(text, str) for text in found):
-        raise ValueError(f"sequences: {data.quoted(str(sequences)[:40])}: give a list of one string or more")
+    kinds = {str if isinstance(x, str) else (*map(type, x),) if isinstance(x, tuple) else None for x in found}
+    if kinds not in ({str}, {(str, str)}):
+        raise ValueError(f"sequences: {data.quoted(str(sequences)[:40])}: give a list of one string or more, "
+                         f"or of one pair (string, string) or more")
     return found
 
 
@@ -864,6 +921,8 @@ class Model:
         if net.BODY != "bert" or "classes" in net.spec or not net.bert.ln_head.weight.any():
             raise ValueError(f"--init {self.init}: no masked-LM head to score with; give a BERT as "
                              f"randommask.py or cm_gems.py pretrains it (a classifier has predict)")
+        if getattr(sequences, "first", None) is not None or any(isinstance(x, tuple) for x in sequences):
+            raise ValueError("score takes single sequences, not pairs; score each by itself")
         return self.apply(sequences, lambda tokens, mask, n_windows: pooled(
             *in_parts(net.log_p, self.micro_batch_size, tokens, mask), n_windows))[:, 0]
 
@@ -962,7 +1021,10 @@ def random_strands(index, n, seed, step):
 
 
 def kmer_counts(rows):
-    """Counts of the 5-mers without N: float32 (n, 1024)."""
+    """Counts of the 5-mers without N: float32 (n, 1024); of a pair, those of both side by side (n, 2048)."""
+    if rows.first is not None:
+        counts = kmer_counts(rows._replace(offsets=data.halves(rows), first=None)).reshape(-1, 3, 4 ** KMER)
+        return counts[:, ::2].reshape(len(counts), -1)
     ids = data.kmer_tokens(torch.from_numpy(rows.bases)[None], KMER, 1)[0].numpy()
     parts = (ids[start:max(end - KMER + 1, start)] for start, end in zip(rows.offsets, rows.offsets[1:]))
     return np.stack([np.bincount(part, minlength=4 ** KMER + 5)[5:].astype(np.float32) for part in parts])
@@ -1153,21 +1215,24 @@ def read_csv(args):
         raise ValueError(f"--csv: {len(args.csv)} tables; give one, train and test, or train, dev and test")
     columns = args.targets or args.multilabel
     names = [name.lower() for name in columns or ()]
-    if len(set(names)) < len(names) or {"sequence", "seq"} & set(names):
+    if len(set(names)) < len(names) or {"sequence", "seq", "sequence_2"} & set(names):
         raise ValueError(f"--targets or --multilabel {' '.join(columns)}: give each column once")
     names = ("train", "test") if len(others) == 1 else ("train", "dev", "test")
     multilabel = bool(args.multilabel)
     flags = data.column_flags(args)
     sequences, labels, notes = data.read_table(first, targets=columns, multilabel=multilabel, flags=flags)
+    pairs = type(sequences[0]) is tuple
     classes = tuple(columns or notes.pop("classes"))
     rows = [data.rows_from(sequences, labels, notes)]
-    print(f"{first}: {len(labels):,} rows; {rows[0].notes}", flush=True)
+    print(f"{first}: {len(labels):,} rows; {rows[0].notes}{', pairs (sequence_2)' * pairs}", flush=True)
     if columns:
         describe_targets(rows[0].labels, columns)
     else:
         say_alike(classes)
     for path in others:
         rows.append(data.rows_from(*data.read_table(path, classes, columns, True, multilabel, flags)))
+        if pairs != (rows[-1].first is not None):
+            raise ValueError(f"{first}, {path}: only one has a column sequence_2; give it in all, or in none")
     if not others:
         table = data.read_groups(first, args.split_by, flags["delimiter"])
         rows = data.split_table(table, rows[0], args.split_by, args.split, args.seed, classes)
@@ -1240,7 +1305,7 @@ def fingerprint(splits):
     Targets count as float32; if that moves one by over a millionth of their sd, what it loses counts, too.
     """
     digest = hashlib.sha256()
-    for bases, offsets, labels, _ in filter(None, splits.values()):
+    for bases, offsets, labels, *_ in filter(None, splits.values()):
         arrays = [bases, offsets, labels]
         if labels.ndim > 1:
             arrays[2] = labels.astype(np.float32)
@@ -1275,7 +1340,7 @@ def count_rows(parts, net, seen):
     if parts["dev"]:
         counts["test_in_dev"] = int(rows_in(parts["test"], parts["dev"]).sum())
     if net is not None:
-        counts |= net.count(np.concatenate([np.diff(rows.offsets) for rows in parts.values() if rows]))
+        counts |= sum((Counter(count_unfit(net, rows)) for rows in parts.values() if rows), Counter())
     for split, rows in parts.items():
         if rows:
             read = n_bases(net, rows) if net is not None else bases_read(rows, np.diff(rows.offsets), KMER)
@@ -1446,7 +1511,10 @@ def run_one(task, splits, key, start, args, device):
     began, shots = time.perf_counter(), f" {key['shots']}-shot" if key["shots"] else ""
     parts, tested_on = assign(splits, key["numbers"], key["seed"], task.classes)
     check_parts(parts, task, key)
-    spec = complete(start.spec, key, args, task, int(np.diff(parts["train"].offsets).max()))
+    train = parts["train"]
+    spec = complete(start.spec, key, args, task, int(np.diff(train.offsets).max()))
+    spec |= {"pairs": True} if train.first is not None else {}
+    check_pairs(spec, train)
     identity, old = run_id(key, spec), run_id({name: key[name] for name in key if name != "classes"}, spec)
     title = f"{task.name}{shots} | {key['init']} | seed {key['seed']}"
     for row in read_rows(args.out):

@@ -494,7 +494,7 @@ def kmer_tokenizer(k, stride):
     words = vocabulary(k)
     single = [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
               {"SpecialToken": {"id": "[SEP]", "type_id": 0}}]
-    second = [{"Sequence": {"id": "B", "type_id": 1}}, {"SpecialToken": {"id": "[SEP]", "type_id": 1}}]
+    second = [{"Sequence": {"id": "B", "type_id": 0}}, {"SpecialToken": {"id": "[SEP]", "type_id": 0}}]
     return {
         "version": "1.0", "truncation": None, "padding": None, "decoder": None,
         "added_tokens": [{"id": i, "content": word, "special": True, "normalized": False, "lstrip": False,
@@ -567,7 +567,7 @@ def save_hf(model, folder, classes=(), problem="single_label_classification", ca
         config |= {"architectures": ["BertForSequenceClassification"],
                    "id2label": {str(i): name for i, name in enumerate(classes)},
                    "label2id": {name: i for i, name in enumerate(classes)},
-                   "problem_type": problem}
+                   "problem_type": problem, "pairs": getattr(model, "spec", {}).get("pairs", False)}
     else:
         tensors |= {"bert.pooler.dense.weight": torch.eye(c.n_embd),
                     "bert.pooler.dense.bias": torch.zeros(c.n_embd)}

@@ -25,8 +25,8 @@ GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.
 REPEATS = "tests/runs/test_repeats_runs.py"
 UNIT = {name: f"tests/unit/test_{name}.py" for name in (
     "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules", "layers",
-    "messages", "models", "mutagenesis", "randommask", "repeats", "splits", "strands", "table", "tools",
-    "training", "variants")}
+    "messages", "models", "mutagenesis", "pairs", "randommask", "repeats", "splits", "strands", "table",
+    "tools", "training", "variants")}
 PRECISION = "tests/runs/test_precision_runs.py"
 Mutant = namedtuple("Mutant", "file what old new tests")
 
@@ -214,7 +214,7 @@ MUTANTS += mutants("finetune.py", [UNIT["finetune_rules"]], {
                                   '"truncated": int((lengths >= self.length)'),
     "Encoder counts nothing cut": ("(lengths > self.room).sum()", "(lengths > 10 ** 9).sum()"),
     "counts what is cut in train only": (
-        "for rows in parts.values() if rows]))", 'for rows in [parts["train"]]]))'),
+        "for rows in parts.values() if rows), Counter())", 'for rows in [parts["train"]]), Counter())'),
     "the same dropout at each step": ('training.seed(key["seed"], done)', 'training.seed(key["seed"], 0)'),
     "the same dropout for every seed": ('training.seed(key["seed"], done)', "training.seed(42, done)"),
     "one table split alike for every seed": ("args.split, args.seed, classes)", "args.split, 42, classes)"),
@@ -351,6 +351,23 @@ MUTANTS += mutants("finetune.py", [UNIT["strands"]], {
     "strands average other sequences": ("outputs[n:][::-1]) / 2", "outputs[n:]) / 2"),
     "dev on one strand": ('rows = data.both_strands(rows) if average else rows\n    function',
                           "average = False\n    function")})
+MUTANTS += mutants("finetune.py", [UNIT["pairs"]], {
+    "no [SEP] between a pair": ("(at == a) | (at == end)", "at == end"),
+    "the second one begins a base early": ("+ rows.first[index] + 1))", "+ rows.first[index]))"),
+    "the shorter one of a pair is cut": ("room - n[:, ::-1], [room", "room - n, [room"),
+    "long pairs are cut unasked": ('if n_long and self.spec["long"] == "chunk":', "if False:"),
+    "any model takes pairs": ('pairs != spec["pairs"]', "False"),
+    "k-mer counts of the first one": ("counts[:, ::2]", "counts[:, :1]"),
+    "the k-mers between a pair are counted": ("np.where(n, (n - 1) * stride + k, 0), 1, 0, axis=1",
+                                              "np.where(n, n * stride + k, 0), 1, 0, axis=1")})
+MUTANTS += mutants("data.py", [UNIT["pairs"]], {
+    "both strands swap a pair": ("    if rows.first is None:\n        return reverse_complement(rows.bases)",
+                                 "    if True:\n        return reverse_complement(rows.bases)"),
+    "an empty second sequence": ("if not all(pair):", "if not any(pair):"),
+    "sequence_2 is dropped": ('"sequence_2": ["sequence_2"]}', '"sequence_2": ["-"]}')})
+MUTANTS += mutants("models.py", [UNIT["pairs"]], {
+    "type 1 in the tokenizer": ('{"id": "B", "type_id": 0}', '{"id": "B", "type_id": 1}'),
+    "an export forgets pairs": ('.get("pairs", False)}', '.get("pair", False)}')})
 MUTANTS += mutants("finetune.py", ["tests/unit/test_labels.py"], {
     "labels weigh as their number": ("return loss / share", "return loss"),
     "the weight of the other value": ("torch.where(labels, weights[1], weights[0])",
@@ -367,7 +384,8 @@ MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "grid"], {
 MUTANTS += mutants("data.py", ["tests/unit/test_columns.py"], {
     "named columns are not read": ("[flags[name].lower()] for name in wanted", "[name] for name in wanted"),
     "the delimiter of the suffix": ("delimiter or DELIMITER[suffix]", "DELIMITER[suffix]"),
-    "a named id may be missing": ('() if flags["id"] else ("id", "name"),', '("id", "name"),')})
+    "a named id may be missing": ('("sequence_2",) if flags["id"] else ("id", "name", "sequence_2")',
+                                  '("id", "name", "sequence_2")')})
 MUTANTS += mutants("tools/report.py", ["tests/unit/test_columns.py"], {
     "strands of other sequences": ("x[len(x) // 2:][::-1]]", "x[len(x) // 2:]]")})
 MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {

@@ -72,6 +72,8 @@ def embed(model, args):
             embeddings.append(model.embed(rows, args.layer))
             counts.update(count_block(model.net, rows, n_bases))
             empty += [name for name, n in zip(names, n_bases) if not n]
+            if args.per_base and rows.first is not None:
+                raise ValueError(f"{args.file}: --per_base: not for pairs (sequence_2); drop it")
             if args.per_base:
                 device_rows = finetune.on_device(rows, model.device)
                 vectors = per_base(model.net, device_rows, args.micro_batch_size, **layer)

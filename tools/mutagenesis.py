@@ -157,6 +157,8 @@ def mutate(model, args):
     with data.new_path(out) as file, io.TextIOWrapper(file, "utf-8") as f, bar:
         f.write("\t".join(["id", "position", "ref", "alt", "effect", "output", *alike]) + "\n")
         for name, codes in read_sequences(args):
+            if data.BETWEEN in codes:
+                raise ValueError(f"{args.file}: sequence_2: not for pairs; give single sequences")
             label, found, more = explain(model, codes, at, checks, bar)
             f.writelines(table_lines(name, codes, label, found, more))
             rows = data.rows_of(codes, [len(codes)], None, {})

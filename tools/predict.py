@@ -30,7 +30,10 @@ def read_sequences(args):
     if is_table and not data.file_start(path).startswith(b">"):                # a FASTA may be named .txt
         texts, _, notes = data.read_table(path, labels=False, flags=data.column_flags(args))
         names = notes["names"] or map(str, range(1, len(texts) + 1))
-        records = ((name, data.encode(text)) for name, text in zip(names, texts))
+        rows = data.rows_from(texts)
+        if window and rows.first is not None:
+            raise ValueError(f"{path}: --window: not for pairs (sequence_2); drop it")
+        records = zip(names, np.split(rows.bases, rows.offsets[1:-1]))
     else:
         data.check_file(path)
         records = ((name, codes) for name, codes, _ in data.fasta_records(path))
@@ -118,7 +121,7 @@ def excel_safe(cell):
 def count_block(net, rows, n_bases):
     """What is unusual in the sequences of a block: {name: number of them}."""
     unread = int((n_bases == 0).sum())
-    return {"sequences": len(n_bases), "with_n": rows.notes["with_n"]} | net.count(np.diff(rows.offsets)) | {
+    return {"sequences": len(n_bases), "with_n": rows.notes["with_n"]} | finetune.count_unfit(net, rows) | {
         "without a base that the network reads": unread}
 
 
@@ -140,7 +143,8 @@ def predict(model, args):
         f.write("\t".join(["id", "length", "n_bases", *map(text, columns)]) + "\n")
         for ids, rows in read_blocks(read_sequences(args)):
             n_bases, outputs = finetune.n_bases(model.net, rows), model.predict(rows, args.empty)
-            for name, length, n, values in zip(ids, np.diff(rows.offsets), n_bases, outputs):
+            lengths = np.diff(rows.offsets) - (rows.first is not None)         # of both of a pair
+            for name, length, n, values in zip(ids, lengths, n_bases, outputs):
                 cells = [text(names[values.argmax()])] if one_class else []
                 cells += [f"{value:.6g}" for value in values]
                 if not n and not args.empty:

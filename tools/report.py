@@ -57,7 +57,7 @@ def balance(task, rows):
 
 def report_rows(task, split, rows):
     """Print the size, lengths and balance of one split, and how many rows are unusual."""
-    lengths = np.diff(rows.offsets)
+    lengths = np.diff(rows.offsets) - (rows.first is not None)                 # of both of a pair
     unusual = ", ".join(f"{name} {n:,}" for name, n in rows.notes.items() if n)
     print(f"  {split}: {published(len(lengths), task, split)} rows; bases min {lengths.min()}, median "
           f"{np.median(lengths):g}, max {lengths.max()}; {balance(task, rows)}; {unusual or 'sound'}")
@@ -76,7 +76,7 @@ def report_overlap(splits):
 
 def gc_and_length(rows):
     """Return the share of G and C among the bases other than N, and the length, of each sequence: (n, 2)."""
-    lengths = np.diff(rows.offsets)
+    lengths = np.diff(rows.offsets) - (rows.first is not None)
     gc, known = rows.bases // 2 == 1, rows.bases < 4
     gc, known = (np.add.reduceat(x, rows.offsets[:-1], dtype=int) for x in (gc, known))
     return np.stack([gc / np.maximum(known, 1), lengths], 1)

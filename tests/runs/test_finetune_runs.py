@@ -120,6 +120,29 @@ def here(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_pairs_are_learnt_together(here):
+    """'yes' where both sequences hold a motif: who reads only one of them has an MCC of 0.58 at best."""
+    rng, rows = np.random.default_rng(0), []
+    for i in range(800):
+        texts = [random_dna(rng.integers(14, 20), rng).replace("CGCGCG", "AAAAAA") for _ in range(2)]
+        for j in (0, 1) if i % 4 < 2 else [i % 2]:
+            at = rng.integers(len(texts[j]) - 5)
+            texts[j] = texts[j][:at] + "CGCGCG" + texts[j][at + 6:]
+        rows.append((*texts, "yes" if i % 4 < 2 else "no"))
+    write_table("pairs.csv", "sequence sequence_2 label", rows)
+    [row] = done(csv="pairs.csv", **LEARN | dict(epochs=8), block_size=40)[1]
+    assert row["score"] > 0.8 and row["pairs"] is True
+    assert "sequences 800" in use("predict", "pairs.csv", init=row["model"])
+    truth = np.array([label for *_, label in rows])
+    assert np.mean(np.array(column("pairs.predictions.tsv", 3)) == truth) > 0.9
+    assert column("pairs.predictions.tsv", 1)[0] == str(len(rows[0][0] + rows[0][1]))
+    for name, head in ("train", "sequence label"), ("test", "sequence sequence_2 label"):
+        write_table(f"{name}.csv", head, [("ACGTACGT", *["ACGTACGA"] * (name == "test"), i) for i in (0, 1)])
+    assert "only one has a column sequence_2" in refused(tune(csv=["train.csv", "test.csv"]))
+    assert "kind penguinn reads no pairs" in refused(tune(csv="pairs.csv", init="penguinn"))
+    assert "not for pairs" in refused(run(["pairs.csv", "--init", row["model"]], script="tools.mutagenesis"))
+
+
 def test_a_run_and_its_row(here):
     shutil.copytree(HERE / "out", "out")
     assert min(ROW["score"], ROW["dev"]["mcc"]) > 0.8 and ROW["score"] == ROW["test"]["mcc"]
