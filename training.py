@@ -28,6 +28,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -72,6 +73,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO = "auto: on CUDA bfloat16, or float16 where the GPU lacks it"
 SKIPS = 100                                                  # steps in a row that float16 may skip
 TIMED = (5, 20)                                              # steps after the start: speed is taken between
+DAYS = 3                                                     # on a CPU: a longer run is remarked upon
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 AGAIN = 0.4                                                  # seconds: launchers pass on a Ctrl-C within them
 signals, parent = [], os.getppid()                           # stop signals received, when; who started us
@@ -273,6 +275,16 @@ def read_ranks():
     return rank, world, local
 
 
+def lacks(dtype, cpu="/proc/cpuinfo"):
+    """True for a 16-bit dtype that the CPU has no instructions for (AMX, AVX-512, NEON); unknown: False."""
+    names = {"bfloat16": "bf16", "float16": "fp16|asimdhp"}
+    try:
+        with open(cpu) as f:
+            return dtype in names and not re.search(names[dtype], f.read())
+    except OSError:
+        return False
+
+
 def set_up(device, dtype, join=True):
     """Turns --device, --dtype into (torch.device, 'float32', 'bfloat16' or 'float16', rank, world).
 
@@ -302,6 +314,9 @@ def set_up(device, dtype, join=True):
         raise ValueError("--dtype bfloat16: this GPU does not support it; use --dtype float16")
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16" if bf16 else "float16"
+    if rank == 0 and device.type == "cpu" and lacks(dtype):
+        say_once(f"note: --dtype {dtype}: this CPU has no instructions for it: 10 to 20 times slower than "
+                 f"float32; leave the flag out")
     if world > 1 and join:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)        # a rank that waits for others never sees `leave`
         try:
@@ -513,6 +528,7 @@ class Run:
             raise ValueError(f"--keep {max(args.keep)}: the run has {args.steps} steps; name some of these")
         self.start = self.step = 0                           # steps in the checkpoint; current step
         self.unread, self.stop = [], False
+        self.told, self.slow = time.monotonic(), False       # when the speed was said; as days
         self.scaler, self.in_a_row = make_scaler(self.device, args.dtype), 0   # steps without finite gradient
         self.row = {}                                        # of this step, while its evaluation is not done
         self.cost = lambda i, n, size: 1                     # of micro-batch i, for even shares
@@ -569,6 +585,7 @@ class Run:
         First makes up for the evaluation, if any, that a stop signal cut short.
         """
         self.clock, self.timed, self.saved = time.perf_counter(), self.start, time.monotonic()
+        self.told = time.monotonic()
         catch_signals()
         if self.row:
             self.to_evaluate = self.to_log = self.to_save = True
@@ -647,9 +664,18 @@ class Run:
             behind = behind and not self.to_save
         self.to_log = self.to_log or bool(self.stop)
         self.speed = (step - self.timed) * self.per_step / (time.perf_counter() - self.clock)
-        if step - self.start == TIMED[-1]:
-            self.say(f"speed    {self.speed:,.0f} {self.unit}/s, {memory(self.device)}, "
-                     f"{(args.steps - step) * self.per_step / self.speed / 3600:.2g} h left")
+        if step - self.start == TIMED[-1] or time.monotonic() - self.told > 60 and not sys.stderr.isatty():
+            self.tell_speed()
+
+    def tell_speed(self):
+        """Says the speed and the time left; the first time also that a CPU would take days."""
+        left = (self.args.steps - self.step) * self.per_step / self.speed / 3600
+        self.say(f"speed    {self.speed:,.0f} {self.unit}/s, {memory(self.device)}, {left:.2g} h left after "
+                 f"step {self.step} of {self.args.steps}", flush=True)
+        if self.device.type == "cpu" and left > DAYS * 24 and not self.slow:
+            self.say(f"note: on this CPU the run would take {left / 24:,.0f} days; use a GPU, fewer "
+                     f"--steps or a smaller network")
+        self.told, self.slow = time.monotonic(), left > DAYS * 24
 
     def check_finite(self, step):
         """All ranks leave with 3 unless the sums and the gradient norm of this step are finite.
@@ -815,9 +841,9 @@ def cut_log(out, start):
 
 
 def log(out, row):
-    """Appends one row to log.jsonl and prints it."""
+    """Appends one row to log.jsonl, with the time (seconds since 1970), and prints it."""
     with open(os.path.join(out, "log.jsonl"), "a", opener=no_links) as f:
-        f.write(json.dumps(row) + "\n")
+        f.write(json.dumps(row | {"time": round(time.time(), 1)}) + "\n")
     tqdm.write(" | ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                           for name, value in row.items()), file=sys.stdout)
     sys.stdout.flush()
