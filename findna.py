@@ -350,8 +350,10 @@ if __name__ == "__main__":
         training.finish()
 
     guessed = (constant, order0), (flanked, flanked_nats) = guesses(genome.bases[:10 ** 7])
-    run.describe(model, genome, args.batch_size * args.length, "bases")
-    run.say(*genome.reach(args.length, args.val_contigs)[1], sep="\n")
+    reached, lines = genome.reach(args.length, args.val_contigs)
+    per_step = args.batch_size * args.length
+    run.describe(model, genome, args.steps * per_step / reached, per_step, "bases")
+    run.say(*lines, sep="\n")
     epochs = args.steps * args.batch_size / args.windows
     run.say(f"windows  {args.windows:,} an epoch, {epochs:.3g} epochs; {n_masked} of {args.length} bases "
             f"masked")

@@ -73,6 +73,17 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO = "auto: on CUDA bfloat16, or float16 where the GPU lacks it"
 SKIPS = 100                                                  # steps in a row that float16 may skip
 TIMED = (5, 20)                                              # steps after the start: speed is taken between
+# BERT's miniatures (Turc et al. 2019, "Well-Read Students Learn Better"; mini: RandomMask's BERT-mini). What
+# follows n_inner is ours, not tuned: shorter windows, smaller batches, no dropout, for a CPU or a small GPU
+SIZES = {
+    "base": {},
+    "small": dict(n_layer=4, n_head=8, n_embd=512, n_inner=2048, dropout=0.0, batch_size=256,
+                  micro_batch_size=16, lr=3e-4),
+    "mini": dict(n_layer=4, n_head=4, n_embd=256, n_inner=1024, dropout=0.0, block_size=128, batch_size=128,
+                 micro_batch_size=32, lr=5e-4),
+    "tiny": dict(n_layer=2, n_head=2, n_embd=128, n_inner=512, dropout=0.0, block_size=128, batch_size=64,
+                 micro_batch_size=32, lr=1e-3)}
+PASSES = 100                                                 # over the genome: more are remarked upon
 DAYS = 3                                                     # on a CPU: a longer run is remarked upon
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 AGAIN = 0.4                                                  # seconds: launchers pass on a Ctrl-C within them
@@ -127,6 +138,12 @@ def number(kind, low, high=math.inf):
         return value
     parse.__name__ = kind.__name__                           # argparse then says "invalid int value"
     return parse
+
+
+def add_size_flag(add):
+    """Adds --size, by which parse_flags replaces defaults."""
+    add("--size", choices=SIZES, help="sets the network, --batch_size, --lr ... at once, see docs/use.md; "
+        "a flag that is given wins (base)")
 
 
 def file_name(text):
@@ -198,7 +215,7 @@ def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
 
 
 def parse_flags(parser, demo):
-    """Parses the command line. --demo replaces defaults; --resume takes the flags from the run's args.json.
+    """Parses the command line. --demo and --size replace defaults, --resume takes the run's args.json.
 
     A flag on the command line wins over both; load_run refuses one that would make it another run.
     """
@@ -206,7 +223,10 @@ def parse_flags(parser, demo):
     args = parser.parse_args()
     if args.demo:
         parser.set_defaults(**demo)
-        args = parser.parse_args()
+    if getattr(args, "size", None):
+        names = vars(args)                                   # not all scripts have n_inner
+        parser.set_defaults(**{name: x for name, x in SIZES[args.size].items() if name in names})
+    args = parser.parse_args()
     if args.resume and args.init:
         raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
     if args.resume and has_checkpoint(args.out):
@@ -215,11 +235,13 @@ def parse_flags(parser, demo):
 
 
 def complete_warmup(args, share):
-    """Sets --warmup, unless it is given, to this share of the steps. ValueError if it exceeds the steps."""
+    """Sets --warmup, unless it is given, to this share of the steps. ValueError if it or --keep is more."""
     if args.warmup is None:
         args.warmup = round(share * args.steps)
     if args.warmup > args.steps:
         raise ValueError(f"--warmup {args.warmup}: more than --steps {args.steps}")
+    if max(args.keep, default=0) > args.steps:
+        raise ValueError(f"--keep {max(args.keep)}: the run has {args.steps} steps; name some of these")
 
 
 def read_args(parser, args):
@@ -524,8 +546,6 @@ class Run:
             advice = "take fewer ranks" if args.resume else "lower --micro_batch_size or raise --batch_size"
             raise ValueError(f"--batch_size {args.batch_size}: {self.n_micro} micro-batches for {self.world} "
                              f"ranks; {advice}")
-        if writes and max(args.keep, default=0) > args.steps:
-            raise ValueError(f"--keep {max(args.keep)}: the run has {args.steps} steps; name some of these")
         self.start = self.step = 0                           # steps in the checkpoint; current step
         self.unread, self.stop = [], False
         self.told, self.slow = time.monotonic(), False       # when the speed was said; as days
@@ -564,7 +584,7 @@ class Run:
             self.lock = open_run(self.args.out, self.args, self.start - bool(self.row),
                                  fresh=not self.args.resume)
 
-    def describe(self, model, genome, per_step, unit="tokens"):
+    def describe(self, model, genome, passes, per_step, unit="tokens"):
         """Says what the run is. per_step: tokens (or bases) of a step, from which the speed is computed."""
         self.per_step, self.unit = per_step, unit
         uneven = " in uneven shares" if self.n_micro % self.world else ""
@@ -572,6 +592,9 @@ class Run:
                  f"{self.world} x {self.device.type}, {self.n_micro} micro-batches of at "
                  f"most {self.args.micro_batch_size} a step{uneven}")
         self.say(f"genome   {' '.join(self.args.genome)}: {genome}")
+        if passes > PASSES and not self.args.demo:
+            self.say(f"warning: {passes:,.0f} passes over the bases that windows reach; give fewer steps, or "
+                     f"more DNA")
         if self.start:
             self.say(f"resume   after step {self.start}")
             kept = {n: os.path.exists(f"{self.args.out}/step_{n}.pt") for n in self.args.keep}

@@ -411,7 +411,7 @@ def test_advice_fits(here, capsys):
     flags = dict(out="out", resume=False, device="cpu", dtype="float32", demo=False, batch_size=1,
                  micro_batch_size=1, steps=6, keep=[7])
     with pytest.raises(ValueError, match="--keep 7: the run has 6 steps"):
-        training.Run(training.argparse.Namespace(**flags), writes=True)
+        training.complete_warmup(training.argparse.Namespace(**flags, warmup=0), 0)
     nan = training.Run(training.argparse.Namespace(**flags | {"keep": []}), writes=True)
     nan.sums, nan.norm = [float("nan")], 0
     with pytest.raises(SystemExit):
