@@ -243,7 +243,8 @@ MUTANTS += mutants("finetune.py", [UNIT["splits"], "-k", "identity"], {
 MUTANTS += mutants("tools/report.py", [UNIT["splits"], "-k", "report"], {
     "rows of train like test": ("np.isin(groups[b], groups[a])", "np.isin(groups[a], groups[b])"),
     "GC of all letters": ("rows.bases // 2 == 1", "rows.bases // 2 >= 1"),
-    "copies are near-duplicates": ("np.unique(different, return_index=True)[1]", "slice(None)")})
+    "copies are near-duplicates": ("np.unique(different, return_index=True)[1]", "slice(None)",
+                                   [UNIT["benchmarks"], "-k", "made_data"])})
 MUTANTS += mutants("training.py", [UNIT["finetune_rules"]], {
     "fsync of another file": ("os.fsync(f.fileno())", "os.fsync(os.open(out, os.O_RDONLY))"),
     "fsync behind the rename": (
