@@ -338,6 +338,8 @@ if __name__ == "__main__":
         run = training.Run(args, writes=not (args.show_masks or args.npmi_only))
         device = run.device
         genome = data.open_genome(args.genome, args.data_dir, args.cache, args.ambiguous, args.verify)
+        genome.restrict(args.bed)
+        repeats = genome.repeats(args.repeat_weight, device)
         values, counts, npmi_path = npmi_table(args, genome)
         ranks, (header, *lines) = npmi_rank(values), npmi_lines(values, counts, args.k)
         about_npmi = f"npmi     of {len(lines)} of {4 ** args.k} {args.k}-mers: {npmi_path}"
@@ -364,7 +366,7 @@ if __name__ == "__main__":
     def get_batch(source, strategy, step, i, n):
         """Micro-batch i (n sequences) of source, a window table, its number of sequences and a random key.
 
-        Returns tokens, centers, masked (n, T).
+        Returns tokens, centers, masked, weights (n, T; None: all 1).
         """
         table, size, key = source
         rng, masker = training.seed(args.seed, key, i), strategy
@@ -372,17 +374,22 @@ if __name__ == "__main__":
         if strategy == "cm_step":
             share = cm_step_share(step, args.steps, args.cm_step_stages)
             masker = "global" if rng.random() < share else args.cm_step_easy
-        windows = data.to_device(data.take_windows(bases, starts, length), device)
+        windows, soft = data.to_device(data.take_windows(bases, starts, length), device), None
+        if key:                                              # of a step; evaluations: forward, unweighted
+            soft = data.in_repeats(windows, starts, repeats)
+            if args.strands == "both":
+                windows, soft = data.either_strand(windows, soft)
         first = i * args.micro_batch_size                    # the `size` sequences are in order of length
         tokens = cut_pieces(windows, args.k, first / size, (first + n) / size)
         centers = data.draw_centers(tokens.shape, center_p[masker], device) & (tokens > data.MASK)
-        return tokens, centers, MASKERS[masker](tokens, ranks, centers)
+        weights = None if soft is None else data.token_weights(soft, args.k, 1, args.repeat_weight)
+        return tokens, centers, MASKERS[masker](tokens, ranks, centers), weights
 
     if args.show_masks:
         both = {"cm_gems": ("genemask", "global"), "cm_step": (args.cm_step_easy, "global")}
         for masker in both.get(args.strategy, [args.strategy]) if run.rank == 0 else ():
             batch = get_batch((train, args.show_masks, 0), masker, 1, 0, args.show_masks)
-            print_masks(masker, ranks, *batch)
+            print_masks(masker, ranks, *batch[:3])
         training.finish()
 
     mean = length / 2 + (args.k + length - 1) / 4            # bases of a piece
@@ -403,23 +410,25 @@ if __name__ == "__main__":
     widths = 64 if args.compile or device.type == "cuda" else 1               # few shapes, for graphs
 
     def forward(network, source, strategy, step, i, n):
-        """(loss sum, number of masked tokens, number of k-mers) of micro-batch i (n sequences) of source."""
-        tokens, _, masked = get_batch(source, strategy, step, i, n)
+        """(loss sum, sum of weights, number of masked tokens, of k-mers) of micro-batch i of source."""
+        tokens, _, masked, weights = get_batch(source, strategy, step, i, n)
         inputs, labels = data.corrupt(tokens, masked, n_vocab)
         whole = 2 * i * args.micro_batch_size >= source[1]   # the second half: no row is padded
         extra = 0 if whole else min(-tokens.shape[1] % widths, args.block_size - tokens.shape[1])
         inputs, labels = F.pad(inputs, (0, extra), value=data.PAD), F.pad(labels, (0, extra), value=-100)
+        weights = None if weights is None else F.pad(weights, (0, inputs.shape[1] - weights.shape[1]))
         mask = None if whole else inputs != data.PAD
         capacity = models.mask_capacity(inputs.numel(), share, span) if device.type == "cuda" else None
         with training.autocast(device, args.dtype):
-            loss_sum, count = network(inputs, labels, mask=mask, capacity=capacity)
-        return loss_sum, count, (tokens > data.MASK).sum()
+            loss_sum, weight = network(inputs, labels, mask=mask, capacity=capacity, weights=weights)
+        count = weight if weights is None else (labels != -100).sum()
+        return loss_sum, weight, count, (tokens > data.MASK).sum()
 
     @torch.no_grad()
     def evaluate(strategy, step):
         """Mean loss and perplexity: the same sequences and masks each time, shared by the ranks."""
         model.eval()
-        total = torch.zeros(3, dtype=torch.float64, device=device)
+        total = torch.zeros(4, dtype=torch.float64, device=device)
         for i, n in run.eval_batches():
             total += torch.stack(forward(model, held_out, strategy, step, i, n))
         model.train()
@@ -444,7 +453,7 @@ if __name__ == "__main__":
         """Prints the demo's held-out perplexities beside those of guessing, and the next commands."""
         run.say(f"\nWhat it learnt, as perplexity on held-out DNA (any of the {args.k}-mers: {4 ** args.k})")
         for masker in ("genemask", "global"):
-            tokens, _, masked = get_batch(held_out, masker, 1, 0, args.eval_windows)
+            tokens, _, masked, _ = get_batch(held_out, masker, 1, 0, args.eval_windows)
             often = torch.special.entr(tokens[masked].bincount() / masked.sum()).sum().exp()
             ppl = evaluate(masker, 1)[1]
             verdict = "reads the context" if ppl < often / 1.5 else "hardly looks at the context"
@@ -461,23 +470,23 @@ Next, your own DNA: its words, in seconds, and a model for a laptop (--help list
     with training.user_errors(OSError, MemoryError, torch.OutOfMemoryError):
         for step in run.steps(validate):
             strategy, lr = curriculum["strategy"], args.lr * training.linear(step, args.steps, args.warmup)
-            sums = run.new_sums(3)                           # loss, masked tokens, k-mers
+            sums = run.new_sums(4)                           # loss, weights, masked tokens, k-mers
             for i, n in run.micro_batches(args.batch_size):
                 with run.sync_at_last(net, i):
                     batch = train, args.batch_size, step
-                    loss_sum, count, n_kmers = forward(net, batch, strategy, step, i, n)
+                    loss_sum, *counts = forward(net, batch, strategy, step, i, n)
                     run.scaler.scale(loss_sum).backward()
-                sums += torch.stack([loss_sum.detach(), count, n_kmers])
+                sums += torch.stack([loss_sum.detach(), *counts])
             run.sum_over_ranks()
             run.scaler.unscale_(optimizer)
             # from DDP's average over ranks of sums to the mean over all masked tokens of the batch
-            norm = training.scale_gradients(model, run.world / sums[1].clamp(min=1), args.grad_clip)
+            norm = training.scale_gradients(model, run.world / sums[1].clamp(min=1e-9), args.grad_clip)
             run.update(optimizer, lr, norm)
 
             run.read()
             if run.to_log:
-                loss_sum, count, n_kmers = run.sums
-                row = {"loss": loss_sum / max(count, 1), "lr": lr, "grad_norm": run.norm,
+                loss_sum, weight, count, n_kmers = run.sums
+                row = {"loss": loss_sum / (weight or 1), "lr": lr, "grad_norm": run.norm,
                        "strategy": strategy, "masked": count / n_kmers, "tokens_per_s": run.speed}
                 row |= run.mfu(model.flops_per_token(args.block_size, row["masked"]))
                 run.log(row, validate)

@@ -4,6 +4,8 @@ Bases are uint8 codes A,T,C,G,N = 0,1,2,3,4: DNABERT's vocabulary order, so the 
 The id of a k-mer is 5 + the k-mer read as a base-4 number; [PAD] [UNK] [CLS] [SEP] [MASK] are 0..4.
 Coordinates are 0-based and half-open, as in BED. Invalid input raises ValueError: where, what, what to do.
 """
+import argparse
+import base64
 import collections
 import contextlib
 import csv
@@ -34,6 +36,7 @@ import torch.nn.functional as F
 LETTERS_ONLY = "use A, C, G, T, N or IUPAC codes"           # the end of messages
 PAD, UNK, CLS, SEP, MASK = range(5)
 BLANK = 5                                                    # stands for "no base": zeros in one_hot
+SOFT = 8                                                     # added to the codes of soft-masked bases
 AMBIGUOUS = b"NRYSWKMBDHVnryswkmbdhv"                        # IUPAC codes of several bases: all become N,
 DRAWN = {"R": "AG", "Y": "CT", "S": "CG", "W": "AT", "K": "GT", "M": "AC",     # or one of these bases
          "B": "CGT", "D": "AGT", "H": "ACT", "V": "ACG"}
@@ -41,10 +44,12 @@ CODE = np.full(256, 255, np.uint8)                           # byte -> base code
 CODE[np.frombuffer(AMBIGUOUS, np.uint8)] = 4
 CODE[np.frombuffer(b"ATCGatcg", np.uint8)] = [0, 1, 2, 3] * 2
 FASTA_CODE = bytes(5 if code == 4 and chr(i) not in "Nn" else code for i, code in enumerate(CODE))
+IS_LOWER = bytes(chr(byte).islower() for byte in range(128)) + bytes(128)      # byte -> 1 or 0
 HG38_CONTIGS = [f"chr{c}" for c in (*range(1, 23), "X", "Y")]
 CHUNK = 1 << 20                                              # bytes of a FASTA or contig at a time
 HASHED = 200_000_000                                         # larger files are not always hashed whole
-PLANTED, EARLIER = "other users can write to it", "an earlier version made it"          # of a genome cache
+CACHE_FORMAT = 2                                             # of the genome cache; 1 did not know the case
+PLANTED, OTHER = "other users can write to it", "another version of this program made it"
 DEMO_MOTIF = "TGACTCAGCATG"                                  # planted in the demo genome and in the demo task
 NEAR_K, NEAR_SHARE, NEAR_RUN = 15, 0.5, 64                   # near-duplicates: see similar_groups
 SPLITS = {"train": 0, "dev": 1, "val": 1, "validation": 1, "test": 2}          # what a column split may say
@@ -81,12 +86,14 @@ def reverse_complement(bases):
 
 @functools.cache
 def channels(device):
-    """Return the table of one_hot (6, 5): rows A,T,C,G,N,BLANK; FinDNA's columns A,C,G,T,N."""
-    return torch.eye(6, 5, device=device)[torch.tensor([0, 3, 1, 2, 4, 5], device=device)]
+    """Return the table of one_hot (13, 5): rows A,T,C,G,N,BLANK, from SOFT on -A,...; columns A,C,G,T,N."""
+    rows = torch.eye(8, 5, device=device)[torch.tensor([0, 3, 1, 2, 4, 5, 6, 7], device=device)]
+    return torch.cat([rows, -rows[:5]])
 
 
 def one_hot(bases):
-    """Turn codes (B, L) into float (B, L, 5), A,C,G,T,N; a BLANK (masked, padding, [CLS]) is zeros."""
+    """Turn codes (B, L) into float (B, L, 5), A,C,G,T,N; a BLANK (masked, padding, [CLS]) is zeros, and a
+    base with SOFT added has -1 in place of 1."""
     return F.embedding(bases.int(), channels(bases.device))
 
 
@@ -196,12 +203,36 @@ class Genome:
         self.n_ambiguous = index["n_ambiguous"]              # IUPAC codes but N
         self.drawn = ambiguous == "random"                   # a base was drawn for each; else they are N
         self.fingerprint = index["fingerprint"]              # depends on the bases, not on where the file is
+        self.index, self.bed, self.about = index, None, []   # the lines of restrict and repeats
 
     def __str__(self):
-        n_unknown = len(self.bases) - int(np.diff(self.intervals).sum())
+        n_unknown = len(self.bases) - int(np.diff(self.index["intervals"]).sum())
         codes = "IUPAC codes drawn among their bases" if self.drawn else "were other IUPAC codes"
         return (f"{len(self.contigs)} contigs, {len(self.bases):,} bases, {n_unknown:,} N "
                 f"({self.n_ambiguous:,} {codes}), fingerprint {self.fingerprint}")
+
+    def restrict(self, bed):
+        """Keep to the intervals of a BED file (None: keep all); those that overlap or touch are one."""
+        if bed:
+            found, line = read_bed(bed, self)
+            self.intervals = parts_within(self.intervals, found)
+            if not len(self.intervals):
+                raise ValueError(f"{bed}: its intervals hold nothing but N; give others")
+            self.bed, self.about = bed, [*self.about, line]
+            self.fingerprint += f"+bed{zlib.crc32(self.intervals.tobytes()):08x}"
+
+    def repeats(self, weight, device):
+        """Return read_edges on a device, for in_repeats; None where --repeat_weight is 1."""
+        if weight == 1:
+            return None
+        edges, n = read_edges(self.index), len(self.bases)
+        n_soft = int((edges[1::2] - edges[::2]).sum())
+        if n_soft in (0, n):
+            raise ValueError(f"--repeat_weight {weight}: {'all' if n_soft else 'none'} of the genome is in "
+                             f"lower case; give a soft-masked FASTA or drop the flag")
+        self.about.append(f"repeats  {n_soft:,} bases are in lower case ({n_soft / n:.1%}): weight {weight}")
+        self.fingerprint += f"+case{zlib.crc32(edges.tobytes()):08x}"
+        return torch.from_numpy(edges).to(device)
 
     def fetch(self, contig, start, end, strand="+"):
         """Return the text of contig[start:end], 0-based half-open; strand '-': its reverse complement."""
@@ -298,11 +329,13 @@ class Genome:
             part = "validation" if trains else "training"
             return f"no window of {length} bases without N is left for {part}; change --val_contigs"
         return (f"no contig's last 1 % holds a window of {length} bases for validation, and only one contig "
-                f"holds any, so no whole one can be held out; use shorter windows or more contigs")
+                f"holds any, so no whole one can be held out; use shorter windows or more contigs"
+                + self.advice())
 
     def advice(self):
         """Return what to do about N, as the end of a message, where it helps."""
-        return " or --ambiguous random" if self.n_ambiguous and not self.drawn else ""
+        ambiguous = " or --ambiguous random" if self.n_ambiguous and not self.drawn else ""
+        return ambiguous + (" or other intervals in --bed" if self.bed else "")
 
     def reach(self, length, val_contigs=()):
         """Return the number of bases in training windows, and lines that say what windows reach and miss."""
@@ -316,13 +349,18 @@ class Genome:
         if not val_contigs and (held_out[held_out > 0] == sizes[held_out > 0]).all():
             lines.append(f"held out {np.count_nonzero(held_out):,} whole contigs, by a hash of names: no "
                          f"contig's last 1 % holds a window of {length} bases (--val_contigs takes others)")
-        n_known = int(np.diff(self.intervals).sum()) + (0 if self.drawn else self.n_ambiguous)
+        sizes = np.diff(self.intervals)[:, 0]
+        if self.bed:
+            lines.append(f"bed      {(sizes < length).sum():,} of {len(sizes):,} stretches without N, "
+                         f"{sizes[sizes < length].sum():,} bases, are shorter than a window: never read")
+        n_known = int(sizes.sum()) + (0 if self.drawn or self.bed else self.n_ambiguous)
         missed = n_known - sum(n_bases)
         if missed > n_known / 10:
+            where = "intervals" if self.bed else "contigs"
             lines.append(f"warning: {missed:,} of {n_known:,} bases ({missed / n_known:.1%}) are never read, "
-                         f"because they lie between N or in contigs too short for windows of {length} bases; "
+                         f"because they lie between N or in {where} too short for windows of {length} bases; "
                          f"use shorter windows{self.advice()}")
-        return n_bases[0], lines
+        return n_bases[0], self.about + lines
 
 
 def open_genome(names, data_dir, cache=None, ambiguous="N", verify=False):
@@ -550,8 +588,8 @@ def load_cache(folder):
         bases = np.memmap(codes, np.uint8, mode="c")
     if crc != index.pop("crc_index") or index["crc_bases"] != zlib.crc32(bases):
         raise ValueError("checksum")
-    if isinstance(index["source"], list):
-        raise ValueError(EARLIER)
+    if index.get("format") != CACHE_FORMAT:
+        raise ValueError(OTHER)
     return index, bases
 
 
@@ -569,7 +607,7 @@ def read_cache(folder, paths, source, verbose=False):
         if isinstance(e, MemoryError) or getattr(e, "errno", None) == errno.ENOMEM:
             raise ValueError(f"{folder}: not enough memory to map the genome; raise the limit (ulimit -v, or "
                              f"that of the job)") from None
-        reason = str(e) if str(e) in (PLANTED, EARLIER) else "it is damaged"
+        reason = str(e) if str(e) in (PLANTED, OTHER) else "it is damaged"
     if verbose:                                              # say why it is built again
         print(f"genome cache {folder}: {reason}; building it again", flush=True)
     return None
@@ -588,13 +626,14 @@ def is_unchanged(index, paths, source, folder):
 
 def pack_contigs(paths, source, write):
     """Pass the base codes of each contig to write(codes); return their part of index.json as a dict."""
-    contigs, intervals, size, crc, n_ambiguous = [], [], 0, 0, 0
+    contigs, intervals, size, crc, n_ambiguous, case = [], [], 0, 0, 0, []
     keep, drawn = source["keep"], source["ambiguous"] == "random"
     for path in paths:
-        for name, codes, ambiguous in fasta_records(path, drawn):
+        for name, codes, ambiguous, changes in fasta_records(path, drawn, case=True):
             if keep and name not in keep:
                 continue
             contigs.append((path, name, len(codes)))
+            case.append(changes + size)
             if codes.max() < 4:                              # most short contigs
                 intervals.append([size, size + len(codes)])
             else:
@@ -611,8 +650,14 @@ def pack_contigs(paths, source, write):
         raise ValueError(f"{', '.join(paths)}: no contig {min(missing)}; check that it is the right genome")
     if not intervals:
         raise ValueError(f"{', '.join(paths)}: no A, C, G or T in it; check that it is the right file")
+    gaps = np.diff(np.concatenate(case), prepend=0).tobytes()
     return {"contigs": contig_names(contigs), "intervals": intervals, "n_ambiguous": n_ambiguous,
-            "crc_bases": crc}
+            "crc_bases": crc, "case": base64.b64encode(zlib.compress(gaps)).decode()}
+
+
+def read_edges(index):
+    """Return the case_edges of all contigs, in positions of the genome, from index.json."""
+    return np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(index["case"])), np.int64))
 
 
 def write_whole(path, text):
@@ -640,8 +685,9 @@ def build_cache(paths, source, folder):
     bases = os.path.join(folder, "bases.u8")
     try:
         with new_file(bases + ".tmp") as out:
-            index = {"source": source, "digests": [file[2] if file[1] <= HASHED else file_digest(path)
-                                                   for file, path in zip(source["files"], paths)]}
+            index = {"format": CACHE_FORMAT, "source": source}
+            index["digests"] = [file[2] if file[1] <= HASHED else file_digest(path)
+                                for file, path in zip(source["files"], paths)]
             index |= pack_contigs(paths, source, out.write)
         content = json.dumps([index["contigs"], index["crc_bases"]])
         index["fingerprint"] = hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -665,6 +711,8 @@ def check_packed(index, bases, paths, source):
     digest, folder = hashlib.sha256(), os.path.dirname(bases.filename)
     with stoppable("comparing the genome cache with the FASTA"):
         again = pack_contigs(paths, source, digest.update)
+    if np.array_equal(read_edges(again), read_edges(index)):
+        again["case"] = index["case"]                        # another zlib may have compressed it
     if index | again != index or digest.digest() != hashlib.sha256(bases).digest():
         raise ValueError(f"genome cache {folder}: it is not what the FASTA holds; delete it or use another")
     print(f"genome cache {folder}: equal to the FASTA, base by base", flush=True)
@@ -718,10 +766,10 @@ def file_start(path):
         return f.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
-def fasta_records(path, drawn=False):
+def fasta_records(path, drawn=False, case=False):
     """Yield (name, base codes uint8 (L,), number of IUPAC codes other than N) of each record, checked.
     Plain, gzip or bgzip; CRLF, blank lines, lower case and uneven lines are accepted.
-    drawn: these codes become one of their bases, a function of the position, not N."""
+    drawn: these codes become one of their bases, a function of the position, not N. case: also case_edges."""
     seen, line = set(), 1
     for n_blank, record in raw_records(path):
         line += n_blank
@@ -741,7 +789,7 @@ def fasta_records(path, drawn=False):
         seen.add(name)
         codes, n_ambiguous, n_lines = contig_codes(record, path, line, drawn)
         line += 1 + n_lines
-        yield name, codes, n_ambiguous
+        yield name, codes, n_ambiguous, *([case_edges(record)] if case else [])
 
 
 def raw_records(path):
@@ -797,6 +845,14 @@ def contig_codes(body, path, line, drawn=False):
     return codes, n_ambiguous, n_lines
 
 
+def case_edges(body):
+    """Return where lower-case stretches start and end, in turn, in the letters of a contig's lines: int64."""
+    if body.isupper():
+        return np.zeros(0, np.int64)
+    lower = np.frombuffer(b"\0" + body.translate(IS_LOWER, b" \t\r\n") + b"\0", np.uint8)
+    return np.flatnonzero(lower[1:] != lower[:-1])
+
+
 def draw_bases(codes, body):
     """Return the codes (L,) of a contig's lines with a base drawn for each 5, an IUPAC code but N."""
     letters = np.frombuffer(body.translate(None, b"\n").upper(), np.uint8)
@@ -810,6 +866,42 @@ def draw_bases(codes, body):
     codes = codes.copy()
     codes[at] = table[letters[at], (x >> np.uint64(33)) % np.uint64(6)]
     return codes
+
+
+def read_bed(path, genome):
+    """Read a BED file, plain or gzip: intervals (n, 2) in positions of the genome, and a line about it."""
+    found, renamed = [], set()
+    with opened(path) as f:
+        for n, line in enumerate(f, 1):
+            words = line.removeprefix(b"\xef\xbb\xbf").decode("utf-8", "replace").split()
+            if not words or words[0] in ("track", "browser") or words[0].startswith("#"):
+                continue
+            contig, start, end = (*words, "", "")[:3]
+            if contig not in genome.contigs:
+                contig = contig[3:] if contig.startswith("chr") else f"chr{contig}"
+                renamed.add(contig)
+            size = genome.contigs.get(contig, 0)
+            is_number = start.isdecimal() and end.isdecimal() and len(end) < 16
+            if not (is_number and int(start) < int(end) <= size):
+                wanted = f"0 <= start < end <= {size}" if size else f"contigs like {[*genome.contigs][0]}"
+                raise ValueError(f"{path}: line {n}: {quoted(line.strip())} is not contig, start and end of "
+                                 f"an interval of this genome; use {wanted}")
+            found.append([genome.offsets[contig] + int(x) for x in (start, end)])
+    if not found:
+        raise ValueError(f"{path}: no intervals in it; check that it is the right file")
+    line = f"bed      {path}: {len(found):,} intervals"
+    if renamed:
+        line += f"; its names of {', '.join(sorted(renamed)[:5])} (in all {len(renamed)}) differ by chr"
+    return np.array(found), line
+
+
+def parts_within(a, b):
+    """Return the parts of the intervals a (n, 2) that lie in b (m, 2), in order. In a none may overlap."""
+    at, n = np.concatenate([a[:, 1], a[:, 0], b[:, 0], b[:, 1]]), [len(a)] * 2 + [len(b)] * 2
+    order = np.argsort(at, kind="stable")                    # at a position: ends of a, starts, ends of b
+    in_a, in_b = (np.repeat(steps, n)[order].cumsum() > 0 for steps in ([-1, 1, 0, 0], [0, 0, 1, -1]))
+    parts = at[order][np.diff(in_a & in_b, prepend=False)].reshape(-1, 2)
+    return parts[parts[:, 0] < parts[:, 1]]
 
 
 def window_table(intervals, length):
@@ -838,6 +930,29 @@ def take_windows(bases, starts, length):
         starts = to_device(starts, bases.device)
         return bases[starts[:, None] + torch.arange(length, device=bases.device)]
     return torch.from_numpy(np.lib.stride_tricks.sliding_window_view(bases, length)[starts])
+
+
+def in_repeats(windows, starts, edges):
+    """Tell which bases of the windows (n, L) at `starts` are soft-masked: bool (n, L); None if edges is."""
+    if edges is None:
+        return None
+    at = torch.arange(windows.shape[1], device=edges.device)
+    at = torch.from_numpy(starts).to(edges.device)[:, None] + at
+    return torch.searchsorted(edges, at, right=True) % 2 == 1
+
+
+def either_strand(windows, soft=None):
+    """Turn windows (n, L) and what is soft in them, each with probability 1/2, to the other strand."""
+    flipped = torch.rand(len(windows), 1, device=windows.device) < 0.5
+    windows = torch.where(flipped, reverse_complement(windows), windows)
+    return windows, None if soft is None else torch.where(flipped, soft.flip(1), soft)
+
+
+def token_weights(soft, k, stride, repeat_weight):
+    """Return the weights (n, T) of [CLS] k-mers [SEP]: a k-mer's is the mean of its bases', which have
+    repeat_weight where soft (n, L), else 1."""
+    weights = torch.where(soft, repeat_weight, 1.0)[:, None]
+    return F.pad(F.avg_pool1d(weights, k, stride)[:, 0], (1, 1))
 
 
 def resident(bases, device):
@@ -1157,12 +1272,17 @@ def assign_groups(groups, classes, fractions, seed, where):
     return part[groups]
 
 
-def split_table(path, rows, by, fractions, seed, names=()):
-    """Split a table in [train, dev, test] (None: no row): as its column split says; else with the rows of a
-    value in a column, or similar sequences, together (by); else row by row. fractions=None: 80, 10, 10 %."""
-    shares = fractions or (0.8, 0.1, 0.1)
+def read_groups(path, by, delimiter=None):
+    """Return for split_table: the path, its columns by and split, where there are such, and their places."""
     wanted = {} if by in (None, "similarity") else {by: [by.lower()]}
-    columns, places = read_columns(path, wanted | {"split": ["split"]}, {"split"} - {by})
+    return path, *read_columns(path, wanted | {"split": ["split"]}, {"split"} - {by}, delimiter)
+
+
+def split_table(table, rows, by, fractions, seed, names=()):
+    """Split a table in [train, dev, test] (None: no row): as its column split says; else with the rows of a
+    value in a column, or similar sequences, together (by); else row by row. fractions=None: 80, 10, 10 %.
+    table: what read_groups returns."""
+    shares, (path, columns, places) = fractions or (0.8, 0.1, 0.1), table
     if "split" in columns and by is not None:
         raise ValueError(f"{path}: line 1: the column split contradicts --split_by {by}; drop one of them")
     for name, column in columns.items():
@@ -1227,7 +1347,28 @@ def read_lines(path, delimiter):
     return rows, places, text.lstrip()[:40]
 
 
-def read_columns(path, wanted, optional=()):
+def add_column_flags(add, *names):
+    """Add the flags that say which column of a table is what, and what is between columns."""
+    for name in names:
+        add(f"--{name}_column", metavar="COLUMN", help=f"tables: the column of the {name}s")
+    add("--delimiter", type=delimiter, help="tables: between columns (.csv: comma, .tsv and .txt: tab)")
+
+
+def delimiter(text):
+    """argparse type: one character, or tab."""
+    text = "\t" if text in ("tab", "\\t") else text
+    if len(text) != 1 or text in "\r\n\"":
+        raise argparse.ArgumentTypeError(f"expected one character, or tab, not {quoted(text)}")
+    return text
+
+
+def column_flags(args):
+    """Return what the flags of add_column_flags say: {sequence, label, id, delimiter: text or None}."""
+    found = {name: getattr(args, f"{name}_column", None) for name in ("sequence", "label", "id")}
+    return found | {"delimiter": getattr(args, "delimiter", None)}
+
+
+def read_columns(path, wanted, optional=(), delimiter=None):
     """Read columns of a CSV (.csv) or TSV (.tsv, .txt) file, plain or gzip; other columns are passed over.
     wanted: {name: its spellings in the header}; optional: names that may be missing there. Returns
     {name: list of str}, 'FILE: line N' of each row."""
@@ -1237,7 +1378,8 @@ def read_columns(path, wanted, optional=()):
         reason = f"this is {other}" if other else "no table by its name"
         raise ValueError(f"{path}: {reason}; use .csv (commas), .tsv or .txt (tabs)")
     try:
-        (header, *rows), (place, *places), start = read_lines(path, DELIMITER[suffix])
+        delimiter = delimiter or DELIMITER[suffix]
+        (header, *rows), (place, *places), start = read_lines(path, delimiter)
     except ValueError:
         if other := other_format(file_start(path)):
             raise ValueError(f"{path}: line 1: this is {other}") from None
@@ -1252,12 +1394,19 @@ def read_columns(path, wanted, optional=()):
                 raise ValueError(f"{place}: this is {other}")
             count = f"{len(found)} columns" if found else "no column"
             raise ValueError(f"{place}: {count} {' or '.join(spellings)} in the header ({quoted(start)}); "
-                             f"give exactly one, with {DELIMITER[suffix]!r} between columns")
+                             f"give exactly one, with {delimiter!r} between columns{advice(name, start)}")
         columns[name] = found[0]
     for row, place in zip(rows, places):
         if len(row) != len(header):
             raise ValueError(f"{place}: {len(row)} fields, but {len(header)} in the header; correct the row")
     return {name: [row[i].strip(" \t") for row in rows] for name, i in columns.items()}, places
+
+
+def advice(name, start):
+    """Return the flags that may help where a header that starts like this has no column of this name."""
+    flags = [f"--{name}_column"] if name in ("sequence", "label", "id") else []
+    flags += ["--delimiter ';'"] if ";" in start else []
+    return f" (or see {' and '.join(flags)})" if flags else ""
 
 
 def label_kind(names):
@@ -1293,16 +1442,16 @@ def class_ids(texts, classes, places):
 
 def numbers(columns, places):
     """Turn columns of text into one tuple of finite floats per row."""
-    for column in columns:
+    for column in columns.values():
         for text, place in zip(column, places):
             if not NUMBER.fullmatch(text):
                 raise ValueError(f"{place}: {quoted(text)} is not a finite decimal number; correct it")
             if abs(float(text)) > 3e38:
                 raise ValueError(f"{place}: {quoted(text)} is beyond 3e38; give the column in other units")
-    return list(zip(*(map(float, column) for column in columns)))
+    return list(zip(*(map(float, column) for column in columns.values())))
 
 
-def flags(columns, places):
+def zeros_and_ones(columns, places):
     """Turn columns of 0 and 1 into one tuple of bools per row."""
     for name, column in columns.items():
         for text, place in zip(column, places):
@@ -1320,16 +1469,19 @@ def join_kmers(text, place):
     return sequence
 
 
-def read_table(path, classes=None, targets=None, labels=True, multilabel=False):
+def read_table(path, classes=None, targets=None, labels=True, multilabel=False, flags=column_flags(None)):
     """Read a table with columns sequence (or seq) and label (or class): sequences, labels, notes.
     classes: the labels in the order of their ids; None: notes["classes"] holds those found, sorted.
     targets: number columns of a regression, or of 0 and 1 (multilabel); labels=False: sequences only, and
-    notes["names"], a column id or name, if there is one of them. K-mer text is joined."""
+    notes["names"], a column id or name, if there is one of them; flags: of column_flags. K-mer text is
+    joined."""
     wanted = {"sequence": ["sequence", "seq"]} | {name: [name.lower()] for name in targets or ()}
     if labels and not targets:
         wanted["label"] = ["label", "class"]
-    wanted |= {} if labels else {"id": ["id"], "name": ["name"]}
-    columns, places = read_columns(os.fspath(path), wanted, ("id", "name"))
+    wanted |= {} if labels else {"id": ["id"]} if flags["id"] else {"id": ["id"], "name": ["name"]}
+    wanted |= {name: [flags[name].lower()] for name in wanted if flags.get(name)}
+    columns, places = read_columns(os.fspath(path), wanted, () if flags["id"] else ("id", "name"),
+                                   flags["delimiter"])
     sequences, notes = columns.pop("sequence"), {"kmer_text": 0}
     if not labels:
         notes["names"] = next(iter(columns.values())) if len(columns) == 1 else None
@@ -1342,7 +1494,7 @@ def read_table(path, classes=None, targets=None, labels=True, multilabel=False):
             notes["kmer_text"] += 1
     rows_from(sequences, places=places)                      # ValueError where one is not DNA
     if targets:
-        return sequences, flags(columns, places) if multilabel else numbers(columns.values(), places), notes
+        return sequences, (zeros_and_ones if multilabel else numbers)(columns, places), notes
     if not labels:
         return sequences, None, notes
     ids, found = class_ids(columns["label"], classes, places)
@@ -1513,7 +1665,7 @@ def read_deepstarr(task, data_dir):
         codes = [record[1] for record in fasta_records(fasta)]
         if len(codes) != len(places):
             raise ValueError(f"{fasta}: {len(codes)} sequences, but {len(places)} rows in {table}; get both")
-        labels = numbers(columns.values(), places)
+        labels = numbers(columns, places)
         splits[split] = rows_of(np.concatenate(codes), list(map(len, codes)), labels, {})
     return splits
 

@@ -95,9 +95,9 @@ def other_strand(one_hot):
 
 
 def make_view(bases, letters, reach, noise, flip):
-    """Edits base codes (B, L), adds noise, flips strands; returns the view with and without noise."""
+    """Edits base codes (B, L), adds noise, flips strands; returns the view with, without noise (SOFT: -1)."""
     clean = data.one_hot(augment(bases, letters, reach))
-    view = clean + noise * torch.randn_like(clean) if "N" in letters else clean
+    view = clean.abs() + noise * torch.randn_like(clean) if "N" in letters else clean.abs()
     if "R" in letters:
         flipped = torch.rand(len(bases), 1, 1, device=bases.device) < flip
         view, clean = (torch.where(flipped, other_strand(x), x) for x in (view, clean))
@@ -204,7 +204,7 @@ def pass_over(windows, seed, first, n):
 
 
 def parse_args():
-    parser, positive = training.new_parser(__doc__), number(int, 1)
+    parser, positive = training.new_parser(__doc__, strands=False), number(int, 1)      # but R in --views
     positive_float, share = number(float, 1e-9), number(float, 0, math.nextafter(1, 2))    # 1 is allowed
     add = parser.add_argument_group("model").add_argument
     add("--length", type=number(int, EDIT + 1), default=1000, help="bases of a window (%(default)s)")
@@ -329,6 +329,8 @@ if __name__ == "__main__":
             parts |= {"teacher": teacher, "center": center}
 
         genome = data.open_genome(args.genome, args.data_dir, args.cache, args.ambiguous, args.verify)
+        genome.restrict(args.bed)
+        repeats = genome.repeats(args.repeat_weight, device)
         train, val = (data.window_table(part, args.length)
                       for part in genome.split(args.length, args.val_contigs))
         windows = data.draw_starts(train, args.windows, np.random.default_rng((args.seed, 0, 1, 2)))
@@ -340,9 +342,19 @@ if __name__ == "__main__":
         """The windows (n, length) at `starts`, on the device."""
         return data.to_device(data.take_windows(bases, starts, args.length), device)
 
-    def get_views(starts):
-        """view_u, target, view_v of the windows at `starts`; call training.seed before."""
-        return make_views(take(starts), args.views, args.translocation, args.mask_rate, args.noise, args.flip)
+    def get_views(starts, edges=None):
+        """view_u, target (weighted, with the edges of repeats), view_v; call training.seed before."""
+        dna = take(starts)
+        dna = dna if edges is None else dna + data.SOFT * data.in_repeats(dna, starts, edges)
+        view_u, target, view_v = make_views(dna, args.views, args.translocation, args.mask_rate, args.noise,
+                                            args.flip)
+        return view_u, target.where(target >= 0, args.repeat_weight), view_v
+
+    def get_batch(step, i, n):
+        """get_views of micro-batch i (n windows) of a step."""
+        first, rng = i * args.micro_batch_size, training.seed(args.seed, step, i)
+        return get_views(data.draw_starts(train, n, rng) if args.fresh_windows else
+                         pass_over(windows, args.seed, (step - 1) * args.batch_size + first, n), repeats)
 
     if args.show_masks:
         starts = data.draw_starts(train, args.show_masks, training.seed(args.seed, 0, 0))
@@ -423,12 +435,13 @@ if __name__ == "__main__":
             lr = args.lr * training.cosine(step, args.steps, args.warmup)
             ema = ema_at(step, args.steps, args.ema)
             sums = run.new_sums(2 + center.numel())          # losses mnm, cl; then of the teacher's [CLS]
+            if repeats is not None:                          # a weighted mean: its weights before backward
+                weights = sum(get_batch(step, *part)[1].sum() for part in run.micro_batches(args.batch_size))
+                scale = args.batch_size * n_masked / training.all_reduce(weights).clamp(min=1e-9)
             for i, n in run.micro_batches(args.batch_size):
-                first, rng = i * args.micro_batch_size, training.seed(args.seed, step, i)
-                starts = (data.draw_starts(train, n, rng) if args.fresh_windows else
-                          pass_over(windows, args.seed, (step - 1) * args.batch_size + first, n))
                 with run.sync_at_last(net, i):
-                    mnm, cl, _, outputs, _ = forward(net, *get_views(starts))
+                    mnm, cl, _, outputs, _ = forward(net, *get_batch(step, i, n))
+                    mnm = mnm if repeats is None else mnm * scale
                     run.scaler.scale(loss_of(mnm, cl)).backward()
                 sums[:2] += torch.stack([mnm.detach(), cl.detach()])
                 sums[2:] += outputs.float().sum(0).flatten()

@@ -1157,7 +1157,8 @@ def read_csv(args):
         raise ValueError(f"--targets or --multilabel {' '.join(columns)}: give each column once")
     names = ("train", "test") if len(others) == 1 else ("train", "dev", "test")
     multilabel = bool(args.multilabel)
-    sequences, labels, notes = data.read_table(first, targets=columns, multilabel=multilabel)
+    flags = data.column_flags(args)
+    sequences, labels, notes = data.read_table(first, targets=columns, multilabel=multilabel, flags=flags)
     classes = tuple(columns or notes.pop("classes"))
     rows = [data.rows_from(sequences, labels, notes)]
     print(f"{first}: {len(labels):,} rows; {rows[0].notes}", flush=True)
@@ -1166,9 +1167,10 @@ def read_csv(args):
     else:
         say_alike(classes)
     for path in others:
-        rows.append(data.rows_from(*data.read_table(path, classes, columns, multilabel=multilabel)))
+        rows.append(data.rows_from(*data.read_table(path, classes, columns, True, multilabel, flags)))
     if not others:
-        rows = data.split_table(first, rows[0], args.split_by, args.split, args.seed, classes)
+        table = data.read_groups(first, args.split_by, flags["delimiter"])
+        rows = data.split_table(table, rows[0], args.split_by, args.split, args.seed, classes)
     stem = os.path.basename(first).removesuffix(".gz")
     task = data.Task(f"csv/{os.path.splitext(stem)[0]}", "csv", classes, bool(args.targets),
                      "pcc" if args.targets else "mcc", "", {}, "", first, "yours", multilabel)
@@ -1677,6 +1679,7 @@ def parse_args():
                                              "similarity: near-duplicates do")
     add("--targets", nargs="+", metavar="COLUMN", help="--csv: regression on these columns")
     add("--multilabel", nargs="+", metavar="COLUMN", help="--csv: these columns are labels, each 0 or 1")
+    data.add_column_flags(add, "sequence", "label")
     add = parser.add_argument_group("model").add_argument
     add("--init", type=file_name, nargs="+", default=["random"],
         help="checkpoint, hf:FOLDER, findna:FILE, random:ONE OF THESE (its architecture), random, "

@@ -146,21 +146,24 @@ class Bert(nn.Module):
         bias = F.pad(self.head_bias, (0, extra), value=-math.inf)
         return F.linear(x, F.pad(self.tok_emb.weight, (0, 0, 0, extra)), bias)
 
-    def forward(self, inputs, labels=None, mask=None, capacity=None):
+    def forward(self, inputs, labels=None, mask=None, capacity=None, weights=None):
         """inputs (B, T) -> logits, or with labels (B, T; -100 = no loss) -> (loss_sum, count).
 
         Only labelled positions reach the decoder. capacity: an upper bound on their number (mask_capacity);
         it fixes the shape, so the host need not wait for the GPU. If there are more, the loss is NaN.
+        weights (B, T): of the losses, whose sum is then weighted; the count becomes the sum of the weights.
         """
         x = self.encode(inputs, mask)                        # (B, T, C)
         if labels is None:
             return self.decode(x)[..., :self.config.vocab_size]
         at, wanted = labelled_positions(labels, capacity)
-        loss_sum = F.cross_entropy(self.decode(x.flatten(0, 1)[at]), wanted, reduction="sum")
+        losses = F.cross_entropy(self.decode(x.flatten(0, 1)[at]), wanted,
+                                 reduction="sum" if weights is None else "none")
+        loss_sum = losses if weights is None else (losses * weights.flatten()[at]).sum()
         count = (labels != -100).sum()
         if capacity is not None:
             loss_sum = loss_sum + torch.where(count > capacity, math.nan, 0.0)
-        return loss_sum, count
+        return loss_sum, count if weights is None else weights.where(labels != -100, 0).sum()
 
     def flops_per_token(self, T, masked):
         """Training FLOPs per token in matrix products; the decoder runs on a share `masked` of the tokens."""

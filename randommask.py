@@ -150,6 +150,7 @@ if __name__ == "__main__":
         run = training.Run(args, writes=not args.show_masks)
         device, length = run.device, window_length(args)
         genome = data.open_genome(args.genome, args.data_dir, args.cache, args.ambiguous, args.verify)
+        genome.restrict(args.bed)
         reached, lines = genome.reach(length, args.val_contigs)
         if args.steps is None:
             complete_args(args, reached)
@@ -160,17 +161,23 @@ if __name__ == "__main__":
 
         span = first_span(args.k, args.stride)               # 1 for non-overlapping k-mers
         edges = phase_edges(args.steps) if args.mask == "randommask" else []
+        repeats = genome.repeats(args.repeat_weight, device)
         train, val = (data.window_table(part, length) for part in genome.split(length, args.val_contigs))
         bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
         if run.writes:
             run.open("randommask", model.config, genome.fingerprint, parts)
 
     def get_batch(table, n, phase, *key):
-        """n windows and their masks, a function of the key alone: inputs, labels (n, T)."""
+        """n windows, masked, a function of the key alone: inputs, labels, weights (n, T; None: all 1)."""
         starts = data.draw_starts(table, n, training.seed(args.seed, *key))
-        windows = data.to_device(data.take_windows(bases, starts, length), device)             # (n, length)
+        windows, soft = data.to_device(data.take_windows(bases, starts, length), device), None # (n, length)
+        if key[0]:                                           # of a step; evaluations: forward, unweighted
+            soft = data.in_repeats(windows, starts, repeats)
+            if args.strands == "both":
+                windows, soft = data.either_strand(windows, soft)
         tokens = data.kmer_tokens(windows, args.k, args.stride, specials=True)
-        return data.corrupt(tokens, random_mask(tokens, phase, args.p, span), n_vocab)
+        weights = None if soft is None else data.token_weights(soft, args.k, args.stride, args.repeat_weight)
+        return *data.corrupt(tokens, random_mask(tokens, phase, args.p, span), n_vocab), weights
 
     if args.show_masks:
         for phase in range(1, len(edges) + 2):
@@ -196,20 +203,21 @@ if __name__ == "__main__":
         capacity = models.mask_capacity(per_pass, 1 - (1 - args.p) ** longest, longest)
 
     def forward(network, table, n, phase, *key):
-        """(loss sum, number of masked tokens) of one micro-batch of n sequences."""
-        inputs, labels = get_batch(table, n, phase, *key)
+        """(loss sum, sum of weights, number of masked tokens) of one micro-batch of n sequences."""
+        inputs, labels, weights = get_batch(table, n, phase, *key)
         with training.autocast(device, args.dtype):
-            return network(inputs, labels, capacity=capacity)
+            loss_sum, weight = network(inputs, labels, capacity=capacity, weights=weights)
+        return loss_sum, weight, weight if weights is None else (labels != -100).sum()
 
     @torch.no_grad()
     def evaluate(phase):
         """Mean loss under the masks of `phase`: the same windows and masks each time, shared by the ranks."""
         model.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=device)
+        total = torch.zeros(3, dtype=torch.float64, device=device)
         for i, n in run.eval_batches():
             total += torch.stack(forward(model, val, n, phase, 0, i))          # key 0: steps count from 1
         model.train()
-        loss_sum, count = run.sum_evaluation(total).tolist()
+        loss_sum, count, _ = run.sum_evaluation(total).tolist()
         return loss_sum / max(count, 1)
 
     def validate(step):
@@ -223,23 +231,23 @@ if __name__ == "__main__":
     with training.user_errors(OSError, MemoryError, torch.OutOfMemoryError):
         for step in run.steps(validate):
             phase, lr = phase_at(step, edges), args.lr * training.linear(step, args.steps, args.warmup)
-            sums = run.new_sums(2)                           # loss, masked tokens
+            sums = run.new_sums(3)                           # loss, weights, masked tokens
             for i, n in run.micro_batches(args.batch_size):
                 with run.sync_at_last(net, i):
-                    loss_sum, count = forward(net, train, n, phase, step, i)
+                    loss_sum, weight, count = forward(net, train, n, phase, step, i)
                     run.scaler.scale(loss_sum).backward()
-                sums += torch.stack([loss_sum.detach(), count])
+                sums += torch.stack([loss_sum.detach(), weight, count])
             run.sum_over_ranks()
             run.scaler.unscale_(optimizer)
             # from DDP's average over ranks of sums to the mean over all masked tokens of the batch
-            norm = training.scale_gradients(model, run.world / sums[1].clamp(min=1), args.grad_clip)
+            norm = training.scale_gradients(model, run.world / sums[1].clamp(min=1e-9), args.grad_clip)
             run.update(optimizer, lr, norm)
 
             run.read(also_evaluate=step in edges)
             if run.to_log:
-                loss_sum, count = run.sums
+                loss_sum, weight, count = run.sums
                 masked = count / (args.batch_size * (args.block_size - 2))
-                row = {"loss": loss_sum / max(count, 1), "lr": lr, "grad_norm": run.norm, "phase": phase,
+                row = {"loss": loss_sum / (weight or 1), "lr": lr, "grad_norm": run.norm, "phase": phase,
                        "masked": masked, "tokens_per_s": run.speed}
                 row |= run.mfu(model.flops_per_token(args.block_size, masked))
                 run.log(row, validate)

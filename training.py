@@ -68,7 +68,8 @@ KEYS = {"format": int, "method": str, "step": int, "model": dict, "optimizer": d
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
 MAY_CHANGE = ("out", "resume", "init", "genome", "data_dir", "cache", "device", "compile", "log_every",
               "eval_every", "save_every", "keep", "show_masks",      # at a resume: no effect on the weights
-              "verify", "ambiguous")                                 # nor these, if "data" is the same
+              "verify", "ambiguous", "bed")                          # nor these, if "data" is the same
+NEWER = {"strands": "forward", "repeat_weight": 1.0}         # flags that runs of version 0.2 do not know
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO = "auto: on CUDA bfloat16, or float16 where the GPU lacks it"
 SKIPS = 100                                                  # steps in a row that float16 may skip
@@ -160,8 +161,8 @@ def folder_name(text):
     return file_name(text)
 
 
-def new_parser(description):
-    """Returns the parser of a pretraining script, with the flags that say which DNA is read."""
+def new_parser(description, strands=True):
+    """Returns the parser of a pretraining script, with the flags of what is read (strands: --strands too)."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument_group("data").add_argument
@@ -173,6 +174,12 @@ def new_parser(description):
     add("--ambiguous", choices=("N", "random"), default="N", help="IUPAC codes: N, or one of their bases (N)")
     add("--val_contigs", type=lambda text: text.split(","), default=[],
         help="contigs held out for validation, comma-separated (the last 1 %% of each; see docs/data.md)")
+    add("--bed", type=file_name, help="keep to the intervals of this BED file, plain or gzip")
+    add("--repeat_weight", type=number(float, 0, math.nextafter(1, 2)), default=1.0,
+        help="weight of lower-case (soft-masked) bases in the loss, 0 to 1 (%(default)s)")
+    if strands:
+        add("--strands", choices=("forward", "both"), default="forward",
+            help="strand of a training window; both: either, at random (%(default)s)")
     return parser
 
 
@@ -648,7 +655,7 @@ class Run:
         return net.no_sync() if self.world > 1 and i != self.last_micro else contextlib.nullcontext()
 
     def new_sums(self, n):
-        """Returns n zeros (float64) for the sums of a step; the host will read the first three."""
+        """Returns n zeros (float64) for the sums of a step; the host will read the first four."""
         self.numbers = torch.zeros(3 + n, dtype=torch.float64, device=self.device)    # stop, save, norm, sums
         return self.numbers[3:]
 
@@ -678,7 +685,7 @@ class Run:
         self.to_evaluate = step % args.eval_every == 0 or also_evaluate or last
         self.to_log = step % args.log_every == 0 or self.to_evaluate
         self.to_save = step in args.keep or last
-        self.unread.append(read_later(self.numbers[:6]))
+        self.unread.append(read_later(self.numbers[:7]))
         behind = self.device.type == "cuda" and not (self.to_log or self.to_save or timing)
         while len(self.unread) > behind:                     # a GPU's last step may stay unread
             self.stop, overdue, self.norm, *self.sums = self.unread.pop(0)()
@@ -1036,12 +1043,12 @@ def load_run(out, run, fixed=(), **parts):
     state, wrong = load_newest(out)
     if wrong:
         say(f"{wrong}\ncontinuing from the one before it, {os.path.join(out, 'prev.pt')}")
-    there, now = ({"method": s["method"]} | s["args"] | {name: s[name] for name in ("config", "data")}
+    there, now = (NEWER | {"method": s["method"]} | s["args"] | {name: s[name] for name in ("config", "data")}
                   for s in (state, run))
     differ = [f"{name} {there.get(name)!r} there, {now[name]!r} now" for name in now
               if (name in fixed or name not in MAY_CHANGE) and there.get(name) != now[name]]
     if differ:
-        advice = "its FASTA files as they were" if there["data"] != now["data"] else "its flags"
+        advice = "its FASTA and BED files as they were" if there["data"] != now["data"] else "its flags"
         raise ValueError(f"--resume: {out} is another run ({'; '.join(differ)[:300]}); give {advice}")
     restore(state, parts)
     made, here = state.get("made_with"), made_with()

@@ -22,10 +22,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 600                                                  # seconds for the tests of one mutant
 GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.py"
+REPEATS = "tests/runs/test_repeats_runs.py"
 UNIT = {name: f"tests/unit/test_{name}.py" for name in (
     "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules", "layers",
-    "messages", "models", "mutagenesis", "randommask", "splits", "strands", "table", "tools", "training",
-    "variants")}
+    "messages", "models", "mutagenesis", "randommask", "repeats", "splits", "strands", "table", "tools",
+    "training", "variants")}
 PRECISION = "tests/runs/test_precision_runs.py"
 Mutant = namedtuple("Mutant", "file what old new tests")
 
@@ -46,7 +47,7 @@ MUTANTS = mutants("randommask.py", [GOLDEN, "-k", "randommask"], {
     "ignores --weight_decay": ("args.lr, args.weight_decay", "args.lr, 0.01"),
     "ignores --grad_clip": ("args.grad_clip)", "1.0)"),
     "phase 1 throughout": ("lr = phase_at(step, edges)", "lr = phase_at(1, edges)"),
-    "mean over sequences": ("run.world / sums[1].clamp(min=1)", "sums.new_ones(()) / args.batch_size"),
+    "mean over sequences": ("run.world / sums[1].clamp(min=1e-9)", "sums.new_ones(()) / args.batch_size"),
     "validates with dropout": ("model.eval()", "model.train()"),
     "no dropout after a validation": ("model.train()", "model.eval()"),
     "the same batch at every step": ("training.seed(args.seed, *key)", "training.seed(args.seed, key[-1])"),
@@ -110,7 +111,7 @@ MUTANTS += mutants("cm_gems.py", [GOLDEN, "-k", "cm_gems"], {
     "betas of AdamW": ("(0.9, 0.98), 1e-6", "(0.9, 0.999), 1e-6"),
     "eps of AdamW": ("(0.9, 0.98), 1e-6", "(0.9, 0.98), 1e-8"),
     "ignores --weight_decay": ("args.lr, args.weight_decay", "args.lr, 0.01"),
-    "mean over sequences": ("run.world / sums[1].clamp(min=1)", "sums.new_ones(()) / args.batch_size"),
+    "mean over sequences": ("run.world / sums[1].clamp(min=1e-9)", "sums.new_ones(()) / args.batch_size"),
     "never switches": ('update(strategy="global", switch_step', 'update(strategy="genemask", switch_step'),
     "ignores --p_scale": ("args.p_scale * center_probability", "center_probability"),
     "p of spans of k for GeneMask": ('"genemask": (3 * k - 1) / 2', '"genemask": k'),
@@ -242,7 +243,8 @@ MUTANTS += mutants("finetune.py", [UNIT["splits"], "-k", "identity"], {
 MUTANTS += mutants("tools/report.py", [UNIT["splits"], "-k", "report"], {
     "rows of train like test": ("np.isin(groups[b], groups[a])", "np.isin(groups[a], groups[b])"),
     "GC of all letters": ("rows.bases // 2 == 1", "rows.bases // 2 >= 1"),
-    "copies are near-duplicates": ("np.unique(different, return_index=True)[1]", "slice(None)")})
+    "copies are near-duplicates": ("np.unique(different, return_index=True)[1]", "slice(None)",
+                                   [UNIT["benchmarks"], "-k", "made_data"])})
 MUTANTS += mutants("training.py", [UNIT["finetune_rules"]], {
     "fsync of another file": ("os.fsync(f.fileno())", "os.fsync(os.open(out, os.O_RDONLY))"),
     "fsync behind the rename": (
@@ -362,6 +364,12 @@ MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "grid"], {
                                'run["test"].get(run["metric"], run["score"])'),
     "the highest loss is chosen": ('-value if run["by_loss"]', 'value if run["by_loss"]'),
     "of a grid, all settings are columns": ("kept += settings[best]", "kept += sum(settings.values(), [])")})
+MUTANTS += mutants("data.py", ["tests/unit/test_columns.py"], {
+    "named columns are not read": ("[flags[name].lower()] for name in wanted", "[name] for name in wanted"),
+    "the delimiter of the suffix": ("delimiter or DELIMITER[suffix]", "DELIMITER[suffix]"),
+    "a named id may be missing": ('() if flags["id"] else ("id", "name"),', '("id", "name"),')})
+MUTANTS += mutants("tools/report.py", ["tests/unit/test_columns.py"], {
+    "strands of other sequences": ("x[len(x) // 2:][::-1]]", "x[len(x) // 2:]]")})
 MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
     "runs of a checkpoint are not averaged": ("np.mean(runs[seed if seed in runs else None])",
                                               "runs[seed if seed in runs else None][0]"),
@@ -395,6 +403,38 @@ MUTANTS += mutants("finetune.py", [UNIT["messages"]], {
 MUTANTS += mutants("tests/conftest.py", [UNIT["campaign"]], {
     "cases are credited without counting": ("int(report.passed and n == 1)", "n"),
     "cases may be missing": ("report.passed and counted != n", "False")})
+
+
+MUTANTS += mutants("data.py", [UNIT["repeats"]], {
+    "lower case begins a letter late": ("return np.flatnonzero(lower[1:] != lower[:-1])",
+                                        "return np.flatnonzero(lower[1:] != lower[:-1]) + 1"),
+    "each contig's case from 0": ("case.append(changes + size)", "case.append(changes)"),
+    "upper case is soft-masked": ("% 2 == 1", "% 2 == 0"),
+    "a cache of another version is read": ('index.get("format") != CACHE_FORMAT', "False"),
+    "--verify looks at the bases only": ("if np.array_equal(read_edges(again)",
+                                         "if True or (read_edges(again)"),
+    "a k-mer is soft as soon as a base is": ("F.avg_pool1d(weights, k, stride)",
+                                             "-F.max_pool1d(-weights, k, stride)"),
+    "repeats stay where they were": ("soft.flip(1), soft)", "soft, soft)"),
+    "three of four windows of the other strand": ("windows.device) < 0.5", "windows.device) < 0.75"),
+    "the case is no part of the data": ('f"+case{zlib.crc32(edges.tobytes()):08x}"', '""'),
+    "BED from 1": ("int(x) for x in (start, end)", "int(x) - 1 for x in (start, end)"),
+    "parts of no bases": ("parts[parts[:, 0] < parts[:, 1]]", "parts")})
+MUTANTS += mutants("models.py", [UNIT["repeats"]], {
+    "losses without their weights": ("(losses * weights.flatten()[at]).sum()", "losses.sum()"),
+    "divided by the count": ("weights.where(labels != -100, 0).sum()", "count")})
+MUTANTS += mutants("findna.py", [UNIT["repeats"]], {
+    "soft-masked bases are seen as -1": ('in letters else clean.abs()', 'in letters else clean')})
+MUTANTS += mutants("findna.py", [REPEATS, "-k", "findna"], {
+    "a weighted sum by the count": ("mnm if repeats is None else mnm * scale", "mnm")})
+MUTANTS += mutants("randommask.py", [REPEATS, "-k", "randommask"], {
+    "evaluations are weighted": ("if key[0]:", "if True:"),
+    "one strand only": ('if args.strands == "both":', "if False:")})
+MUTANTS += mutants("cm_gems.py", [REPEATS, "-k", "cm_gems"], {
+    "evaluations are weighted": ("if key:", "if True:"),
+    "one strand only": ('if args.strands == "both":', "if False:")})
+MUTANTS += mutants("training.py", [REPEATS, "-k", "before"], {
+    "runs of version 0.2 are others": ("(NEWER | {", "({")})
 
 
 def copy_repository(folder):

@@ -66,7 +66,7 @@ def embed(model, args):
     out, counts, empty, partial, n_nan = output(args, ".npz"), collections.Counter(), [], [], 0
     layer = model.at_layer(args.layer)
     with data.new_path(out) as f:
-        for names, rows in read_blocks(read_sequences(args.file, args.window, args.step)):
+        for names, rows in read_blocks(read_sequences(args)):
             ids += names
             n_bases = finetune.n_bases(model.net, rows)
             embeddings.append(model.embed(rows, args.layer))

@@ -156,7 +156,7 @@ def mutate(model, args):
     alike, bar = {f.__name__: [] for f in checks}, tqdm(unit=" effects", disable=not sys.stderr.isatty())
     with data.new_path(out) as file, io.TextIOWrapper(file, "utf-8") as f, bar:
         f.write("\t".join(["id", "position", "ref", "alt", "effect", "output", *alike]) + "\n")
-        for name, codes in read_sequences(args.file, args.window, args.step):
+        for name, codes in read_sequences(args):
             label, found, more = explain(model, codes, at, checks, bar)
             f.writelines(table_lines(name, codes, label, found, more))
             rows = data.rows_of(codes, [len(codes)], None, {})

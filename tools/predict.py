@@ -20,14 +20,15 @@ import finetune
 LONGEST = 1 << 20                                            # bases of a sequence without --window
 
 
-def read_sequences(path, window=None, step=None):
+def read_sequences(args):
     """(id, codes) of each sequence of a FASTA file or a table, or of each of its windows.
 
-    The id of a row of a table is in its column id or name; its number where it has none or both.
+    A row of a table has its id in --id_column, or in a column id or name; its number if it has none or both.
     """
+    path, window, step = args.file, args.window, args.step
     is_table = os.path.splitext(path.removesuffix(".gz"))[1].lower() in data.DELIMITER
     if is_table and not data.file_start(path).startswith(b">"):                # a FASTA may be named .txt
-        texts, _, notes = data.read_table(path, labels=False)
+        texts, _, notes = data.read_table(path, labels=False, flags=data.column_flags(args))
         names = notes["names"] or map(str, range(1, len(texts) + 1))
         records = ((name, data.encode(text)) for name, text in zip(names, texts))
     else:
@@ -88,6 +89,7 @@ def add_flags(parser):
     add, positive = add_model_flags(parser), number(int, 1)
     add("file", type=file_name, metavar="FILE",
         help="FASTA, or a .csv, .tsv or .txt with a column sequence; plain or gzip")
+    data.add_column_flags(add, "sequence", "id")
     add("--window", type=positive, help="cut each sequence into windows of N bases")
     add("--step", type=positive, help="bases between the starts of windows (--window)")
     add("--long", choices=("chunk", "truncate"), help="beyond block_size: windows, or cut (as fine-tuned)")
@@ -136,7 +138,7 @@ def predict(model, args):
         one_class = not (spec["regression"] or spec["multilabel"])
         columns = ["class"] * one_class + [*columns]
         f.write("\t".join(["id", "length", "n_bases", *map(text, columns)]) + "\n")
-        for ids, rows in read_blocks(read_sequences(args.file, args.window, args.step)):
+        for ids, rows in read_blocks(read_sequences(args)):
             n_bases, outputs = finetune.n_bases(model.net, rows), model.predict(rows, args.empty)
             for name, length, n, values in zip(ids, np.diff(rows.offsets), n_bases, outputs):
                 cells = [text(names[values.argmax()])] if one_class else []

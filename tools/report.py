@@ -3,6 +3,7 @@
     python -m tools.report emp/H3 gb8                          tasks or groups, as in finetune.py --task
     python -m tools.report gb/human_ocr_ensembl --fasta GENOME.fa             cut from its coordinate tables
     python -m tools.report my.csv                              your table, or two or three: finetune.py --csv
+    python -m tools.report strands new.fa --init out/finetune/csv_my/randommask.pt     do its strands agree?
 """
 import argparse
 import itertools
@@ -16,6 +17,7 @@ import numpy as np
 
 import data
 import finetune
+from tools.predict import read_blocks, read_sequences
 
 TABLES = tuple(suffix + packed for suffix in data.DELIMITER for packed in ("", ".gz"))
 
@@ -130,19 +132,45 @@ def report_splits(task, splits, functions):
     return leaks
 
 
-def report_tables(paths, targets):
+def report_strands(args):
+    """Print how much the predictions of args.init differ between a sequence and its reverse complement."""
+    if not args.init or len(args.tasks) < 2:
+        raise ValueError("strands: give files with sequences, and the model with --init")
+    model = finetune.load_model(args.init, strands="forward")
+    for file in args.tasks[1:]:
+        sequences = read_sequences(SimpleNamespace(**vars(args), file=file, window=None, step=None))
+        outputs = [model.predict(data.both_strands(rows)) for _, rows in read_blocks(sequences)]
+        pairs = np.concatenate([np.stack([x[:len(x) // 2], x[len(x) // 2:][::-1]]) for x in outputs], 1)
+        known = np.isfinite(pairs).all((0, 2))               # (2, n, outputs)
+        (one, two), n = pairs[:, known], known.sum()
+        line = f"{file}: {n:,} sequences (and {len(known) - n:,} that the network does not read)"
+        if not (model.net.spec["regression"] or model.net.spec["multilabel"]):
+            line += f"; another class on the other strand {(one.argmax(1) != two.argmax(1)).mean():.1%}"
+        for name, x, y in zip(model.classes(), one.T, two.T):
+            r = np.corrcoef(x, y)[0, 1]
+            line += f"; {name}: mean difference {abs(x - y).mean():.3g}, correlation {r:.3f}"
+        print(line)
+
+
+def report_tables(args):
     """Print what an own table holds, or two or three that belong together, split as finetune.py does."""
-    args = SimpleNamespace(csv=paths, targets=targets, multilabel=None, split=None, split_by=None, seed=42)
+    paths, flags = args.tasks, data.column_flags(args)
+    args = SimpleNamespace(**vars(args), csv=paths, multilabel=None, split=None, split_by=None, seed=42)
     functions = {"GC and length": gc_and_length, "5-mer counts": finetune.kmer_counts}
     task, splits = finetune.read_csv(args)
     leaks = report_splits(task, splits, functions)
-    one = len(paths) == 1 and "split" not in data.read_columns(paths[0], {"split": ["split"]}, ["split"])[0]
+    one = len(paths) == 1 and "split" not in data.read_groups(paths[0], None, flags["delimiter"])[1]
     if leaks and not one:
         print("Near-duplicates in train make a test too easy; give one table with --split_by similarity")
     elif leaks:
         print("Near-duplicates in train make a test too easy. Split by --split_by similarity instead:")
         args.split_by = "similarity"
-        report_splits(*finetune.read_csv(args), functions)
+        try:
+            task, splits = finetune.read_csv(args)
+        except ValueError as e:                              # one group may hold nearly all rows
+            print(f"  not possible: {training.plain(str(e))}")
+        else:
+            report_splits(task, splits, functions)
 
 
 def report_task(task, data_dir, fasta):
@@ -166,13 +194,17 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("tasks", nargs="+", help=f"tasks (emp/H3), groups ({' '.join(data.GROUPS)}), or your tables")
     add("--targets", nargs="+", metavar="COLUMN", help="your tables: number columns of a regression")
+    data.add_column_flags(add, "sequence", "label")
+    add("--init", type=file_name, help="strands: a fine-tuned model")
     add("--data_dir", type=folder_name, default="data", help="folder of the benchmark sets (%(default)s)")
     add("--fasta", type=file_name, nargs="+", help="genome of coordinate tables: one FASTA, or one a class")
     args = parser.parse_args()
     status, names = 0, []
     with training.user_errors():
-        if all(name.endswith(TABLES) for name in args.tasks):
-            report_tables(args.tasks, args.targets)
+        if args.tasks[0] == "strands":
+            report_strands(args)
+        elif all(name.endswith(TABLES) for name in args.tasks):
+            report_tables(args)
         elif args.targets:
             raise ValueError("--targets: belongs to tables of your own; drop it")
         else:

@@ -92,7 +92,7 @@ def test_57_tables(case, tmp_path):
 def test_numbers_are_finite_and_not_too_large():
     for text, words in (("1e42", "beyond 3e38; give the column in other units"), ("1e999", "beyond 3e38"),
                         ("inf", "not a finite decimal number")):
-        assert words in refusal(data.numbers, [[text]], ["t.csv: line 2"])
+        assert words in refusal(data.numbers, {"x": [text]}, ["t.csv: line 2"])
 
 
 def test_split_rows():
@@ -305,7 +305,8 @@ def test_report_on_made_data(tmp_path, capsys, monkeypatch):
     assert (code, err) == (2, "") and "tf/1: no train.csv, dev.csv, test.csv" in out
     for said in ("train: 5 (published 19,000: differs) rows; bases min 101, median 101, max 101; 0:3, 1:2; ",
                  "duplicates 2, conflicting_labels 1, lower_case 1", "1:1; with_n 1", "1:1; duplicates 1",
-                 "train and dev: 1 sequences in both, 40.0% and 50.0% of", "dev and test: 0 sequences"):
+                 "train and dev: 1 sequences in both, 40.0% and 50.0% of", "dev and test: 0 sequences",
+                 "within train: 0 of 3 different sequences (0.0%) in 0 groups, the largest of 1"):
         assert said in out
     for args in (["tf_h/9"], ["tf_h/4", "--data", "x"], []):
         code, out, err = report(capsys, monkeypatch, *args)

@@ -13,6 +13,7 @@ import tempfile
 import zlib
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyfaidx
@@ -560,7 +561,8 @@ def test_a_fasta_under_another_name(tmp_path, monkeypatch):
     for name, raw in (("a.txt", text), ("b.csv.gz", gzip.compress(text)), ("c.fna", text)):
         (tmp_path / name).write_bytes(raw)
         assert "this is FASTA, not a table" in refusal(data.read_table, tmp_path / name)
-        found = [(name, data.decode(codes)) for name, codes in read_sequences(str(tmp_path / name))]
+        found = [(name, data.decode(codes)) for name, codes in read_sequences(
+            SimpleNamespace(file=str(tmp_path / name), window=None, step=None))]
         assert found == [("a", "ACGT"), ("b", "GG")]
     (tmp_path / "d.fa.gz").write_bytes(gzip.compress(b">a\nACGT\n"))
     assert "unpack it with gunzip" in refusal(data.open_fasta, str(tmp_path / "d.fa.gz"))

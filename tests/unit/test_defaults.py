@@ -17,7 +17,7 @@ import training
 # where, how often, on what: every flag that is not here is in one of the tables below
 COMMON = {"genome", "data_dir", "cache", "val_contigs", "init", "micro_batch_size", "out", "resume",
           "log_every", "eval_windows", "device", "dtype", "compile", "show_masks", "demo",
-          "verify", "ambiguous"}
+          "verify", "ambiguous", "bed", "repeat_weight"}
 RANDOMMASK = {
     "k": (6, "Liang: overlapping 6-mers, as DNABERT"),
     "stride": (1, "Liang: overlapping"),
@@ -112,14 +112,15 @@ def defaults(monkeypatch):
 
 
 @pytest.mark.parametrize("script, table, ours", [
-    ("randommask", RANDOMMASK, {"eval_every", "save_every"}), ("findna", FINDNA, FINDNA_OURS),
-    ("cm_gems", CM_GEMS, {"keep"})], ids=["randommask", "findna", "cm_gems"])
+    ("randommask", RANDOMMASK, {"eval_every", "save_every", "strands"}), ("findna", FINDNA, FINDNA_OURS),
+    ("cm_gems", CM_GEMS, {"keep", "strands"})], ids=["randommask", "findna", "cm_gems"])
 def test_defaults_equal_the_paper(defaults, script, table, ours):
     args = defaults(script)
     for name, (value, source) in table.items():
         assert args[name] == value and type(args[name]) is type(value), f"--{name}: {source}"
     assert {*args} == {*table} | COMMON | ours               # a new flag belongs in one of them
-    assert (args["ambiguous"], args["verify"]) == ("N", False)
+    assert (args["ambiguous"], args["verify"], args["bed"], args["repeat_weight"]) == ("N", False, None, 1)
+    assert args.get("strands", "forward") == "forward"
     assert args["genome"] == ["hg38"] and args["val_contigs"] == [] and not (args["init"] or args["resume"])
 
 

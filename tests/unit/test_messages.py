@@ -16,6 +16,10 @@ import training
 from tools import figures, predict, report
 
 
+def flags_of(path, window=None):
+    return argparse.Namespace(file=str(path), window=window, step=None)
+
+
 def refusal(function, *args):
     with pytest.raises(ValueError) as e:
         function(*args)
@@ -176,12 +180,12 @@ def test_rows_of_a_table_keep_their_names(tmp_path, head, names):
     lines = [",".join(row[column] for column in head.lower().split(",")) for row in rows]
     path = tmp_path / "t.csv"
     path.write_text("\n".join([head, *lines]))
-    assert [name for name, _ in predict.read_sequences(str(path))] == names
-    assert [name for name, _ in predict.read_sequences(str(path), 3)][0] == f"{names[0]}:0-3"
+    assert [name for name, _ in predict.read_sequences(flags_of(path))] == names
+    assert [name for name, _ in predict.read_sequences(flags_of(path, 3))][0] == f"{names[0]}:0-3"
     if names[0] == "e1":
         for bad in ('"a\tb"', ""):
             path.write_text(path.read_text().replace("e1", bad))
-            assert "line 2" in refusal(list, predict.read_sequences(str(path)))
+            assert "line 2" in refusal(list, predict.read_sequences(flags_of(path)))
 
 
 def test_report_counts_intervals_and_rows(tmp_path, capsys):
