@@ -346,6 +346,7 @@ if __name__ == "__main__":
         if args.npmi_only:
             run.say(header, *lines[:20], "...", *lines[20:][-20:], about_npmi, sep="\n")
             training.finish()
+        run.check_memory(build_model, args.block_size)
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
         parts = {"model": model, "optimizer": optimizer}

@@ -316,6 +316,7 @@ if __name__ == "__main__":
         complete_args(args)
         run = training.Run(args, writes=not args.show_masks)
         device = run.device
+        run.check_memory(build_model, args.length + args.n_cls, teachers=args.objective != "mnm")
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
         teacher = None if args.objective == "mnm" else copy.deepcopy(model).eval().requires_grad_(False)

@@ -106,7 +106,7 @@ def complete_args(args, reached=None):
     if args.steps is None and args.genome == ["hg38"] or args.size in STEPS:
         args.steps = args.steps or STEPS.get(args.size, PAPER_STEPS)
     if args.steps is None:
-        if not reached:
+        if reached is None:
             return
         args.steps = math.ceil(PAPER_PASSES * reached / args.batch_size / window_length(args))
     training.complete_warmup(args, 0.02)                     # DNABERT: 10,000 of 500,000
@@ -155,6 +155,7 @@ if __name__ == "__main__":
         if args.steps is None:
             complete_args(args, reached)
             run.say(f"steps    {args.steps:,}: the paper's {PAPER_PASSES:.0f} passes over this genome")
+        run.check_memory(build_model, args.block_size)
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
         parts = {"model": model, "optimizer": optimizer}

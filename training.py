@@ -483,6 +483,21 @@ def read_later(numbers):
     return lambda: copied.synchronize() or host.tolist()
 
 
+def free_memory(device):
+    """Bytes that a rank can have: of its GPU, or its share of the machine's or its control group's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found, groups = [], ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"]
+    with contextlib.suppress(OSError, ValueError):           # Linux
+        found.append(1024 * int(re.search(r"MemAvailable:\s*(\d+)", open("/proc/meminfo").read())[1]))
+        for line in open("/proc/self/cgroup"):
+            groups.append(groups[":memory:" in line] + line.strip().split(":")[2])
+    for path in itertools.product(groups, ("memory.max", "memory.limit_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):       # "max": no limit
+            found.append(int(open(os.path.join(*path)).read()))
+    return min(found, default=math.inf) / int(os.environ.get("LOCAL_WORLD_SIZE", read_ranks()[1]))
+
+
 def memory(device):
     """Returns the peak memory so far, as text."""
     if device.type == "cuda":
@@ -591,6 +606,26 @@ class Run:
             self.lock = open_run(self.args.out, self.args, self.start - bool(self.row),
                                  fresh=not self.args.resume)
 
+    def check_memory(self, build, length, teachers=0):
+        """ValueError unless weights, gradients, moments and a micro-batch of `length` tokens fit in memory.
+
+        build(args): the network, here on no device, so that nothing is allocated; teachers: its copies.
+        """
+        args, size = self.args, 4 if self.args.dtype == "float32" else 2.5       # some stay float32
+        with torch.device("meta"):
+            model = build(argparse.Namespace(**vars(args) | {"init": None}))
+        fixed = 4 * (4 + teachers) * sum(p.numel() for p in model.parameters())
+        each = size * length * model.saved_per_token(length, self.device.type == "cuda")
+        n, free = min(args.micro_batch_size, args.batch_size), free_memory(self.device)
+        self.needs = f"about {(fixed + n * each) / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+        if fixed + n * each > free:
+            fits, size = int(max(0.9 * free - fixed, 0) / each), getattr(args, "size", "none")
+            advice = "--size small" if size in (None, "base") else "a smaller network"
+            advice = f"--micro_batch_size {fits} or {advice}" if fits else advice
+            raise ValueError(f"memory: the run needs {self.needs} ({fixed / 1e9:.1f} GB for the network and "
+                             f"its optimizer, the rest for {n} sequences of {length} at once); use "
+                             f"{'a larger machine' if args.resume else advice}")
+
     def describe(self, model, genome, passes, per_step, unit="tokens"):
         """Says what the run is. per_step: tokens (or bases) of a step, from which the speed is computed."""
         self.per_step, self.unit = per_step, unit
@@ -598,6 +633,7 @@ class Run:
         self.say(f"model    {sum(p.numel() for p in model.parameters()):,} parameters, {self.args.dtype}, "
                  f"{self.world} x {self.device.type}, {self.n_micro} micro-batches of at "
                  f"most {self.args.micro_batch_size} a step{uneven}")
+        self.say(f"memory   {self.needs}")
         self.say(f"genome   {' '.join(self.args.genome)}: {genome}")
         if passes > PASSES and not self.args.demo:
             self.say(f"warning: {passes:,.0f} passes over the bases that windows reach; give fewer steps, or "
