@@ -24,6 +24,7 @@ import dataclasses
 import errno
 import functools
 import glob
+import importlib
 import itertools
 import json
 import math
@@ -67,7 +68,7 @@ KEYS = {"format": int, "method": str, "step": int, "model": dict, "optimizer": d
         "args": dict, "data": str}                           # what every checkpoint holds
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
 MAY_CHANGE = ("out", "resume", "init", "genome", "data_dir", "cache", "device", "compile", "log_every",
-              "eval_every", "save_every", "keep", "show_masks",      # at a resume: no effect on the weights
+              "eval_every", "save_every", "keep", "show_masks", "dry_run", "track",  # at a resume: no effect
               "verify", "ambiguous", "bed")                          # nor these, if "data" is the same
 NEWER = {"strands": "forward", "repeat_weight": 1.0}         # flags that runs of version 0.2 do not know
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -84,6 +85,8 @@ SIZES = {
                  micro_batch_size=32, lr=5e-4),
     "tiny": dict(n_layer=2, n_head=2, n_embd=128, n_inner=512, dropout=0.0, block_size=128, batch_size=64,
                  micro_batch_size=32, lr=1e-3)}
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}   # modules
+TRIAL = (10, 30)                                             # --dry_run: steps, seconds
 PASSES = 100                                                 # over the genome: more are remarked upon
 DAYS = 3                                                     # on a CPU: a longer run is remarked upon
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
@@ -218,6 +221,8 @@ def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
     add("--dtype", choices=DTYPES, default="auto", help=AUTO)
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--show_masks", type=positive, metavar="N", help="print what is masked in N sequences, then stop")
+    add("--dry_run", action="store_true", help="say what the run would be and take, measured, then stop")
+    add("--track", choices=TRACKERS, help="send the rows of the log there, too; needs its package")
     add("--demo", action="store_true", help="train a tiny model on a synthetic genome")
 
 
@@ -267,7 +272,7 @@ def read_args(parser, args):
                 print(f"resume   {path} is missing: the flags are those in the checkpoint", flush=True)
         unknown = ", ".join(f"--{name}" for name in sorted(saved.keys() - vars(args).keys()))
         saved = {name: value for name, value in saved.items()
-                 if name in vars(args) and name not in ("out", "resume", "show_masks", "verify")}
+                 if name in vars(args) and name not in ("out", "resume", "show_masks", "dry_run", "verify")}
         if type(saved.get("save_every")) is int:             # of version 0.2
             del saved["save_every"]
             if read_ranks()[0] == 0:
@@ -562,7 +567,9 @@ class Run:
         self.device, args.dtype, self.rank, self.world = set_up(args.device, args.dtype)
         if args.demo:
             torch.set_num_threads(1)                         # so small a model gains nothing from more
-        self.args, self.writes = args, writes
+        self.args, self.writes, self.track = args, writes and not args.dry_run, None
+        if self.writes and args.track:
+            load_tracker(args.track)                         # a missing package is said at once
         self.n_micro = math.ceil(args.batch_size / args.micro_batch_size)
         if self.n_micro < self.world:
             advice = "take fewer ranks" if args.resume else "lower --micro_batch_size or raise --batch_size"
@@ -605,6 +612,7 @@ class Run:
         if self.rank == 0:
             self.lock = open_run(self.args.out, self.args, self.start - bool(self.row),
                                  fresh=not self.args.resume)
+            self.track = open_tracker(self.args, self.start)
 
     def check_memory(self, build, length, teachers=0):
         """ValueError unless weights, gradients, moments and a micro-batch of `length` tokens fit in memory.
@@ -617,12 +625,12 @@ class Run:
         fixed = 4 * (4 + teachers) * sum(p.numel() for p in model.parameters())
         each = size * length * model.saved_per_token(length, self.device.type == "cuda")
         n, free = min(args.micro_batch_size, args.batch_size), free_memory(self.device)
-        self.needs = f"about {(fixed + n * each) / 1e9:.1f} GB of {free / 1e9:.1f} GB free"
+        self.needs = f"about {(fixed + n * each) / 1e9:.2g} GB of {free / 1e9:.2g} GB free"
         if fixed + n * each > free:
             fits, size = int(max(0.9 * free - fixed, 0) / each), getattr(args, "size", "none")
             advice = "--size small" if size in (None, "base") else "a smaller network"
             advice = f"--micro_batch_size {fits} or {advice}" if fits else advice
-            raise ValueError(f"memory: the run needs {self.needs} ({fixed / 1e9:.1f} GB for the network and "
+            raise ValueError(f"memory: the run needs {self.needs} ({fixed / 1e9:.2g} GB for the network and "
                              f"its optimizer, the rest for {n} sequences of {length} at once); use "
                              f"{'a larger machine' if args.resume else advice}")
 
@@ -652,6 +660,8 @@ class Run:
         """
         self.clock, self.timed, self.saved = time.perf_counter(), self.start, time.monotonic()
         self.told = time.monotonic()
+        if self.args.dry_run:
+            yield from self.trial_steps()
         catch_signals()
         if self.row:
             self.to_evaluate = self.to_log = self.to_save = True
@@ -666,11 +676,31 @@ class Run:
             yield step
         release_signals()
 
+    def trial_steps(self):
+        """Yields steps of one micro-batch a rank, says what the run would take, and leaves: --dry_run."""
+        seconds, steps, limit = [], self.args.steps, TRIAL[1] * self.world
+        spent = torch.zeros((), device=self.device)          # by all ranks, which end together
+        while len(seconds) < TRIAL[0] and spent.item() < limit:
+            self.step, began = len(seconds) + 1, time.perf_counter()
+            yield self.step
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+            spent += all_reduce(torch.full_like(spent, seconds[-1]))
+        step = self.whole * float(np.median(seconds[1:] or seconds))           # the first is slower
+        self.say(f"dry run  {len(seconds)} steps of a micro-batch: {self.per_step / step:,.0f} {self.unit}/s, "
+                 f"{step:.3g} s a step, {steps * step / 3600:.2g} h for {steps:,} steps (evaluations "
+                 f"not counted), {memory(self.device)}; nothing was written")
+        finish()
+
     def micro_batches(self, size):
         """Yields (i, n) for this rank's micro-batches of `size` sequences: number i has n of them."""
         n = self.args.micro_batch_size
         parts = [(i, min(n, size - i * n)) for i in range(math.ceil(size / n))]
         mine = share_out([self.cost(i, n, size) for i, n in parts], self.world)[self.rank]
+        if self.args.dry_run:                                # the middle one stands for all
+            first, mine = mine, mine[len(mine) // 2:][:1]
+            self.whole = sum(self.cost(*parts[i], size) for i in first) / self.cost(*parts[mine[0]], size)
         self.last_micro = mine[-1] if mine else None
         yield from (parts[i] for i in mine)
 
@@ -717,6 +747,9 @@ class Run:
         All ranks leave with 3 if one is not finite. After a stop signal a row and a checkpoint are due.
         """
         args, step = self.args, self.step
+        if args.dry_run:
+            self.to_log = self.to_save = False
+            return
         last, timing = step == args.steps, step - self.start in TIMED
         self.to_evaluate = step % args.eval_every == 0 or also_evaluate or last
         self.to_log = step % args.log_every == 0 or self.to_evaluate
@@ -782,6 +815,8 @@ class Run:
                 self.row = {}
         if self.rank == 0:
             log(self.args.out, {"step": self.step} | row)
+            if self.track:
+                self.track({name: x for name, x in row.items() if isinstance(x, (int, float))}, self.step)
         return row
 
     def save(self):
@@ -913,6 +948,32 @@ def log(out, row):
     tqdm.write(" | ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                           for name, value in row.items()), file=sys.stdout)
     sys.stdout.flush()
+
+
+def load_tracker(name):
+    """The module of a --track. ValueError if it is not installed."""
+    try:
+        return importlib.import_module(TRACKERS[name])
+    except ImportError:
+        raise ValueError(f"--track {name}: its package is missing; pip install {name}") from None
+
+
+def open_tracker(args, start):
+    """A function (row, step) that sends a row to --track, or None. A resumed run goes on in its own curve."""
+    if not args.track:
+        return None
+    module, path = load_tracker(args.track), os.path.join(args.out, "track.txt")
+    if args.track == "tensorboard":
+        writer = module.SummaryWriter(args.out, purge_step=start + 1)
+        return lambda row, step: [writer.add_scalar(name, x, step) for name, x in row.items()] and writer.flush()
+    if not start or not os.path.exists(path):
+        with create(path) as f:
+            f.write(f"{os.path.basename(os.path.abspath(args.out))}-{time.time_ns() // 10 ** 6}")
+    with open(path, opener=no_links) as f:
+        name = f.read()
+    more = {"id": name, "dir": args.out} if args.track == "wandb" else {}
+    module.init(project="nanoDNA", name=name, resume="allow", config=vars(args), **more)
+    return lambda row, step: module.log(row, step=step)
 
 
 def made_with():
