@@ -688,9 +688,9 @@ class Run:
             seconds.append(time.perf_counter() - began)
             spent += all_reduce(torch.full_like(spent, seconds[-1]))
         step = self.whole * float(np.median(seconds[1:] or seconds))           # the first is slower
-        self.say(f"dry run  {len(seconds)} steps of a micro-batch: {self.per_step / step:,.0f} {self.unit}/s, "
-                 f"{step:.3g} s a step, {steps * step / 3600:.2g} h for {steps:,} steps (evaluations "
-                 f"not counted), {memory(self.device)}; nothing was written")
+        self.say(f"dry run  {len(seconds)} steps of a micro-batch: {self.per_step / step:,.0f} "
+                 f"{self.unit}/s, {step:.3g} s a step, {steps * step / 3600:.2g} h for {steps:,} steps "
+                 f"(evaluations not counted), {memory(self.device)}; nothing was written")
         finish()
 
     def micro_batches(self, size):
@@ -964,8 +964,8 @@ def open_tracker(args, start):
         return None
     module, path = load_tracker(args.track), os.path.join(args.out, "track.txt")
     if args.track == "tensorboard":
-        writer = module.SummaryWriter(args.out, purge_step=start + 1)
-        return lambda row, step: [writer.add_scalar(name, x, step) for name, x in row.items()] and writer.flush()
+        writer = module.SummaryWriter(args.out, purge_step=start + 1, flush_secs=30)
+        return lambda row, step: [writer.add_scalar(name, x, step) for name, x in row.items()]
     if not start or not os.path.exists(path):
         with create(path) as f:
             f.write(f"{os.path.basename(os.path.abspath(args.out))}-{time.time_ns() // 10 ** 6}")
