@@ -115,8 +115,8 @@ def read_npmi(path, k):
     """Reads NPMI (4**k,) from our CSV or GeneMask's (ngram, norm_dp_true_pmi); -inf for missing k-mers."""
     wanted = {"kmer": ("kmer", "ngram"), "npmi": ("npmi", "norm_dp_true_pmi")}
     columns, places = data.read_columns(path, wanted)
-    values = {}
-    for kmer, (value,), place in zip(columns["kmer"], data.numbers([columns["npmi"]], places), places):
+    values, npmi = {}, data.numbers({"npmi": columns["npmi"]}, places)
+    for kmer, (value,), place in zip(columns["kmer"], npmi, places):
         if not re.fullmatch(f"[ACGT]{{{k}}}", kmer.upper()) or kmer.upper() in values:
             raise ValueError(f"{place}: {data.quoted(kmer)}; each line needs another {k}-mer of ACGT (--k)")
         values[kmer.upper()] = value

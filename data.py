@@ -287,8 +287,9 @@ class Genome:
                 leaks = (held_out[i] - held_out[j] if strand == other else
                          min(held_out[i], sizes[j] - held_out[j]) for j, other in group if j != i)
                 n_leaked += max(0, *leaks)
-        return [f"warning: {sum(map(len, groups)) - len(groups):,} contigs repeat another one, on either "
-                f"strand ({names[groups[0][1][0]]} is {names[groups[0][0][0]]}, ...): {n_leaked:,} of "
+        kind, n = "warning" if n_leaked else "note", sum(map(len, groups)) - len(groups)
+        return [f"{kind}: {n:,} contigs repeat another one, on either strand "
+                f"({names[groups[0][1][0]]} is {names[groups[0][0][0]]}, ...): {n_leaked:,} of "
                 f"{held_out.sum():,} held-out bases are also trained on; give each once"]
 
     def held_out(self, length, val_contigs=()):

@@ -405,7 +405,7 @@ def test_advice_fits(here, capsys):
     """What an error advises: changed bases, a checkpoint that is none, a step behind the end, a folder."""
     run = {"method": "m", "config": {}, "data": "new", "args": {"seed": 1}}
     state = run | {"data": "old"}
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="give its FASTA files"):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError, match="its FASTA and BED files"):
         patch.setattr(training, "load_newest", lambda out: (state, None))
         training.load_run("out", run)
     flags = dict(out="out", resume=False, device="cpu", dtype="float32", demo=False, batch_size=1,

@@ -48,7 +48,7 @@ def scripted(perplexities, start, fires):
         real = training.all_reduce
 
         def all_reduce(numbers):
-            if len(numbers) == 4:                            # of an evaluation, with the stop flag
+            if len(numbers) == 5:                            # of an evaluation, with the stop flag
                 numbers[0] = math.log(values.pop(0)) * numbers[1]
             return real(numbers)
         training.all_reduce = all_reduce

@@ -84,7 +84,7 @@ def test_contigs_that_repeat_others(tmp_path, val_contigs):
                 place = ("a", at) if name == "b" else ("c", len(text) - 1 - at)
             held.append(place) if at >= len(text) - n else trained.add(place)
     _, (_, line, *_) = genome.reach(30, val_contigs)
-    assert "warning: 2 contigs repeat another one, on either strand (b is a, ...)" in line
+    assert "2 contigs repeat another one, on either strand (b is a, ...)" in line
     assert f": {sum(place in trained for place in held):,} of {len(held):,} held-out bases are also" in line
     alone = data.Genome(write_fasta(tmp_path / "h.fa", {name: texts[name] for name in "acd"}))
     assert "repeat" not in " ".join(alone.reach(30)[1])
