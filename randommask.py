@@ -50,11 +50,6 @@ def first_span(k, stride):
     return math.ceil(k / stride)
 
 
-def window_length(args):
-    """Bases of a window."""
-    return (args.block_size - 3) * args.stride + args.k
-
-
 def random_mask(tokens, phase, p, span=6):
     """Draws the mask of Algorithm 1: tokens (B, T) -> masked bool (B, T).
 
@@ -93,22 +88,18 @@ def parse_args():
 
 
 def complete_args(args, reached=None):
-    """Fills in the defaults that depend on other flags. ValueError for flags that contradict each other.
-
-    On another genome than hg38 the steps are known once it is open: reached bases, as many passes over them.
-    """
+    """Fills in the defaults that depend on other flags (reached: bases of another genome); ValueError."""
     if args.stride > args.k:
         raise ValueError(f"--stride {args.stride}: skips bases between the {args.k}-mers; use 1 to {args.k}")
     if args.mask == "single" and args.stride < args.k:
         raise ValueError(f"--stride {args.stride}: --mask single needs {args.k}; or use --mask dnabert")
     if args.p is None:
         args.p = MASK_RATE / first_span(args.k, args.stride)
-    if args.steps is None and args.genome == ["hg38"] or args.size in STEPS:
-        args.steps = args.steps or STEPS.get(args.size, PAPER_STEPS)
     if args.steps is None:
-        if reached is None:
-            return
-        args.steps = math.ceil(PAPER_PASSES * reached / args.batch_size / window_length(args))
+        if reached is None and args.genome != ["hg38"] and args.size not in STEPS:
+            return                                           # until the genome is open
+        windows = (reached or 0) / ((args.block_size - 3) * args.stride + args.k)
+        args.steps = math.ceil(PAPER_PASSES * windows / args.batch_size) or STEPS.get(args.size, PAPER_STEPS)
     training.complete_warmup(args, 0.02)                     # DNABERT: 10,000 of 500,000
     if not args.keep:
         args.keep = [max(1, round(step * args.steps / PAPER_STEPS)) for step in MILESTONES]
@@ -148,7 +139,7 @@ if __name__ == "__main__":
         args = parse_args()
         complete_args(args)
         run = training.Run(args, writes=not args.show_masks)
-        device, length = run.device, window_length(args)
+        device, length = run.device, (args.block_size - 3) * args.stride + args.k     # bases of a window
         genome = data.open_genome(args.genome, args.data_dir, args.cache, args.ambiguous, args.verify)
         genome.restrict(args.bed)
         reached, lines = genome.reach(length, args.val_contigs)
