@@ -25,8 +25,8 @@ GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.
 REPEATS = "tests/runs/test_repeats_runs.py"
 UNIT = {name: f"tests/unit/test_{name}.py" for name in (
     "before", "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules",
-    "layers", "messages", "models", "mutagenesis", "randommask", "repeats", "splits", "strands", "table", "tools",
-    "training", "variants")}
+    "layers", "messages", "models", "mutagenesis", "randommask", "repeats", "splits", "strands", "table",
+    "tools", "training", "variants")}
 PRECISION = "tests/runs/test_precision_runs.py"
 Mutant = namedtuple("Mutant", "file what old new tests")
 
