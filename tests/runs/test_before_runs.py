@@ -18,7 +18,8 @@ def test_a_dry_run_writes_nothing(tmp_path, monkeypatch, script, flags, ranks):
     result = harness.run(args, ranks=ranks, script=f"{script}.py")
     assert result.codes == [0] * ranks and not result.err, result
     said = r"dry run  10 steps of a micro-batch: .*/s, .* s a step, .* h for 7 steps .*nothing"
-    assert re.search(said, result.out) and "memory   about" in result.out and "done" not in result.out and "loss" not in result.out
+    assert re.search(said, result.out) and "memory   about" in result.out, result
+    assert "done" not in result.out and "loss" not in result.out
     assert {path.name for path in tmp_path.iterdir()} == {"g.fa", "cache"}
 
 
