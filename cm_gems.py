@@ -275,6 +275,7 @@ def parse_args():
     add("--k", type=number(int, 2, 9), default=6, help="k-mer length, 2 to 8 (%(default)s)")
     add("--block_size", type=positive, default=512, help="tokens; a piece has a base less (%(default)s)")
     add("--model", choices=MODELS, default="dnabert", help="sets the next five flags (%(default)s)")
+    training.add_size_flag(add)
     add("--n_layer", type=positive, help="layers (dnabert 12, logo 2)")
     add("--n_head", type=positive, help="attention heads (dnabert 12, logo 8)")
     add("--n_embd", type=positive, help="width (dnabert 768, logo 256)")
@@ -312,6 +313,8 @@ def complete_args(args):
         raise ValueError(f"--block_size {args.block_size}: give {args.k + 2} or more for k = {args.k}")
     if args.npmi_table and args.npmi_contigs:
         raise ValueError("--npmi_table and --npmi_contigs: a table needs no counting; drop one of them")
+    if args.size not in (None, "base") and args.model != "dnabert":
+        raise ValueError(f"--size {args.size}: sets what --model {args.model} sets; drop one of them")
     training.complete_warmup(args, 0.05)                     # 500 of 10,000
     if args.eval_every is None:
         args.eval_every = max(1, round(args.steps / 20))
@@ -343,6 +346,7 @@ if __name__ == "__main__":
         if args.npmi_only:
             run.say(header, *lines[:20], "...", *lines[20:][-20:], about_npmi, sep="\n")
             training.finish()
+        run.check_memory(build_model, args.block_size)
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
         parts = {"model": model, "optimizer": optimizer}
@@ -392,7 +396,7 @@ if __name__ == "__main__":
     mean = length / 2 + (args.k + length - 1) / 4            # bases of a piece
     reached, lines = genome.reach(length, args.val_contigs)
     passes = args.steps * args.batch_size * mean / reached
-    run.describe(model, genome, args.batch_size * (mean - args.k + 1))
+    run.describe(model, genome, passes, args.batch_size * (mean - args.k + 1))
     run.say(*lines, about_npmi, sep="\n")
     run.say(f"pieces   half {length} bases, half {args.k} to {length - 1}; {passes:.2g} passes over the "
             f"bases reached")

@@ -316,6 +316,7 @@ if __name__ == "__main__":
         complete_args(args)
         run = training.Run(args, writes=not args.show_masks)
         device = run.device
+        run.check_memory(build_model, args.length + args.n_cls, teachers=args.objective != "mnm")
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
         teacher = None if args.objective == "mnm" else copy.deepcopy(model).eval().requires_grad_(False)
@@ -362,8 +363,10 @@ if __name__ == "__main__":
         training.finish()
 
     guessed = (constant, order0), (flanked, flanked_nats) = guesses(genome.bases[:10 ** 7])
-    run.describe(model, genome, args.batch_size * args.length, "bases")
-    run.say(*genome.reach(args.length, args.val_contigs)[1], sep="\n")
+    reached, lines = genome.reach(args.length, args.val_contigs)
+    per_step = args.batch_size * args.length
+    run.describe(model, genome, args.steps * per_step / reached, per_step, "bases")
+    run.say(*lines, sep="\n")
     epochs = args.steps * args.batch_size / args.windows
     run.say(f"windows  {args.windows:,} an epoch, {epochs:.3g} epochs; {n_masked} of {args.length} bases "
             f"masked")

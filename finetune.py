@@ -1654,7 +1654,7 @@ def make_key(plan, task, start, digest, args):
 def run_all(plans, starts, args, device):
     """Does the runs one after the other: (exit code, ids). A failed run is reported; the next one follows."""
     errors, code, ids, cached = set(), 0, [], None
-    for plan in plans:
+    for k, plan in enumerate(plans, 1):
         try:
             if training.stop_requested():                    # after the last step of a run, or in a probe
                 raise InterruptedError
@@ -1665,6 +1665,7 @@ def run_all(plans, starts, args, device):
                         plan.name, args.data_dir, plan.shots, plan.repeat % 10, args.fasta))
                 cached = source
             key = make_key(plan, task, starts[plan.init], fingerprint(splits), args)
+            print(f"run {k} of {len(plans)}", flush=True)
             ids.append(run_one(task, splits, key, starts[plan.init], args, device))
         except InterruptedError:
             print("stopped  by a signal; the same command continues there", flush=True)

@@ -165,6 +165,15 @@ class Bert(nn.Module):
             loss_sum = loss_sum + torch.where(count > capacity, math.nan, 0.0)
         return loss_sum, count if weights is None else weights.where(labels != -100, 0).sum()
 
+    def saved_per_token(self, T, fused):
+        """Numbers a token that the forward pass keeps for the backward pass, with a quarter of them masked.
+
+        fused: attention keeps no (T, T) weights, as on a GPU; on a CPU with dropout it keeps three of them.
+        """
+        c, C = self.config, self.config.n_embd
+        layer = 8 * C + 2 * c.n_inner + bool(c.dropout) * (2 * C + (0 if fused else 3 * c.n_head * T))
+        return c.n_layer * layer + 3 * C + (4 * C + 3 * c.vocab_size) / 4
+
     def flops_per_token(self, T, masked):
         """Training FLOPs per token in matrix products; the decoder runs on a share `masked` of the tokens."""
         c = self.config
@@ -330,6 +339,13 @@ class BaseModel(nn.Module):
     def forward(self, one_hot):
         x = self.backbone(one_hot)
         return x, self.head(x)
+
+    def saved_per_token(self, L, fused):
+        """Numbers a base that the forward pass keeps for the backward pass; fused: as in a Bert."""
+        c, C, drops = self.config, self.config.n_embd, bool(self.config.dropout)
+        if isinstance(self.backbone, ChordMixer):
+            return len(self.backbone.blocks) * (C + 2 * c.hidden + drops * (C + c.hidden)) + C + 15
+        return c.n_layer * (17 * C + drops * (8 * C + (0 if fused else 3 * c.n_head * L))) + C + 15
 
 
 class Cnn(nn.Module):

@@ -25,6 +25,8 @@ import data
 import models
 
 PAPER_STEPS = 480_000                                        # Algorithm 1
+PAPER_PASSES = PAPER_STEPS * 512 * 515 / 2_937_639_113       # 515 bases a window; hg38's chr1-22, X, Y but N
+STEPS = {"small": 100_000, "mini": 30_000, "tiny": 20_000}   # of --size; ours
 EDGES = (30_000, 60_000, 100_000, 150_000)                   # Algorithm 1: last steps of phases 1 to 4
 MILESTONES = (1_000, 30_000, 300_000)                        # checkpoints of Figs 2, 3, 5, 7 and 8
 MASK_RATE = 0.15                                             # section 5.1; / 6 = the P of Algorithm 1
@@ -66,6 +68,7 @@ def parse_args():
     add("--stride", type=positive, default=1,
         help="bases from a k-mer to the next, 1 to k; k: non-overlapping (%(default)s)")
     add("--block_size", type=number(int, 3), default=512, help="tokens with [CLS] and [SEP] (%(default)s)")
+    training.add_size_flag(add)
     add("--n_layer", type=positive, default=12, help="layers (%(default)s)")
     add("--n_head", type=positive, default=12, help="attention heads (%(default)s)")
     add("--n_embd", type=positive, default=768, help="width (%(default)s)")
@@ -77,20 +80,26 @@ def parse_args():
     add("--p", type=number(float, 1e-9, 1), help="probability of a center (0.15 / tokens of the first span)")
     add = training.add_optimization_flags(parser, batch_size=512, micro_batch_size=64, lr=1e-4, warmup="2 %%",
                                           weight_decay=0.01)
-    add("--steps", type=positive, default=PAPER_STEPS, help="steps; phase edges scale with it (%(default)s)")
+    add("--steps", type=positive, help=f"steps; phase edges scale with it ({PAPER_STEPS}; as many passes "
+        f"over another genome; --size: {', '.join(f'{size} {n}' for size, n in STEPS.items())})")
     training.add_run_flags(parser, "out/randommask", eval_windows=512, eval_every=5000,
                            keep="1/480, 30/480 and 300/480 of the steps")
     return training.parse_flags(parser, DEMO)
 
 
-def complete_args(args):
-    """Fills in the defaults that depend on other flags. ValueError for flags that contradict each other."""
+def complete_args(args, reached=None):
+    """Fills in the defaults that depend on other flags (reached: bases of another genome); ValueError."""
     if args.stride > args.k:
         raise ValueError(f"--stride {args.stride}: skips bases between the {args.k}-mers; use 1 to {args.k}")
     if args.mask == "single" and args.stride < args.k:
         raise ValueError(f"--stride {args.stride}: --mask single needs {args.k}; or use --mask dnabert")
     if args.p is None:
         args.p = MASK_RATE / first_span(args.k, args.stride)
+    if args.steps is None:
+        if reached is None and args.genome != ["hg38"] and args.size not in STEPS:
+            return                                           # until the genome is open
+        windows = (reached or 0) / ((args.block_size - 3) * args.stride + args.k)
+        args.steps = math.ceil(PAPER_PASSES * windows / args.batch_size) or STEPS.get(args.size, PAPER_STEPS)
     training.complete_warmup(args, 0.02)                     # DNABERT: 10,000 of 500,000
     if not args.keep:
         args.keep = [max(1, round(step * args.steps / PAPER_STEPS)) for step in MILESTONES]
@@ -130,16 +139,20 @@ if __name__ == "__main__":
         args = parse_args()
         complete_args(args)
         run = training.Run(args, writes=not args.show_masks)
-        device = run.device
+        device, length = run.device, (args.block_size - 3) * args.stride + args.k     # bases of a window
+        genome = data.open_genome(args.genome, args.data_dir, args.cache, args.ambiguous, args.verify)
+        genome.restrict(args.bed)
+        reached, lines = genome.reach(length, args.val_contigs)
+        if args.steps is None:
+            complete_args(args, reached)
+            run.say(f"steps    {args.steps:,}: the paper's {PAPER_PASSES:.0f} passes over this genome")
+        run.check_memory(build_model, args.block_size)
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
         parts = {"model": model, "optimizer": optimizer}
 
         span = first_span(args.k, args.stride)               # 1 for non-overlapping k-mers
         edges = phase_edges(args.steps) if args.mask == "randommask" else []
-        length = (args.block_size - 3) * args.stride + args.k                  # bases of a window
-        genome = data.open_genome(args.genome, args.data_dir, args.cache, args.ambiguous, args.verify)
-        genome.restrict(args.bed)
         repeats = genome.repeats(args.repeat_weight, device)
         train, val = (data.window_table(part, length) for part in genome.split(length, args.val_contigs))
         bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
@@ -167,9 +180,8 @@ if __name__ == "__main__":
         training.finish()
 
     n_tokens = args.batch_size * args.block_size             # of a step
-    reached, lines = genome.reach(length, args.val_contigs)
     passes = args.steps * args.batch_size * length / reached
-    run.describe(model, genome, n_tokens)
+    run.describe(model, genome, passes, n_tokens)
     run.say(*lines, sep="\n")
     run.say(f"tokens   {n_tokens:,} a step, {n_tokens * args.steps:,} in all: {passes:.2g} passes over the "
             f"bases reached")

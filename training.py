@@ -24,10 +24,12 @@ import dataclasses
 import errno
 import functools
 import glob
+import importlib
 import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import time
@@ -66,13 +68,27 @@ KEYS = {"format": int, "method": str, "step": int, "model": dict, "optimizer": d
         "args": dict, "data": str}                           # what every checkpoint holds
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
 MAY_CHANGE = ("out", "resume", "init", "genome", "data_dir", "cache", "device", "compile", "log_every",
-              "eval_every", "save_every", "keep", "show_masks",      # at a resume: no effect on the weights
+              "eval_every", "save_every", "keep", "show_masks", "dry_run", "track",  # at a resume: no effect
               "verify", "ambiguous", "bed")                          # nor these, if "data" is the same
 NEWER = {"strands": "forward", "repeat_weight": 1.0}         # flags that runs of version 0.2 do not know
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 AUTO = "auto: on CUDA bfloat16, or float16 where the GPU lacks it"
 SKIPS = 100                                                  # steps in a row that float16 may skip
 TIMED = (5, 20)                                              # steps after the start: speed is taken between
+# BERT's miniatures (Turc et al. 2019, "Well-Read Students Learn Better"; mini: RandomMask's BERT-mini). What
+# follows n_inner is ours, not tuned: shorter windows, smaller batches, no dropout, for a CPU or a small GPU
+SIZES = {
+    "base": {},
+    "small": dict(n_layer=4, n_head=8, n_embd=512, n_inner=2048, dropout=0.0, batch_size=256,
+                  micro_batch_size=16, lr=3e-4),
+    "mini": dict(n_layer=4, n_head=4, n_embd=256, n_inner=1024, dropout=0.0, block_size=128, batch_size=128,
+                 micro_batch_size=32, lr=5e-4),
+    "tiny": dict(n_layer=2, n_head=2, n_embd=128, n_inner=512, dropout=0.0, block_size=128, batch_size=64,
+                 micro_batch_size=32, lr=1e-3)}
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}   # modules
+TRIAL = (10, 30)                                             # --dry_run: steps, seconds
+PASSES = 100                                                 # over the genome: more are remarked upon
+DAYS = 3                                                     # on a CPU: a longer run is remarked upon
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU)
 AGAIN = 0.4                                                  # seconds: launchers pass on a Ctrl-C within them
 signals, parent = [], os.getppid()                           # stop signals received, when; who started us
@@ -126,6 +142,12 @@ def number(kind, low, high=math.inf):
         return value
     parse.__name__ = kind.__name__                           # argparse then says "invalid int value"
     return parse
+
+
+def add_size_flag(add):
+    """Adds --size, by which parse_flags replaces defaults."""
+    add("--size", choices=SIZES, help="sets the network, --batch_size, --lr ... at once, see docs/use.md; "
+        "a flag that is given wins (base)")
 
 
 def file_name(text):
@@ -199,11 +221,13 @@ def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
     add("--dtype", choices=DTYPES, default="auto", help=AUTO)
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--show_masks", type=positive, metavar="N", help="print what is masked in N sequences, then stop")
+    add("--dry_run", action="store_true", help="say what the run would be and take, measured, then stop")
+    add("--track", choices=TRACKERS, help="send the rows of the log there, too; needs its package")
     add("--demo", action="store_true", help="train a tiny model on a synthetic genome")
 
 
 def parse_flags(parser, demo):
-    """Parses the command line. --demo replaces defaults; --resume takes the flags from the run's args.json.
+    """Parses the command line. --demo and --size replace defaults, --resume takes the run's args.json.
 
     A flag on the command line wins over both; load_run refuses one that would make it another run.
     """
@@ -211,7 +235,10 @@ def parse_flags(parser, demo):
     args = parser.parse_args()
     if args.demo:
         parser.set_defaults(**demo)
-        args = parser.parse_args()
+    if getattr(args, "size", None):
+        names = vars(args)                                   # not all scripts have n_inner
+        parser.set_defaults(**{name: x for name, x in SIZES[args.size].items() if name in names})
+    args = parser.parse_args()
     if args.resume and args.init:
         raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
     if args.resume and has_checkpoint(args.out):
@@ -220,11 +247,13 @@ def parse_flags(parser, demo):
 
 
 def complete_warmup(args, share):
-    """Sets --warmup, unless it is given, to this share of the steps. ValueError if it exceeds the steps."""
+    """Sets --warmup, unless it is given, to this share of the steps. ValueError if it or --keep is more."""
     if args.warmup is None:
         args.warmup = round(share * args.steps)
     if args.warmup > args.steps:
         raise ValueError(f"--warmup {args.warmup}: more than --steps {args.steps}")
+    if max(args.keep, default=0) > args.steps:
+        raise ValueError(f"--keep {max(args.keep)}: the run has {args.steps} steps; name some of these")
 
 
 def read_args(parser, args):
@@ -243,7 +272,7 @@ def read_args(parser, args):
                 print(f"resume   {path} is missing: the flags are those in the checkpoint", flush=True)
         unknown = ", ".join(f"--{name}" for name in sorted(saved.keys() - vars(args).keys()))
         saved = {name: value for name, value in saved.items()
-                 if name in vars(args) and name not in ("out", "resume", "show_masks", "verify")}
+                 if name in vars(args) and name not in ("out", "resume", "show_masks", "dry_run", "verify")}
         if type(saved.get("save_every")) is int:             # of version 0.2
             del saved["save_every"]
             if read_ranks()[0] == 0:
@@ -280,6 +309,16 @@ def read_ranks():
     return rank, world, local
 
 
+def lacks(dtype, cpu="/proc/cpuinfo"):
+    """True for a 16-bit dtype that the CPU has no instructions for (AMX, AVX-512, NEON); unknown: False."""
+    names = {"bfloat16": "bf16", "float16": "fp16|asimdhp"}
+    try:
+        with open(cpu) as f:
+            return dtype in names and not re.search(names[dtype], f.read())
+    except OSError:
+        return False
+
+
 def set_up(device, dtype, join=True):
     """Turns --device, --dtype into (torch.device, 'float32', 'bfloat16' or 'float16', rank, world).
 
@@ -309,6 +348,9 @@ def set_up(device, dtype, join=True):
         raise ValueError("--dtype bfloat16: this GPU does not support it; use --dtype float16")
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16" if bf16 else "float16"
+    if rank == 0 and device.type == "cpu" and lacks(dtype):
+        say_once(f"note: --dtype {dtype}: this CPU has no instructions for it: 10 to 20 times slower than "
+                 f"float32; leave the flag out")
     if world > 1 and join:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)        # a rank that waits for others never sees `leave`
         try:
@@ -446,6 +488,21 @@ def read_later(numbers):
     return lambda: copied.synchronize() or host.tolist()
 
 
+def free_memory(device):
+    """Bytes that a rank can have: of its GPU, or its share of the machine's or its control group's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found, groups = [], ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"]
+    with contextlib.suppress(OSError, ValueError):           # Linux
+        found.append(1024 * int(re.search(r"MemAvailable:\s*(\d+)", open("/proc/meminfo").read())[1]))
+        for line in open("/proc/self/cgroup"):
+            groups.append(groups[":memory:" in line] + line.strip().split(":")[2])
+    for path in itertools.product(groups, ("memory.max", "memory.limit_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):       # "max": no limit
+            found.append(int(open(os.path.join(*path)).read()))
+    return min(found, default=math.inf) / int(os.environ.get("LOCAL_WORLD_SIZE", read_ranks()[1]))
+
+
 def memory(device):
     """Returns the peak memory so far, as text."""
     if device.type == "cuda":
@@ -510,16 +567,17 @@ class Run:
         self.device, args.dtype, self.rank, self.world = set_up(args.device, args.dtype)
         if args.demo:
             torch.set_num_threads(1)                         # so small a model gains nothing from more
-        self.args, self.writes = args, writes
+        self.args, self.writes, self.track = args, writes and not args.dry_run, None
+        if self.writes and args.track:
+            load_tracker(args.track)                         # a missing package is said at once
         self.n_micro = math.ceil(args.batch_size / args.micro_batch_size)
         if self.n_micro < self.world:
             advice = "take fewer ranks" if args.resume else "lower --micro_batch_size or raise --batch_size"
             raise ValueError(f"--batch_size {args.batch_size}: {self.n_micro} micro-batches for {self.world} "
                              f"ranks; {advice}")
-        if writes and max(args.keep, default=0) > args.steps:
-            raise ValueError(f"--keep {max(args.keep)}: the run has {args.steps} steps; name some of these")
         self.start = self.step = 0                           # steps in the checkpoint; current step
         self.unread, self.stop = [], False
+        self.told, self.slow = time.monotonic(), False       # when the speed was said; as days
         self.scaler, self.in_a_row = make_scaler(self.device, args.dtype), 0   # steps without finite gradient
         self.row = {}                                        # of this step, while its evaluation is not done
         self.cost = lambda i, n, size: 1                     # of micro-batch i, for even shares
@@ -554,15 +612,40 @@ class Run:
         if self.rank == 0:
             self.lock = open_run(self.args.out, self.args, self.start - bool(self.row),
                                  fresh=not self.args.resume)
+            self.track = open_tracker(self.args, self.start)
 
-    def describe(self, model, genome, per_step, unit="tokens"):
+    def check_memory(self, build, length, teachers=0):
+        """ValueError unless weights, gradients, moments and a micro-batch of `length` tokens fit in memory.
+
+        build(args): the network, here on no device, so that nothing is allocated; teachers: its copies.
+        """
+        args, size = self.args, 4 if self.args.dtype == "float32" else 2.5       # some stay float32
+        with torch.device("meta"):
+            model = build(argparse.Namespace(**vars(args) | {"init": None}))
+        fixed = 4 * (4 + teachers) * sum(p.numel() for p in model.parameters())
+        each = size * length * model.saved_per_token(length, self.device.type == "cuda")
+        n, free = min(args.micro_batch_size, args.batch_size), free_memory(self.device)
+        self.needs = f"about {(fixed + n * each) / 1e9:.2g} GB of {free / 1e9:.2g} GB free"
+        if fixed + n * each > free:
+            fits, size = int(max(0.9 * free - fixed, 0) / each), getattr(args, "size", "none")
+            advice = "--size small" if size in (None, "base") else "a smaller network"
+            advice = f"--micro_batch_size {fits} or {advice}" if fits else advice
+            raise ValueError(f"memory: the run needs {self.needs} ({fixed / 1e9:.2g} GB for the network and "
+                             f"its optimizer, the rest for {n} sequences of {length} at once); use "
+                             f"{'a larger machine' if args.resume else advice}")
+
+    def describe(self, model, genome, passes, per_step, unit="tokens"):
         """Says what the run is. per_step: tokens (or bases) of a step, from which the speed is computed."""
         self.per_step, self.unit = per_step, unit
         uneven = " in uneven shares" if self.n_micro % self.world else ""
         self.say(f"model    {sum(p.numel() for p in model.parameters()):,} parameters, {self.args.dtype}, "
                  f"{self.world} x {self.device.type}, {self.n_micro} micro-batches of at "
                  f"most {self.args.micro_batch_size} a step{uneven}")
+        self.say(f"memory   {self.needs}")
         self.say(f"genome   {' '.join(self.args.genome)}: {genome}")
+        if passes > PASSES and not self.args.demo:
+            self.say(f"warning: {passes:,.0f} passes over the bases that windows reach; give fewer steps, or "
+                     f"more DNA")
         if self.start:
             self.say(f"resume   after step {self.start}")
             kept = {n: os.path.exists(f"{self.args.out}/step_{n}.pt") for n in self.args.keep}
@@ -576,6 +659,9 @@ class Run:
         First makes up for the evaluation, if any, that a stop signal cut short.
         """
         self.clock, self.timed, self.saved = time.perf_counter(), self.start, time.monotonic()
+        self.told = time.monotonic()
+        if self.args.dry_run:
+            yield from self.trial_steps()
         catch_signals()
         if self.row:
             self.to_evaluate = self.to_log = self.to_save = True
@@ -590,11 +676,31 @@ class Run:
             yield step
         release_signals()
 
+    def trial_steps(self):
+        """Yields steps of one micro-batch a rank, says what the run would take, and leaves: --dry_run."""
+        seconds, steps, limit = [], self.args.steps, TRIAL[1] * self.world
+        spent = torch.zeros((), device=self.device)          # by all ranks, which end together
+        while len(seconds) < TRIAL[0] and spent.item() < limit:
+            self.step, began = len(seconds) + 1, time.perf_counter()
+            yield self.step
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            seconds.append(time.perf_counter() - began)
+            spent += all_reduce(torch.full_like(spent, seconds[-1]))
+        step = self.whole * float(np.median(seconds[1:] or seconds))           # the first is slower
+        self.say(f"dry run  {len(seconds)} steps of a micro-batch: {self.per_step / step:,.0f} "
+                 f"{self.unit}/s, {step:.3g} s a step, {steps * step / 3600:.2g} h for {steps:,} steps "
+                 f"(evaluations not counted), {memory(self.device)}; nothing was written")
+        finish()
+
     def micro_batches(self, size):
         """Yields (i, n) for this rank's micro-batches of `size` sequences: number i has n of them."""
         n = self.args.micro_batch_size
         parts = [(i, min(n, size - i * n)) for i in range(math.ceil(size / n))]
         mine = share_out([self.cost(i, n, size) for i, n in parts], self.world)[self.rank]
+        if self.args.dry_run:                                # the middle one stands for all
+            first, mine = mine, mine[len(mine) // 2:][:1]
+            self.whole = sum(self.cost(*parts[i], size) for i in first) / self.cost(*parts[mine[0]], size)
         self.last_micro = mine[-1] if mine else None
         yield from (parts[i] for i in mine)
 
@@ -641,6 +747,9 @@ class Run:
         All ranks leave with 3 if one is not finite. After a stop signal a row and a checkpoint are due.
         """
         args, step = self.args, self.step
+        if args.dry_run:
+            self.to_log = self.to_save = False
+            return
         last, timing = step == args.steps, step - self.start in TIMED
         self.to_evaluate = step % args.eval_every == 0 or also_evaluate or last
         self.to_log = step % args.log_every == 0 or self.to_evaluate
@@ -654,9 +763,18 @@ class Run:
             behind = behind and not self.to_save
         self.to_log = self.to_log or bool(self.stop)
         self.speed = (step - self.timed) * self.per_step / (time.perf_counter() - self.clock)
-        if step - self.start == TIMED[-1]:
-            self.say(f"speed    {self.speed:,.0f} {self.unit}/s, {memory(self.device)}, "
-                     f"{(args.steps - step) * self.per_step / self.speed / 3600:.2g} h left")
+        if step - self.start == TIMED[-1] or time.monotonic() - self.told > 60 and not sys.stderr.isatty():
+            self.tell_speed()
+
+    def tell_speed(self):
+        """Says the speed and the time left; the first time also that a CPU would take days."""
+        left = (self.args.steps - self.step) * self.per_step / self.speed / 3600
+        self.say(f"speed    {self.speed:,.0f} {self.unit}/s, {memory(self.device)}, {left:.2g} h left after "
+                 f"step {self.step} of {self.args.steps}", flush=True)
+        if self.device.type == "cpu" and left > DAYS * 24 and not self.slow:
+            self.say(f"note: on this CPU the run would take {left / 24:,.0f} days; use a GPU, fewer "
+                     f"--steps or a smaller network")
+        self.told, self.slow = time.monotonic(), left > DAYS * 24
 
     def check_finite(self, step):
         """All ranks leave with 3 unless the sums and the gradient norm of this step are finite.
@@ -697,6 +815,8 @@ class Run:
                 self.row = {}
         if self.rank == 0:
             log(self.args.out, {"step": self.step} | row)
+            if self.track:
+                self.track({name: x for name, x in row.items() if isinstance(x, (int, float))}, self.step)
         return row
 
     def save(self):
@@ -822,12 +942,38 @@ def cut_log(out, start):
 
 
 def log(out, row):
-    """Appends one row to log.jsonl and prints it."""
+    """Appends one row to log.jsonl, with the time (seconds since 1970), and prints it."""
     with open(os.path.join(out, "log.jsonl"), "a", opener=no_links) as f:
-        f.write(json.dumps(row) + "\n")
+        f.write(json.dumps(row | {"time": round(time.time(), 1)}) + "\n")
     tqdm.write(" | ".join(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
                           for name, value in row.items()), file=sys.stdout)
     sys.stdout.flush()
+
+
+def load_tracker(name):
+    """The module of a --track. ValueError if it is not installed."""
+    try:
+        return importlib.import_module(TRACKERS[name])
+    except ImportError:
+        raise ValueError(f"--track {name}: its package is missing; pip install {name}") from None
+
+
+def open_tracker(args, start):
+    """A function (row, step) that sends a row to --track, or None. A resumed run goes on in its own curve."""
+    if not args.track:
+        return None
+    module, path = load_tracker(args.track), os.path.join(args.out, "track.txt")
+    if args.track == "tensorboard":
+        writer = module.SummaryWriter(args.out, purge_step=start + 1, flush_secs=30)
+        return lambda row, step: [writer.add_scalar(name, x, step) for name, x in row.items()]
+    if not start or not os.path.exists(path):
+        with create(path) as f:
+            f.write(f"{os.path.basename(os.path.abspath(args.out))}-{time.time_ns() // 10 ** 6}")
+    with open(path, opener=no_links) as f:
+        name = f.read()
+    more = {"id": name, "dir": args.out} if args.track == "wandb" else {}
+    module.init(project="nanoDNA", name=name, resume="allow", config=vars(args), **more)
+    return lambda row, step: module.log(row, step=step)
 
 
 def made_with():

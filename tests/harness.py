@@ -150,7 +150,7 @@ def equal(a, b):
 def log_rows(out):
     """Reads log.jsonl; drops the timing."""
     rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())
-    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu")} for row in rows]
+    return [{k: v for k, v in row.items() if k not in ("tokens_per_s", "mfu", "time")} for row in rows]
 
 
 def contents(folder):

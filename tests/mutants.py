@@ -24,9 +24,9 @@ LIMIT = 600                                                  # seconds for the t
 GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.py"
 REPEATS = "tests/runs/test_repeats_runs.py"
 UNIT = {name: f"tests/unit/test_{name}.py" for name in (
-    "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules", "layers",
-    "messages", "models", "mutagenesis", "pairs", "randommask", "repeats", "splits", "strands", "table",
-    "tools", "training", "variants")}
+    "before", "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules",
+    "layers", "messages", "models", "mutagenesis", "pairs", "randommask", "repeats", "splits", "strands",
+    "table", "tools", "training", "variants")}
 PRECISION = "tests/runs/test_precision_runs.py"
 Mutant = namedtuple("Mutant", "file what old new tests")
 
@@ -269,6 +269,30 @@ MUTANTS += mutants("training.py", [UNIT["training"]], {
     "bfloat16 where there is none": ('"bfloat16" if bf16 else "float16"', '"bfloat16"'),
     "compiled though that fails": ("and can_compile(device):", ":"),
     "skipped steps of Adam are missed": ('- state.get("skipped", 0)', "", [PRECISION, "-k", "resumed"])})
+MUTANTS += mutants("training.py", [UNIT["before"]], {
+    "rows without their time": (' | {"time": round(time.time(), 1)}', ""),
+    "a line a step": ("self.told > 60", "self.told > 0"),
+    "a line a minute on a terminal": ("self.told > 60 and not sys.stderr.isatty()", "self.told > 60"),
+    "days of a GPU, too": ('self.device.type == "cpu" and left >', "left >"),
+    "never says that 16 bits are slow": ("return dtype in names and not", "return not dtype and"),
+    "passes of the demo are warned of": ("passes > PASSES and not self.args.demo", "passes > PASSES"),
+    "memory without the moments": ("4 * (4 + teachers) * sum(", "4 * (2 + teachers) * sum("),
+    "memory of one sequence": ("fixed + n * each > free", "fixed + each > free"),
+    "advises what does not fit": ("int(max(0.9 * free - fixed, 0) / each)", "int(max(free, 0) / each)"),
+    "ignores the job's limit": ("return min(found, default", "return max(found, default"),
+    "each rank has the whole memory": ('int(os.environ.get("LOCAL_WORLD_SIZE", read_ranks()[1]))', "1"),
+    "a resumed run begins a new curve": ("if not start or not os.path.exists(path)", "if True"),
+    "a new run continues an old curve": ("if not start or not os.path.exists(path)",
+                                         "if not os.path.exists(path)"),
+    "a tracker gets text": ("if isinstance(x, (int, float))}, self.step", "}, self.step"),
+    "tensorboard keeps what is repeated": ("purge_step=start + 1", "purge_step=start")})
+MUTANTS += mutants("training.py", [UNIT["defaults"]], {
+    "--size does nothing": ("SIZES[args.size].items() if name in names", "SIZES[args.size].items() if 0")})
+MUTANTS += mutants("randommask.py", [UNIT["before"]], {
+    "480,000 steps of every genome": ("if reached is None and args.genome", "if args.genome"),
+    "passes over another genome": ("/ 2_937_639_113", "/ 3_088_269_832")})
+MUTANTS += mutants("models.py", [UNIT["before"]], {
+    "attention weights cost nothing": ("3 * c.n_head * T))", "0 * T))")})
 MUTANTS += mutants("finetune.py", [UNIT["training"]], {
     "sums over windows for means": ("by_sequence(x, n_windows) / n_windows[:, None]",
                                     "by_sequence(x, n_windows)"),

@@ -409,9 +409,9 @@ def test_advice_fits(here, capsys):
         patch.setattr(training, "load_newest", lambda out: (state, None))
         training.load_run("out", run)
     flags = dict(out="out", resume=False, device="cpu", dtype="float32", demo=False, batch_size=1,
-                 micro_batch_size=1, steps=6, keep=[7])
+                 micro_batch_size=1, steps=6, keep=[7], dry_run=False, track=None)
     with pytest.raises(ValueError, match="--keep 7: the run has 6 steps"):
-        training.Run(training.argparse.Namespace(**flags), writes=True)
+        training.complete_warmup(training.argparse.Namespace(**flags, warmup=0), 0)
     nan = training.Run(training.argparse.Namespace(**flags | {"keep": []}), writes=True)
     nan.sums, nan.norm = [float("nan")], 0
     with pytest.raises(SystemExit):

@@ -17,11 +17,12 @@ import training
 # where, how often, on what: every flag that is not here is in one of the tables below
 COMMON = {"genome", "data_dir", "cache", "val_contigs", "init", "micro_batch_size", "out", "resume",
           "log_every", "eval_windows", "device", "dtype", "compile", "show_masks", "demo",
-          "verify", "ambiguous", "bed", "repeat_weight"}
+          "verify", "ambiguous", "dry_run", "track", "bed", "repeat_weight"}
 RANDOMMASK = {
     "k": (6, "Liang: overlapping 6-mers, as DNABERT"),
     "stride": (1, "Liang: overlapping"),
     "block_size": (512, "Liang: sequence length of 512"),
+    "size": (None, "ours"),
     "n_layer": (12, "DNABERT: BERT-base"),
     "n_head": (12, "DNABERT"),
     "n_embd": (768, "DNABERT"),
@@ -71,6 +72,7 @@ CM_GEMS = {
     "k": (6, "GM: 6-mers"),
     "block_size": (512, "GM Script-A"),
     "model": ("dnabert", "Roy: the columns without a prefix"),
+    "size": (None, "ours"),
     "n_layer": (12, "GM Code-E: DNABERT"),
     "n_head": (12, "GM Code-E"),
     "n_embd": (768, "GM Code-E"),
@@ -132,6 +134,15 @@ def test_defaults_equal_the_paper(defaults, script, table, ours):
     ("randommask", "--k 3", {"p": 0.15 / 3}), ("randommask", "--k 4", {"p": 0.15 / 4}),
     ("randommask", "--steps 48000", {"warmup": 960, "keep": [100, 3_000, 30_000]}),
     ("randommask", "--steps 100 --warmup 0", {"warmup": 0}),
+    ("randommask", "--size base", {"n_layer": 12, "n_head": 12, "n_embd": 768, "dropout": 0.1,
+                                   "batch_size": 512, "micro_batch_size": 64, "lr": 1e-4, "steps": 480_000}),
+    ("randommask", "--size mini", {"n_layer": 4, "n_head": 4, "n_embd": 256, "batch_size": 128,     # Turc
+                                   "block_size": 128, "steps": 30_000, "warmup": 600}),
+    ("randommask", "--size small --n_embd 64", {"n_layer": 4, "n_head": 8, "n_embd": 64, "steps": 100_000}),
+    ("randommask", "--size tiny --steps 50 --genome x.fa", {"n_layer": 2, "n_embd": 128, "steps": 50}),
+    ("randommask", "--size tiny --genome x.fa", {"steps": 20_000}),
+    ("randommask", "--genome x.fa", {"steps": None, "warmup": None, "keep": []}),      # not known yet
+    ("cm_gems", "--size tiny", {"n_layer": 2, "n_head": 2, "n_embd": 128, "n_inner": 512, "steps": 10_000}),
     ("findna", "--epochs 30", {"steps": 46_875, "warmup": 14_062}),
     ("findna", "--steps 1000", {"steps": 1000, "warmup": 300}),
     ("findna", "--windows 1000 --epochs 1", {"steps": 16, "warmup": 5}),       # the last batch of 40: as 64
@@ -165,7 +176,8 @@ def test_findna_has_one_micro_batch_a_rank_on_gpus(defaults, tmp_path, monkeypat
 def test_more_ranks_than_micro_batches(monkeypatch, resumed, advice):
     """A resumed run refuses another --micro_batch_size, so that the advice differs."""
     monkeypatch.setattr(training, "set_up", lambda *_: (None, "float32", 0, 8))
-    flags = dict(batch_size=64, micro_batch_size=64, resume=resumed, demo=False, device="", dtype="")
+    flags = dict(batch_size=64, micro_batch_size=64, resume=resumed, demo=False, device="", dtype="",
+                 dry_run=False, track=None)
     with pytest.raises(ValueError, match=advice):
         training.Run(SimpleNamespace(**flags), writes=False)
 

@@ -49,7 +49,7 @@ def tuned(parts, task, seed=7, spec={}, compiled=False, **numbers):
                            class_weights=None)
     made = {"method": "finetune", "config": net.spec, "data": "", "args": key}
     outputs, _ = finetune.tuned_outputs(net, parts, task, made, "out", args)
-    return outputs, [json.loads(line) for line in open("out/log.jsonl")], net
+    return outputs, [json.loads(line) | {"time": 0} for line in open("out/log.jsonl")], net
 
 
 # compiled, a network is the same

@@ -92,10 +92,11 @@ def test_contigs_that_repeat_others(tmp_path, val_contigs):
 
 def test_steps_that_cannot_be_kept_any_more(tmp_path, capsys):
     (tmp_path / "step_2.pt").touch()
-    run = types.SimpleNamespace(n_micro=1, world=1, rank=0, start=5, device=torch.device("cpu"), say=print,
+    run = types.SimpleNamespace(n_micro=1, world=1, rank=0, start=5, needs="", say=print,
+                                device=torch.device("cpu"),
                                 args=argparse.Namespace(dtype="float32", genome=["g"], out=str(tmp_path),
                                                         keep=[2, 4, 5, 6], micro_batch_size=1))
-    training.Run.describe(run, torch.nn.Linear(1, 1), "genome", 1)
+    training.Run.describe(run, torch.nn.Linear(1, 1), "genome", 1, 1)
     assert "resume   --keep 4 5: not kept, the run is past that\n" in capsys.readouterr().out
 
 

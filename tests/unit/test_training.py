@@ -13,7 +13,8 @@ import training
 from harness import equal
 
 FLAGS = dict(out="out", resume=False, device="cpu", dtype="float32", demo=False, batch_size=1, steps=999,
-             micro_batch_size=1, keep=[], eval_every=998, log_every=998, save_every=1.0)
+             micro_batch_size=1, keep=[], dry_run=False, track=None, eval_every=998, log_every=998,
+             save_every=1.0)
 
 
 @pytest.fixture
