@@ -192,7 +192,7 @@ MUTANTS += mutants("finetune.py", [UNIT["finetune"]], {
     "scores the seen rows": ("scores(outputs[~seen], labels[~seen]", "scores(outputs[seen], labels[seen]")})
 MUTANTS += mutants("data.py", [UNIT["finetune"]], {
     "the strands are different": ("min(key, other[n - end:n - start])", "key"),
-    "float32 targets": ("labels.astype(np.float64)", "labels.astype(np.float32)")})
+    "float32 targets": ('"b" else np.float64)', '"b" else np.float32)')})
 
 ALL_ROWS = 'np.concatenate([rows.labels for rows in parts.values() if rows])'
 MUTANTS += mutants("finetune.py", [UNIT["finetune_rules"]], {
@@ -239,7 +239,7 @@ MUTANTS += mutants("data.py", [UNIT["splits"], "-k", "refused or obeyed"], {
     "validation is test": ('"validation": 1', '"validation": 2'),
     "an empty value is a value": ("if not text or name", "if name")})
 MUTANTS += mutants("finetune.py", [UNIT["splits"], "-k", "identity"], {
-    "--split_by does not identify a run": ('({"split_by": None} | head_flags)', "head_flags")})
+    "--split_by does not identify a run": ('("strands", "class_weights", "split_by")', '("strands", "class_weights")')})
 MUTANTS += mutants("tools/report.py", [UNIT["splits"], "-k", "report"], {
     "rows of train like test": ("np.isin(groups[b], groups[a])", "np.isin(groups[a], groups[b])"),
     "GC of all letters": ("rows.bases // 2 == 1", "rows.bases // 2 >= 1"),
@@ -396,8 +396,7 @@ MUTANTS += mutants("finetune.py", ["tests/unit/test_labels.py"], {
     "labels weigh as their number": ("return loss / share", "return loss"),
     "the weight of the other value": ("torch.where(labels, weights[1], weights[0])",
                                       "torch.where(labels, weights[0], weights[1])"),
-    "weights of a batch are not used": ('loss_of(outputs.float(), piece_labels, "sum", weights)',
-                                        'loss_of(outputs.float(), piece_labels, "sum")'),
+    "weights of a batch are not used": ('device)], "sum", weights)', 'device)], "sum")'),
     "AUPRC of class 0": ("in ([1] if n_classes == 2", "in ([0] if n_classes == 2"),
     "means over labels without a score": ("np.nanmean(values)", "np.mean(values)")})
 MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "grid"], {
@@ -434,7 +433,7 @@ MUTANTS += mutants("data.py", [UNIT["messages"]], {
     "contig names end at a comma": ("range(most, 0, -1)", "range(1, 0, -1)"),
     "repeats on one strand only": ("min(strands), []", "strands[0], []"),
     "what both copies hold out is a leak": ("held_out[i] - held_out[j] if strand", "held_out[i] if strand"),
-    "rows have no names": ('notes["names"] = columns.get("name")', 'notes["names"] = None')})
+    "rows have no names": ("if len(columns) == 1 else None", "if not columns else None")})
 MUTANTS += mutants("training.py", [UNIT["messages"]], {
     "a resume follows links": ('"last.pt"), no_links), None', '"last.pt")), None'),
     "steps that are past are not said": ("if n <= self.start and not there", "if False"),
