@@ -239,7 +239,7 @@ MUTANTS += mutants("data.py", [UNIT["splits"], "-k", "refused or obeyed"], {
     "validation is test": ('"validation": 1', '"validation": 2'),
     "an empty value is a value": ("if not text or name", "if name")})
 MUTANTS += mutants("finetune.py", [UNIT["splits"], "-k", "identity"], {
-    "--split_by does not identify a run": ('("strands", "class_weights", "split_by")', '("strands", "class_weights")')})
+    "--split_by does not identify a run": (', "split_by"))', "))")})
 MUTANTS += mutants("tools/report.py", [UNIT["splits"], "-k", "report"], {
     "rows of train like test": ("np.isin(groups[b], groups[a])", "np.isin(groups[a], groups[b])"),
     "GC of all letters": ("rows.bases // 2 == 1", "rows.bases // 2 >= 1"),
