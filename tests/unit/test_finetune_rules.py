@@ -317,7 +317,7 @@ def test_a_checkpoint_goes_after_its_row_is_certain(out, disk, monkeypatch):
             removed.append(disk.order[-1][1])
             assert is_certain(disk, out / "results.jsonl") and is_certain(disk, out / "csv_t/random.pt")
     disk.check = check
-    plans, starts = finetune.plan_runs(args), {"random": finetune.read_start("random", args)}
+    plans, starts = list(finetune.plan_runs(args)), {"random": finetune.read_start("random", args)}
     code, [identity] = finetune.run_all(plans, starts, args, torch.device("cpu"))
     assert code == 0 and [path.split("/")[-2] for path in removed] == [identity]
     assert math.isfinite(finetune.read_rows("out")[0]["score"])
