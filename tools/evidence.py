@@ -5,7 +5,8 @@
 
 An experiment NAME has results/NAME.jsonl (rows of finetune.py), results/NAME.pretraining.jsonl (last rows of
 log.jsonl) and its lines in results/comparisons.csv. Its checkpoints are out/NAME/ARM/SEED/last.pt. A
-document says which table stands where: "<!-- rows: NAME scores probe -->", the table, "<!-- end -->".
+document says which table stands where: "<!-- rows: NAME scores probe -->", the table, "<!-- end -->"; in a
+line, "<!-- rows: NAME primary -->" stands for the main result in words.
 """
 import csv
 import glob
@@ -21,7 +22,7 @@ import data
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DOCUMENTS = "results/README.md", "docs/results.md", "README.md"
-TABLE = re.compile(r"(<!-- rows: ([^>]+) -->\n).*?(<!-- end -->)", re.S)
+TABLE = re.compile(r"(<!-- rows: ([^>]+) -->\n?).*?(<!-- end -->)", re.S)
 CHECKPOINT = re.compile(r"(random:)?out/[^/]+/([^/]+)/(\d+)/last\.pt")
 DRAWS = 10_000                                               # of the bootstrap
 
@@ -110,6 +111,13 @@ def comparison_rows(name, root=ROOT):
     return rows
 
 
+def primary_text(name, root=ROOT):
+    """An experiment's primary comparison in words, for a cell of another table."""
+    [row] = [row for row in comparison_rows(name, root) if row[0].startswith("**")]
+    claim, _, sets, seeds, difference, *_, result = row
+    return f"{claim.strip('*')}: {difference}, {sets} sets, {seeds} seeds: {result}"
+
+
 def spread(values):
     """Mean ± sd (n) of numbers."""
     sd = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
@@ -157,6 +165,8 @@ def fill(text, root=ROOT):
 
     def table(found):
         name, kind, *words = found[2].split()
+        if kind == "primary":
+            return found[1] + primary_text(name, root) + found[3]
         return found[1] + markdown(kinds[kind](name, *words, root=root)) + found[3]
     return TABLE.sub(table, text)
 

@@ -49,6 +49,21 @@ def test_scores_and_differences_by_hand(tmp_path):
     assert table["mean of the 1 in all"] == ["25.0", "17.5", "0.0", "35.0"]
 
 
+def test_documents_are_filled(tmp_path):
+    """Tables and words between their marks are made anew; the rest stays."""
+    write_experiment(tmp_path, {(checkpoint(arm, seed), task, network): [score + seed / 100]
+                                for arm, network, score in (("long", "teacher", 0.5), ("short", None, 0.25))
+                                for seed in (1, 2) for task in ("emp/H3", "emp/H4")})
+    text = ("a\n| <!-- rows: toy primary -->old<!-- end --> | b |\n"
+            "<!-- rows: toy scores probe -->\nold\n<!-- end -->\nc\n")
+    assert evidence.fill(text, tmp_path) == (
+        "a\n| <!-- rows: toy primary -->long, teacher > short: +25.0 [+25.0, +25.0], 2 sets, 2 seeds: "
+        "cannot tell<!-- end --> | b |\n"
+        "<!-- rows: toy scores probe -->\n| set | long, teacher | short |\n|---|---|---|\n"
+        "| emp/H3 | 51.5 ± 0.7 (2) | 26.5 ± 0.7 (2) |\n| emp/H4 | 51.5 ± 0.7 (2) | 26.5 ± 0.7 (2) |\n"
+        "| mean of the 2 in all | 51.5 | 26.5 |\n<!-- end -->\nc\n")
+
+
 def test_interval_equals_a_literal_bootstrap():
     gaps = np.random.default_rng(5).normal(1, 2, (4, 3))
     rng, means = np.random.default_rng(0), []
