@@ -14,7 +14,7 @@ import sys
 
 sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))                # python -I leaves it out
 import training                                              # first: it answers Ctrl-C in the slow imports
-from training import file_name, number
+from training import file_name, number, share
 
 import argparse
 import copy
@@ -205,7 +205,7 @@ def pass_over(windows, seed, first, n):
 
 def parse_args():
     parser, positive = training.new_parser(__doc__, strands=False), number(int, 1)      # but R in --views
-    positive_float, share = number(float, 1e-9), number(float, 0, math.nextafter(1, 2))    # 1 is allowed
+    positive_float = number(float, 1e-9)
     add = parser.add_argument_group("model").add_argument
     add("--length", type=number(int, EDIT + 1), default=1000, help="bases of a window (%(default)s)")
     add("--backbone", choices=("chordmixer", "transformer"), default="chordmixer",
@@ -259,8 +259,8 @@ def complete_args(args):
         raise ValueError(f"--mask_rate {args.mask_rate}: masks none or all of {args.length} bases; change it")
     training.complete_warmup(args, 0.3)                      # the paper's
     if args.micro_batch_size is None:                        # a resumed run keeps its own: draws depend on it
-        share, gpu = args.batch_size // training.read_ranks()[1], torch.cuda.is_available()
-        args.micro_batch_size = min(64, max(share, 1)) if gpu and args.device != "cpu" else 8
+        each, gpu = args.batch_size // training.read_ranks()[1], torch.cuda.is_available()
+        args.micro_batch_size = min(64, max(each, 1)) if gpu and args.device != "cpu" else 8
 
 
 def build_model(args):

@@ -1743,8 +1743,7 @@ def parse_args():
     add("--fasta", type=file_name, nargs="+",
         help="reference genome for GenomicBenchmarks' coordinate tables")
     add("--split", type=fractions, help="shares of one --csv table (.8,.1,.1)")
-    add("--split_by", metavar="COLUMN", help="--csv: rows with the same value in this column stay together; "
-                                             "similarity: near-duplicates do")
+    add("--split_by", metavar="COLUMN", help="--csv: its equal values stay together; or similarity")
     add("--targets", nargs="+", metavar="COLUMN", help="--csv: regression on these columns")
     add("--multilabel", nargs="+", metavar="COLUMN", help="--csv: these columns are labels, each 0 or 1")
     data.add_column_flags(add, "sequence", "label")

@@ -144,6 +144,14 @@ def number(kind, low, high=math.inf):
     return parse
 
 
+def share(text):
+    """An argparse type: a float from 0 to 1, both allowed."""
+    value = float(text.replace("_", "x"))
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
 def add_size_flag(add):
     """Adds --size, by which parse_flags replaces defaults."""
     add("--size", choices=SIZES, help="sets the network, --batch_size, --lr ... at once, see docs/use.md; "
@@ -178,7 +186,7 @@ def new_parser(description, strands=True):
     add("--val_contigs", type=lambda text: text.split(","), default=[],
         help="contigs held out for validation, comma-separated (the last 1 %% of each; see docs/data.md)")
     add("--bed", type=file_name, help="keep to the intervals of this BED file, plain or gzip")
-    add("--repeat_weight", type=number(float, 0, math.nextafter(1, 2)), default=1.0,
+    add("--repeat_weight", type=share, default=1.0,
         help="weight of lower-case (soft-masked) bases in the loss, 0 to 1 (%(default)s)")
     if strands:
         add("--strands", choices=("forward", "both"), default="forward",
