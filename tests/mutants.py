@@ -416,7 +416,11 @@ MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
                                               "runs[seed if seed in runs else None][0]"),
     "the same seeds in each draw": ("size=(draws, 1, gaps.shape[1])", "size=(1, 1, gaps.shape[1])"),
     "p over all cells": ("gaps.mean(1), gaps.mean(0)", "gaps.ravel(), gaps.mean(0)"),
-    "the first row of a log": ("read_rows(log)[-1]", "read_rows(log)[0]")})
+    "the first row of a log": ("read_rows(log)[-1]", "read_rows(log)[0]"),
+    "shares that depend on the length": ('seen["numbers"][row] / seen["uniform"]', 'seen["numbers"][row]'),
+    "observations of any step are one": ('row["arm"], row["step"]), []', 'row["arm"], 9), []'),
+    "every run is looked into": ("[*kept, os.path.join(folder, \"last.pt\")] if kept else []",
+                                 "[*kept, os.path.join(folder, \"last.pt\")]")})
 MUTANTS += mutants("tools/report.py", [UNIT["messages"], "-k", "report"], {
     "intervals that are not in train": ("interval in train for", "interval not in train for"),
     "repeats are different intervals": ("len(intervals) - len(set(intervals))", "len(set(intervals))"),

@@ -4,11 +4,13 @@
     python -m tools.table --results out/findna               first collects the rows of this experiment
 
 An experiment NAME has results/NAME.jsonl (rows of finetune.py), results/NAME.pretraining.jsonl (last rows of
-log.jsonl) and its lines in results/comparisons.csv. Its checkpoints are out/NAME/ARM/SEED/last.pt. A
-document says which table stands where: "<!-- rows: NAME scores probe -->", the table, "<!-- end -->"; in a
-line, "<!-- rows: NAME primary -->" stands for the main result in words.
+log.jsonl), of a BERT results/NAME.observations.jsonl (its embeddings and attention over time), and its lines
+in results/comparisons.csv. Its checkpoints are out/NAME/ARM/SEED/last.pt. A document says which table stands
+where: "<!-- rows: NAME scores probe -->", the table, "<!-- end -->"; in a line, "<!-- rows: NAME primary -->"
+stands for the main result in words.
 """
 import csv
+import functools
 import glob
 import json
 import os
@@ -19,12 +21,14 @@ import numpy as np
 from scipy import stats
 
 import data
+import training
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 DOCUMENTS = "results/README.md", "docs/results.md", "README.md"
 TABLE = re.compile(r"(<!-- rows: ([^>]+) -->\n?).*?(<!-- end -->)", re.S)
 CHECKPOINT = re.compile(r"(random:)?out/[^/]+/([^/]+)/(\d+)/last\.pt")
 DRAWS = 10_000                                               # of the bootstrap
+WINDOWS = 128                                                # whose attention is averaged
 
 
 def read_rows(path):
@@ -138,14 +142,14 @@ def score_rows(name, mode, root=ROOT):
     return rows + [[f"mean of the {len(common)} in all", *[f"{mean:.1f}" for mean in last]]]
 
 
-def pretraining_rows(name, *columns, root=ROOT):
-    """Cells of the table of pretraining runs: last values of columns of log.jsonl, mean ± sd (n)."""
+def run_rows(kind, name, *columns, root=ROOT):
+    """Cells of the table of pretraining runs, or of observations, at each step of an arm: mean ± sd (n)."""
     arms = {}
-    for row in read_rows(os.path.join(root, "results", f"{name}.pretraining.jsonl")):
-        arms.setdefault(row["arm"], []).append(row)
+    for row in read_rows(os.path.join(root, "results", f"{name}.{kind}.jsonl")):
+        arms.setdefault((row["arm"], row["step"]), []).append(row)
     rows = [["arm", "steps", *columns]]
-    for arm, runs in arms.items():
-        rows.append([arm, f"{runs[0]['step']:,}"])
+    for (arm, step), runs in sorted(arms.items()):
+        rows.append([arm, f"{step:,}"])
         for column in columns:
             values = np.array([run[column] for run in runs if run.get(column) is not None])
             sd = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
@@ -161,7 +165,8 @@ def markdown(rows):
 
 def fill(text, root=ROOT):
     """A document with the tables between its marks made anew."""
-    kinds = {"scores": score_rows, "comparisons": comparison_rows, "pretraining": pretraining_rows}
+    kinds = {"scores": score_rows, "comparisons": comparison_rows}
+    kinds |= {kind: functools.partial(run_rows, kind) for kind in ("pretraining", "observations")}
 
     def table(found):
         name, kind, *words = found[2].split()
@@ -177,15 +182,41 @@ def write_rows(path, rows):
         f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
+def observe(path):
+    """{column: value} of a BERT: silhouettes of its k-mer embeddings; attention of its middle and last layer
+    on windows of its own length, as shares over those of equal attention, and entropy in nats."""
+    from tools import figures                                # here, because it imports this through table
+    bert, stride = figures.read_bert(path)
+    found = {f"silhouette_{by}": x for by, x in figures.silhouettes(bert).items()}
+    length = (bert.config.block_size - 3) * stride + bert.config.k
+    flags = training.load(path)["args"]
+    genome = data.Genome(flags["genome"], flags["cache"])
+    bases, *_ = figures.random_windows(genome, WINDOWS, length, length)
+    seen = figures.attention(bert, data.kmer_tokens(bases, bert.config.k, stride, specials=True), stride)
+    for layer, row in (("middle", (len(seen["numbers"]) - 1) // 2), ("last", -1)):
+        shares, (*_, entropy, _) = seen["numbers"][row] / seen["uniform"], seen["numbers"][row]
+        found |= {f"{layer}_{what}": float(x) for what, x in zip(("cls", "sep", "near"), shares)}
+        found[f"{layer}_entropy"] = float(entropy)
+    return found
+
+
 def collect(out, root=ROOT):
-    """Copies the rows of an experiment's folder into results/: its scores, and how each pretraining ended."""
+    """Writes the rows of an experiment's folder into results/: its scores, how each pretraining ended, and
+    what is seen in the checkpoints of a run that kept some."""
     target, ends = os.path.join(root, "results", os.path.basename(os.path.normpath(out))), []
     write_rows(f"{target}.jsonl", read_rows(os.path.join(out, "scores", "results.jsonl")))
+    seen = []
     for log in sorted(glob.glob(os.path.join(glob.escape(out), "*", "*", "log.jsonl"))):
-        arm, seed = log.split(os.sep)[-3:-1]
-        ends.append({"arm": arm, "seed": int(seed)} | read_rows(log)[-1])
+        folder, (arm, seed) = os.path.dirname(log), log.split(os.sep)[-3:-1]
+        run = {"arm": arm, "seed": int(seed)}
+        ends.append(run | read_rows(log)[-1])
+        kept = sorted(glob.glob(os.path.join(glob.escape(folder), "step_*.pt")))
+        for path in [*kept, os.path.join(folder, "last.pt")] if kept else []:
+            seen.append(run | {"step": training.load(path)["step"]} | observe(path))
     write_rows(f"{target}.pretraining.jsonl", ends)
-    print(f"{out}: {len(ends)} pretraining runs")
+    if seen:
+        write_rows(f"{target}.observations.jsonl", seen)
+    print(f"{out}: {len(ends)} pretraining runs, {len(seen)} checkpoints looked into")
 
 
 def write_results(outs=(), root=ROOT):

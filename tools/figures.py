@@ -121,19 +121,25 @@ def colorings(k):
         f"position {i + 1}": letters[:, i] for i in range(k)}
 
 
-def embeddings(bert):
-    """k-mer embeddings -> t-SNE (4**k, 2), {coloring: classes (4**k,)}, {coloring: silhouette in -1..1}.
+def silhouettes(bert):
+    """{coloring: silhouette of the k-mer embeddings in -1..1}, by the cosine in all dimensions.
 
-    Silhouettes use the cosine in all dimensions; "shuffled" has the classes of "center" in random order.
+    "shuffled" has the classes of "center" in random order.
     """
     rows, classes = bert.tok_emb.weight[5:].detach().numpy(), colorings(bert.config.k)
+    shuffled = {"shuffled": np.random.default_rng(0).permutation(classes["center"])}
+    return {name: float(silhouette_score(rows, ids, metric="cosine", random_state=0,
+                                         sample_size=min(10_000, len(ids))))
+            for name, ids in (classes | shuffled).items()}
+
+
+def embeddings(bert):
+    """t-SNE of the k-mer embeddings (4**k, 2), {coloring: classes (4**k,)}, {coloring: silhouette}."""
+    rows = bert.tok_emb.weight[5:].detach().numpy()
     if bert.config.k < 3:
         raise ValueError(f"{bert.config.k}-mers: too few for a figure; use a model with k = 3 or more")
     xy = TSNE(perplexity=min(30, len(rows) / 4), metric="cosine", random_state=0).fit_transform(rows)
-    shuffled = {"shuffled": np.random.default_rng(0).permutation(classes["center"])}
-    return xy, classes, {name: float(silhouette_score(rows, ids, metric="cosine", random_state=0,
-                                                      sample_size=min(10_000, len(ids))))
-                         for name, ids in (classes | shuffled).items()}
+    return xy, colorings(bert.config.k), silhouettes(bert)
 
 
 def draw_cluster(ax, ax_list, xy, k):

@@ -1,11 +1,15 @@
 """The tables of our experiments: numbers worked out by hand; the documents hold what the rows give."""
+import dataclasses
 import json
 import os
 
 import numpy as np
 import pytest
+import torch
+from harness import random_dna, write_fasta
 from scipy import stats
 
+import models
 from tools import evidence
 
 
@@ -112,8 +116,46 @@ def test_collect(tmp_path):
     assert evidence.read_rows(tmp_path / "results/toy.jsonl") == [{"id": "1"}]
     assert evidence.read_rows(tmp_path / "results/toy.pretraining.jsonl")[0] == {
         "arm": "long", "seed": 11, "step": 9000, "val_acc": 0.25}
-    assert evidence.pretraining_rows("toy", "val_acc", root=tmp_path) == [
+    assert evidence.run_rows("pretraining", "toy", "val_acc", root=tmp_path) == [
         ["arm", "steps", "val_acc"], ["long", "9,000", "0.375 ± 0.177 (2)"], ["short", "9,000", "0.750 (1)"]]
+
+
+def test_observations(tmp_path, monkeypatch):
+    """A network that attends to all alike has the shares of equal attention; embeddings that are the center
+    of the k-mer alone have a silhouette of 1. Only runs that kept checkpoints are looked into."""
+    bert = models.Bert(models.BertConfig(4 ** 4 + 5, 14, n_layer=3, n_head=2, n_embd=16, n_inner=32))
+    letters = np.arange(4 ** 4)[:, None] // 4 ** np.arange(3, -1, -1) % 4
+    with torch.no_grad():
+        for block in bert.blocks:
+            block.qkv.weight.zero_()
+        bert.tok_emb.weight[5:] = torch.eye(16)[letters[:, 1] * 4 + letters[:, 2]]
+    monkeypatch.setattr(evidence, "WINDOWS", 4)
+    fasta = write_fasta(tmp_path / "a.fa", {"a": random_dna(5000, np.random.default_rng(0))})
+    out, state = tmp_path / "out/toy", {"model": bert.state_dict(), "optimizer": {}, "data": ""}
+    state |= {"format": 1, "method": "randommask", "config": dataclasses.asdict(bert.config)}
+    for arm, stride, names in (("overlapping", 1, ["last", "step_2"]), ("nothing", 1, ["last"]),
+                               ("apart", 4, ["last", "step_2", "prev"])):
+        (out / arm / "7").mkdir(parents=True)
+        (out / arm / "7/log.jsonl").write_text('{"step": 9}\n')
+        for name in names:
+            state |= {"args": {"stride": stride, "genome": [str(fasta)], "cache": None}}
+            torch.save(state | {"step": 2 if name == "step_2" else 9}, out / arm / "7" / f"{name}.pt")
+    (out / "scores").mkdir()
+    (out / "scores/results.jsonl").write_text("")
+    (tmp_path / "results").mkdir()
+    evidence.collect(str(out), tmp_path)
+    seen = evidence.read_rows(tmp_path / "results/toy.observations.jsonl")
+    assert [(row["arm"], row["seed"], row["step"]) for row in seen] == [
+        ("apart", 7, 2), ("apart", 7, 9), ("overlapping", 7, 2), ("overlapping", 7, 9)]
+    for row in seen:
+        assert row["silhouette_center"] == pytest.approx(1)
+        assert row["silhouette_shuffled"] < 0
+        for layer in ("middle", "last"):
+            found = [row[f"{layer}_{what}"] for what in ("cls", "sep", "near", "entropy")]
+            assert found == pytest.approx([1, 1, 1, np.log(14)], rel=1e-5)
+    assert evidence.run_rows("observations", "toy", "last_entropy", root=tmp_path) == [
+        ["arm", "steps", "last_entropy"], *([arm, step, "2.639 (1)"] for arm in ("apart", "overlapping")
+                                            for step in ("2", "9"))]
 
 
 def test_documents_hold_the_tables_of_the_rows():

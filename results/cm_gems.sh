@@ -1,0 +1,32 @@
+# Experiment B of results/PLAN.md. Run it in the repository's folder: bash results/cm_gems.sh
+# It needs data/human_regions.fa.gz, data/GUE and data/fewshot. Run it again to continue: finished runs are skipped.
+set -e
+export OMP_NUM_THREADS=1
+
+pretrain() {                                    # ARM SEED FLAGS
+    run=out/cm_gems/$1/$2; arm=$1; seed=$2; shift 2
+    grep -q '"step": 1500,' $run/log.jsonl 2> /dev/null && return
+    [ ! -e $run/last.pt ] || { python cm_gems.py --resume --out $run; return; }
+    rm -rf $run
+    python cm_gems.py --genome data/human_regions.fa.gz --cache out/cm_gems/cache --out $run --seed $seed \
+        --k 3 --block_size 34 --n_layer 2 --n_head 4 --n_embd 64 --n_inner 256 --dropout 0 --batch_size 64 \
+        --micro_batch_size 32 --steps 1500 --lr 5e-3 --log_every 100 "$@"
+}
+
+evaluate() {                                    # ARM SEED
+    init=${random}out/cm_gems/$1/$2/last.pt; seed=$2
+    for shots in 10 50; do
+        python finetune.py --init $init --task prom_core splice_40 silencer --shots $shots --seed $seed --seeds 5 \
+            --out out/cm_gems/scores
+    done
+    python finetune.py --init $init --mode probe --task tf_m/0 tf_h/2 cpd/tata --seed $seed --seeds 1 \
+        --out out/cm_gems/scores
+}
+
+pretrain cm_gems_free 31 --strategy cm_gems
+for seed in 31 32 33; do
+    pretrain cm_gems $seed --strategy cm_gems --switch_after 600
+    for arm in genemask global cm_step random; do pretrain $arm $seed --strategy $arm; done
+    for arm in cm_gems genemask random global cm_step; do evaluate $arm $seed; done
+    random=random: evaluate genemask $seed
+done
