@@ -27,6 +27,7 @@ import signal
 import sys
 import threading
 import tempfile
+import unicodedata
 import zlib
 from collections import namedtuple
 
@@ -54,6 +55,7 @@ CACHE_FORMAT = 2                                             # of the genome cac
 PLANTED, OTHER = "other users can write to it", "another version of this program made it"
 DEMO_MOTIF = "TGACTCAGCATG"                                  # planted in the demo genome and in the demo task
 NEAR_K, NEAR_SHARE, NEAR_RUN = 15, 0.5, 64                   # near-duplicates: see similar_groups
+KMER = 5                                                     # k of the k-mer floor: kmer_counts
 SPLITS = {"train": 0, "dev": 1, "val": 1, "validation": 1, "test": 2}          # what a column split may say
 
 
@@ -1148,6 +1150,27 @@ def first_rows(rows):
     return np.array([first.setdefault(key, i) for i, key in enumerate(row_keys(rows))])
 
 
+def rows_in(rows, others):
+    """Tell which sequences of rows also occur in others: bool (n,)."""
+    keys = set(row_keys(others))
+    return np.array([key in keys for key in row_keys(rows)])
+
+
+def fingerprint(splits):
+    """Return 12 hex digits of the sequences and labels of all splits.
+    Targets count as float32; if that moves one by over a millionth of their sd, what it loses counts, too."""
+    digest = hashlib.sha256()
+    for bases, offsets, labels, *_ in filter(None, splits.values()):
+        arrays = [bases, offsets, labels]
+        if labels.ndim > 1:
+            arrays[2] = labels.astype(np.float32)
+            lost = labels - arrays[2]
+            arrays += [lost] * bool((abs(lost) > 1e-6 * labels.std(0)).any())
+        for array in arrays:
+            digest.update(np.ascontiguousarray(array).view(np.uint8))
+    return digest.hexdigest()[:12]
+
+
 def similar_groups(rows):
     """Number the groups that equal sequences and near-duplicates form, also through others: int (n,).
     Two are near-duplicates if they share, on either strand, at least half as many different 15-mers as the
@@ -1159,7 +1182,7 @@ def similar_groups(rows):
     strands = torch.from_numpy(np.stack([rows.bases, reverse_complement(rows.bases)]))
     ids = kmer_tokens(strands, NEAR_K, 1).numpy()
     ids = np.minimum(ids[0], ids[1, ::-1])
-    at = np.repeat(np.arange(n), np.diff(rows.offsets))
+    at, _ = members(np.diff(rows.offsets))
     whole = (ids != UNK) & (at[NEAR_K - 1:] == at[:len(ids)])                  # in one sequence, without N
     at = at[:len(ids)][whole]
     total, keys = np.bincount(at, minlength=n), np.sort(ids[whole] << 32 | at)
@@ -1225,10 +1248,72 @@ def rows_from(sequences, labels=None, notes=None, places=None):
                    ambiguous=(bases == 4) & ~is_n)
 
 
+def as_rows(sequences):
+    """Make Rows of what a user gives: strings, or pairs of strings. Rows stay as they are."""
+    if isinstance(sequences, Rows):
+        return sequences
+    found = [] if isinstance(sequences, str | dict) else list(sequences)
+    kinds = {str if isinstance(x, str) else (*map(type, x),) if isinstance(x, tuple) else None for x in found}
+    if kinds not in ({str}, {(str, str)}):
+        raise ValueError(f"sequences: {quoted(str(sequences)[:40])}: give a list of one string or more, "
+                         f"or of one pair (string, string) or more")
+    return rows_from(found)
+
+
 def halves(rows):
     """Return the offsets of the parts of pairs: the first sequence, what is between them, the second."""
     start = rows.offsets[:-1]
     return np.append(np.stack([start, start + rows.first, start + rows.first + 1], 1), rows.offsets[-1])
+
+
+def lengths_of(rows, index):
+    """Return the lengths of these sequences: int (B,)."""
+    return rows.offsets[index + 1] - rows.offsets[index]
+
+
+def gathered(bases, starts, lengths, width, fill):
+    """Return bases[start:start + length] of each row, (B, width): longer ones cut, shorter ones filled."""
+    at = torch.arange(width, device=bases.device)
+    starts, lengths = (to_device(x, bases.device)[:, None] for x in (starts, lengths))
+    return bases[(starts + at).clamp_(max=len(bases) - 1)].masked_fill(at >= lengths, fill)
+
+
+def padded(rows, index, width, fill):
+    """Return the bases (B, width) of these sequences: longer ones cut, shorter ones filled."""
+    return gathered(rows.bases, rows.offsets[index], lengths_of(rows, index), width, fill)
+
+
+def members(sizes):
+    """Return for each member of groups of these sizes the number of its group, and its place there."""
+    group = np.repeat(np.arange(len(sizes)), sizes)
+    return group, np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+
+
+def bases_read(rows, lengths, k=1, stride=1):
+    """Count the A, C, G and T in k-mers without N within the first `lengths` bases of each sequence: (n,)."""
+    row, at = members(np.diff(rows.offsets))
+    first = np.flatnonzero((at % stride == 0) & (at + k <= lengths[row]))      # of each k-mer
+    n_known = np.concatenate([[0], np.cumsum(rows.bases < 4)])
+    first = first[n_known[first + k] - n_known[first] == k]
+    edges = np.zeros(len(row) + 1, np.int32)
+    edges[first] += 1
+    edges[first + k] -= 1
+    return np.add.reduceat(np.cumsum(edges[:-1]) > 0, rows.offsets[:-1], dtype=np.int64)
+
+
+def kmer_counts(rows):
+    """Count the 5-mers without N: float32 (n, 1024); of a pair, those of both side by side (n, 2048)."""
+    if rows.first is not None:
+        counts = kmer_counts(rows._replace(offsets=halves(rows), first=None)).reshape(-1, 3, 4 ** KMER)
+        return counts[:, ::2].reshape(len(counts), -1)
+    ids = kmer_tokens(torch.from_numpy(rows.bases)[None], KMER, 1)[0].numpy()
+    parts = (ids[start:max(end - KMER + 1, start)] for start, end in zip(rows.offsets, rows.offsets[1:]))
+    return np.stack([np.bincount(part, minlength=4 ** KMER + 5)[5:].astype(np.float32) for part in parts])
+
+
+def on_device(rows, device, labels=None):
+    """Return rows with their bases on the device, and these labels."""
+    return rows._replace(bases=torch.from_numpy(rows.bases).to(device), labels=labels)
 
 
 def other_strands(rows):
@@ -1237,7 +1322,8 @@ def other_strands(rows):
         return reverse_complement(rows.bases)
     offsets = halves(rows)
     end, size = (x.reshape(-1, 3)[::-1].ravel() for x in (offsets[1:], np.diff(offsets)))
-    bases = rows.bases[np.repeat(end - 1 + np.cumsum(size) - size, size) - np.arange(len(rows.bases))]
+    part, at = members(size)
+    bases = rows.bases[end[part] - 1 - at]
     return bases ^ (bases < 4)
 
 
@@ -1249,11 +1335,23 @@ def both_strands(rows):
                          offsets=np.concatenate([rows.offsets, 2 * len(rows.bases) - rows.offsets[-2::-1]]))
 
 
+def mean_of_strands(outputs):
+    """Return the means over both strands of what belongs to the sequences of both_strands: (n, ...)."""
+    n = len(outputs) // 2
+    return (outputs[:n] + outputs[n:][::-1]) / 2
+
+
+def random_strands(index, n, seed, step):
+    """Turn indices of n sequences into ones of both_strands, at random: a function of (seed, step)."""
+    other = np.random.default_rng((seed, step, 1)).random(len(index)) < 0.5
+    return np.where(other, 2 * n - 1 - index, index)
+
+
 def take_rows(rows, index):
     """Return the rows of an index array, in its order, with those notes that the base codes can tell."""
-    lengths = np.diff(rows.offsets)[index]
-    shift = rows.offsets[index] - (np.cumsum(lengths) - lengths)
-    bases = rows.bases[np.arange(lengths.sum()) + np.repeat(shift, lengths)]
+    lengths = lengths_of(rows, index)
+    row, at = members(lengths)
+    bases = rows.bases[rows.offsets[index][row] + at]
     return rows_of(bases, lengths, None if rows.labels is None else rows.labels[index], {})
 
 
@@ -1388,6 +1486,14 @@ def delimiter(text):
     if len(text) != 1 or text in "\r\n\"":
         raise argparse.ArgumentTypeError(f"expected one character, or tab, not {quoted(text)}")
     return text
+
+
+def fractions(text):
+    """argparse type: '0.8,0.1,0.1', three positive floats that sum to 1."""
+    parts = [float(part) for part in text.split(",")]
+    if len(parts) != 3 or min(parts) <= 0 or not math.isclose(sum(parts), 1):
+        raise argparse.ArgumentTypeError(f"{text}: give three shares that sum to 1, as 0.8,0.1,0.1")
+    return parts
 
 
 def column_flags(args):
@@ -1529,6 +1635,49 @@ def read_table(path, classes=None, targets=None, labels=True, multilabel=False, 
         return sequences, None, notes
     ids, found = class_ids(columns["label"], classes, places)
     return sequences, ids, notes if classes else notes | {"classes": found}
+
+
+def read_own_tables(paths, columns, multilabel, flags):
+    """Read a user's tables, the classes as in the first one: a list of Rows, and the classes in their order,
+    or the columns if there are any: of targets, or of labels (multilabel). flags: of column_flags."""
+    sequences, labels, notes = read_table(paths[0], None, columns, True, multilabel, flags)
+    classes = tuple(columns or notes.pop("classes"))
+    rows = [rows_from(sequences, labels, notes)]
+    pairs = rows[0].first is not None
+    print(f"{paths[0]}: {len(labels):,} rows; {rows[0].notes}{', pairs (sequence_2)' * pairs}", flush=True)
+    if columns:
+        describe_targets(rows[0].labels, columns)
+    else:
+        say_alike(classes)
+    for path in paths[1:]:
+        rows.append(rows_from(*read_table(path, classes, columns, True, multilabel, flags)))
+        if pairs != (rows[-1].first is not None):
+            raise ValueError(f"{paths[0]}, {path}: only one has a column sequence_2; give it in all, or in "
+                             f"none")
+    return rows, classes
+
+
+def say_alike(names):
+    """Name the classes that a reader would take for one."""
+    alike = {}
+    for name in names:
+        alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(ascii(name))
+    for group in alike.values():
+        if len(group) > 1:
+            print(f"  note: the classes {', '.join(group)} differ only in case or Unicode form", flush=True)
+
+
+def describe_targets(labels, names):
+    """Print how many values each target has, or rows each label; what to do with a target of 0 and 1."""
+    if labels.dtype == bool:
+        print(f"  {', '.join(f'{name} {n:,}' for name, n in zip(names, labels.sum(0)))}", flush=True)
+        return
+    values = {name: np.unique(x) for name, x in zip(names, labels.T)}
+    print(f"  different values: {', '.join(f'{name} {len(x):,}' for name, x in values.items())}", flush=True)
+    binary = [name for name, x in values.items() if set(x) <= {0, 1}]
+    if binary:
+        print(f"  {', '.join(binary)}: only 0 and 1, which --targets trains as a regression (MSE, PCC); for "
+              f"labels use --multilabel", flush=True)
 
 
 def find(folder, *names):

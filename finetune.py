@@ -31,7 +31,6 @@ import math
 import re
 import signal
 import time
-import unicodedata
 import warnings
 from collections import Counter, namedtuple
 
@@ -42,18 +41,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 from scipy import special, stats
 from sklearn import linear_model, metrics, multiclass, pipeline, preprocessing
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import data
 import models
 
 BETAS, EPS = (0.9, 0.999), 1e-8                              # AdamW: DNABERT-2, Liang et al., GeneMask
-MASKED = 0.15                                                # of the tokens at a time in Model.score: BERT's
 SORTED = 50                                                  # batches that are sorted by length together
 FAR = 1e15                                                   # sd: the square of a target has to fit float32
-UNSCALED = torch.amp.GradScaler(enabled=False)               # no loss scaling
-KMER = 5                                                     # k of the k-mer floor (--init kmer)
 
 # warmup: an int counts steps, a float is a share of them; eval_every 0: once an epoch; select: which weights
 # are tested, by score or loss on dev, or the last ones (no dev); val: share of train that becomes dev where
@@ -90,8 +85,8 @@ PROTOCOLS = {                                                # name: (numbers, c
     "strict": (BASE, {})}                                    # ours: dev from train, test once, MCC
 # Where linear models (probe, k-mer floor) repeat: each run leaves out another share `val` of train
 LINEAR = {"findna": dict(val=0.1)}                           # Yu et al., Table 1: five runs
-CNN = dict(batch_size=32, lr=1e-3, weight_decay=0.0, warmup=0, schedule="constant",   # both CNNs' Adam
-           grad_clip=1e9)
+# Both CNNs' Adam
+CNN = dict(batch_size=32, lr=1e-3, weight_decay=0.0, warmup=0, schedule="constant", grad_clip=1e9)
 DEFAULT_PROTOCOL = {"GUE": "randommask", "DeepSTARR": "randommask", "GenomicBenchmarks": "martinek",
                     "MTcDNA": "findna", "few-shot": "fewshot"}                         # others: strict
 SCHEDULES = {"linear": training.linear, "cosine": training.cosine, "constant": lambda *_: 1.0}
@@ -126,10 +121,8 @@ def get_protocol(name, task, shots, init, flags):
 
 def main_metric(protocol, task):
     """Martinek et al. report F1 of the positive class; strict balances classes (MCC); else the task's own."""
-    if task.suite == "tasks":                                # stated by the user
+    if task.suite == "tasks" or task.regression or task.multilabel:            # tasks: stated by the user
         return task.metric
-    if task.regression or task.multilabel:
-        return "pcc" if task.regression else "auroc"
     if protocol == "martinek":
         return "f1_binary" if len(task.classes) == 2 else "f1_macro"
     return "mcc" if protocol == "strict" else task.metric
@@ -149,85 +142,14 @@ def main_metric(protocol, task):
 #   READER                the Embedding of its tokens, or what reads one-hot bases, for gradients; or None
 #   n_windows(lengths)    windows of each sequence, the unit of --micro_batch_size
 #   micro_batch_size      windows of one sequence that are computed at a time
-#   read(lengths)         how many bases of each sequence are read, in k-mers of k bases, each stride bases:
-#                         (lengths, k, stride)
+#   read(lengths)         (number of bases of each sequence that are read, k, stride of its k-mers)
 #   count(lengths)        {what does not fit the network: number of sequences}
-
-def lengths_of(rows, index):
-    return rows.offsets[index + 1] - rows.offsets[index]
-
-
-def gathered(bases, starts, lengths, width, fill):
-    """bases[start:start + length] of each row, (B, width): longer ones are cut, shorter ones filled."""
-    at = torch.arange(width, device=bases.device)
-    starts, lengths = (data.to_device(x, bases.device)[:, None] for x in (starts, lengths))
-    return bases[(starts + at).clamp_(max=len(bases) - 1)].masked_fill(at >= lengths, fill)
-
-
-def padded(rows, index, width, fill):
-    """Bases (B, width) of these sequences: longer ones are cut, shorter ones filled."""
-    return gathered(rows.bases, rows.offsets[index], lengths_of(rows, index), width, fill)
-
-
-def concatenated(pool, pooled):
-    """pooled("mean"), pooled("cls") or, where pool is "both", the two side by side: (B, 2 C)."""
-    return torch.cat([pooled("mean"), pooled("cls")], 1) if pool == "both" else pooled(pool)
-
-
-def summed(pool, x, real):
-    """Sums of x (B, T, C) where real[pool] (B, T), and how many these are, both (B, C), or (B, 2 C)."""
-    sums = concatenated(pool, lambda pool: (x * real[pool][..., None]).sum(1))
-    n = concatenated(pool, lambda pool: real[pool].sum(1, keepdim=True).expand(-1, x.shape[2]))
-    return sums, n.float()
-
-
-def covered(x, starts, n, k=1, stride=1):
-    """The first n hidden states of each row of x (B, T, C): (N, C), and the bases that each covers (N, k)."""
-    at, starts, n = torch.arange(x.shape[1]), torch.from_numpy(starts), torch.from_numpy(n)
-    real = at < n[:, None]
-    first = (starts[:, None] + at * stride)[real]
-    return x.float().cpu()[real], first[:, None] + torch.arange(k)
-
-
-def in_parts(function, size, *windows):
-    """function(*windows) on at most `size` windows at a time; for a gradient, it computes each part twice.
-
-    windows: tensors with a row a window, or None; the function returns one such tensor or several.
-    """
-    if len(windows[0]) <= size:
-        return function(*windows)
-    if torch.is_grad_enabled():
-        function = functools.partial(checkpoint, function, use_reentrant=False)
-    parts = zip(*(itertools.repeat(None) if x is None else x.split(size) for x in windows))
-    parts = [function(*part) for part in parts]
-    return torch.cat(parts) if torch.is_tensor(parts[0]) else [torch.cat(x) for x in zip(*parts)]
-
-
-def by_sequence(x, n_windows):
-    """Sums of x (windows, C) over the windows of each sequence; n_windows (B,): how many it has."""
-    owner = torch.arange(len(n_windows), device=x.device)
-    owner = owner.repeat_interleave(n_windows, output_size=len(x))             # without it, a GPU would wait
-    return x.new_zeros(len(n_windows), x.shape[1]).index_add(0, owner, x)
-
-
-def over_windows(x, n_windows):
-    """Mean of x (windows, C) over the windows of each sequence; None: one window each."""
-    return x if n_windows is None else by_sequence(x, n_windows) / n_windows[:, None]
-
-
-def pooled(total, n, n_windows=None):
-    """Means (B, C) from what `summed` returns for each window, over all windows of a sequence."""
-    if n_windows is not None:
-        total, n = (by_sequence(x.float(), n_windows) for x in (total, n))
-    return total / n.clamp(min=1)
-
 
 class BertHead(nn.Module):
     """A Bert with transformers' classification head on [CLS]: dense, tanh, dropout, linear.
-
-    A sequence longer than block_size takes several windows, whose pooled vectors are averaged.
-    """
+    A sequence longer than block_size takes several windows, whose pooled vectors are averaged."""
     BODY, READER, FLAGS, micro_batch_size = "bert", "bert.tok_emb", {}, 128
+    n_before = 1                                             # states before the first k-mer: [CLS]
 
     @staticmethod
     def body_spec(config, stride=1):
@@ -242,52 +164,51 @@ class BertHead(nn.Module):
         config = models.BertConfig(**spec["bert"])
         if config.k != spec["k"] or not 1 <= spec["stride"] <= config.k:
             raise ValueError(f"--stride {spec['stride']}: {config.k}-mers take a stride of 1 to {config.k}")
-        C = config.n_embd
-        self.spec, self.bert, self.n_layer = spec, models.Bert(config), config.n_layer
-        self.pooler, self.out = nn.Linear(C, C), nn.Linear(C, spec["n_out"])
+        C, self.p, self.n_layer = config.n_embd, config.dropout, config.n_layer
+        self.spec, self.bert = spec, models.Bert(config)
+        self.k, self.stride, self.room = config.k, spec["stride"], config.block_size - 2       # room: k-mers
+        self.pooler, self.out = nn.Linear(C, C), models.Outputs(C, spec["n_out"])
         for layer in (self.pooler, self.out):                # as BERT's own layers
             nn.init.normal_(layer.weight, std=0.02)
             nn.init.zeros_(layer.bias)
 
+    def n_kmers(self, lengths):
+        return np.maximum((lengths - self.k) // self.stride + 1, 0)
+
+    def n_covered(self, n):
+        """Number of bases that n k-mers in a row cover."""
+        return np.where(n, (n - 1) * self.stride + self.k, 0)
+
     def windows(self, lengths):
         """Sequence lengths -> (owner, first, n) of the windows: sequence, first base, number of k-mers.
-
-        Each k-mer is in one window of at most block_size - 2; long "truncate" keeps the first window only.
-        """
-        k, stride, room = self.spec["k"], self.spec["stride"], self.bert.config.block_size - 2
-        n = np.maximum((lengths - k) // stride + 1, 0)
+        Each k-mer is in one window; long "truncate" keeps the first window only."""
+        n, room = self.n_kmers(lengths), self.room
         n_windows = np.ones_like(n) if self.spec["long"] == "truncate" else np.maximum(-(-n // room), 1)
-        owner = np.repeat(np.arange(len(n)), n_windows)
-        nth = np.arange(len(owner)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
-        return owner, nth * room * stride, np.minimum(n[owner] - nth * room, room)
+        owner, nth = data.members(n_windows)
+        return owner, nth * room * self.stride, np.minimum(n[owner] - nth * room, room)
 
     def n_windows(self, lengths):
         return np.bincount(self.windows(lengths)[0])
 
     def read(self, lengths):
-        k, stride = self.spec["k"], self.spec["stride"]
-        n = np.maximum((lengths - k) // stride + 1, 0)       # k-mers
-        if self.spec["long"] == "truncate":
-            n = np.minimum(n, self.bert.config.block_size - 2)
-        return np.where(n, (n - 1) * stride + k, 0), k, stride
+        n = self.n_kmers(lengths)
+        n = np.minimum(n, self.room) if self.spec["long"] == "truncate" else n
+        return self.n_covered(n), self.k, self.stride
 
     def count(self, lengths):
-        longest = (self.bert.config.block_size - 3) * self.spec["stride"] + self.spec["k"]     # in one window
+        longest = self.n_covered(self.room)                  # in one window
         name = "truncated" if self.spec["long"] == "truncate" else "in_windows"
-        return {name: int((lengths > longest).sum()), "shorter_than_k": int((lengths < self.spec["k"]).sum())}
+        return {name: int((lengths > longest).sum()), "shorter_than_k": int((lengths < self.k).sum())}
 
     def tokens(self, bases, starts, n):
         """n k-mers from each start -> tokens (B, T), mask (B, T) or None where all rows are equally long.
-
         Otherwise T is a multiple of 32 (or block_size): few shapes and little padding (12 % of the tokens on
-        the lengths of human_enhancers_ensembl; 18 % with 64).
-        """
-        k, stride, device = self.spec["k"], self.spec["stride"], bases.device
-        longest, alike = max(int(n.max()), 1), n.min() == n.max() > 0
-        T = longest if alike else min(-(-(longest + 2) // 32) * 32, self.bert.config.block_size) - 2
+        the lengths of human_enhancers_ensembl; 18 % with 64)."""
+        longest, alike, device = max(int(n.max()), 1), n.min() == n.max() > 0, bases.device
+        T = longest if alike else min(-(-(longest + 2) // 32) * 32 - 2, self.room)
         starts, n = (data.to_device(x, device)[:, None] for x in (starts, n))
-        at = starts + torch.arange((T - 1) * stride + k, device=device)
-        tokens = data.kmer_tokens(bases[at.clamp_(max=len(bases) - 1)], k, stride, specials=True)
+        at = starts + torch.arange((T - 1) * self.stride + self.k, device=device)
+        tokens = data.kmer_tokens(bases[at.clamp_(max=len(bases) - 1)], self.k, self.stride, specials=True)
         if alike:
             return tokens, None
         at = torch.arange(T + 2, device=device)
@@ -297,16 +218,15 @@ class BertHead(nn.Module):
         """Tokens, mask, and the number of windows of each sequence (None: one window a sequence)."""
         if rows.first is not None:
             return self.pair_inputs(rows, index)
-        owner, first, n = self.windows(lengths_of(rows, index))
+        owner, first, n = self.windows(data.lengths_of(rows, index))
         tokens, mask = self.tokens(rows.bases, rows.offsets[index][owner] + first, n)
         alone = len(owner) == len(index)
         return tokens, mask, None if alone else data.to_device(np.bincount(owner), tokens.device)
 
     def pair_kmers(self, rows, index):
         """Numbers of k-mers of the two sequences of each pair, as read and as they are: (B, 2) each."""
-        first, room = rows.first[index], self.bert.config.block_size - 3
-        lengths = np.stack([first, lengths_of(rows, index) - 1 - first], 1)
-        n = np.maximum((lengths - self.spec["k"]) // self.spec["stride"] + 1, 0)
+        first, room = rows.first[index], self.room - 1       # for the second [SEP]
+        n = self.n_kmers(np.stack([first, data.lengths_of(rows, index) - 1 - first], 1))
         n_long = int((n.sum(1) > room).sum())
         if n_long and self.spec["long"] == "chunk":
             raise ValueError(f"sequence_2: {n_long:,} pairs have more than {room} k-mers; cut the "
@@ -315,73 +235,57 @@ class BertHead(nn.Module):
 
     def pair_inputs(self, rows, index):
         """Tokens [CLS] k-mers [SEP] k-mers [SEP], mask, None. All of type 0: no other is pretrained."""
-        n, k, device = self.pair_kmers(rows, index)[0], self.spec["k"], rows.bases.device
-        T = min(-(-(int(n.sum(1).max()) + 3) // 32) * 32, self.bert.config.block_size)
+        n, k, device = self.pair_kmers(rows, index)[0], self.k, rows.bases.device
+        T = min(-(-(int(n.sum(1).max()) + 3) // 32) * 32, self.room + 2)
         a, end, start, second = (data.to_device(x, device)[:, None] for x in (
             n[:, 0] + 1, n.sum(1) + 2, rows.offsets[index], rows.offsets[index] + rows.first[index] + 1))
         at, kmer = (torch.arange(n, device=device) for n in (T, k))
-        first = torch.where(at < a, start - self.spec["stride"], second - (a + 1) * self.spec["stride"])
-        first = first + at * self.spec["stride"]             # base of each k-mer; [SEP] are at a and end
+        first = torch.where(at < a, start - self.stride, second - (a + 1) * self.stride)
+        first = first + at * self.stride                     # base of each k-mer; [SEP] are at a and end
         bases = rows.bases[(first[..., None] + kmer).clamp_(0, len(rows.bases) - 1)].view(-1, k)
         tokens = data.kmer_tokens(bases, k, 1).view(first.shape).masked_fill(at == 0, data.CLS)
         tokens = tokens.masked_fill((at == a) | (at == end), data.SEP).masked_fill(at > end, data.PAD)
         return tokens, at <= end, None
 
-    def forward(self, tokens, mask=None, n_windows=None):
-        x = in_parts(lambda *windows: torch.tanh(self.pooler(self.bert.encode(*windows, first=1)[:, 0])),
-                     self.micro_batch_size, tokens, mask)    # (B, C)
-        x = over_windows(x, n_windows)
-        with torch.autocast(x.device.type, enabled=False):   # bf16 is too coarse for a large target
-            return self.out(F.dropout(x.float(), self.bert.config.dropout, self.training))
+    def states(self, tokens, mask, layer=None):
+        return self.bert.encode(tokens, mask, layer=layer)   # (B, T, C)
 
-    def embed(self, tokens, mask=None, n_windows=None, layer=None):
-        """Mean over the k-mers, or over the [CLS] of the windows, or both concatenated."""
-        def sums(tokens, mask):
-            return summed(self.spec["pool"], self.bert.encode(tokens, mask, layer=layer), {
-                "mean": (tokens == data.UNK) | (tokens > data.MASK), "cls": tokens == data.CLS})
-        return pooled(*in_parts(sums, self.micro_batch_size, tokens, mask), n_windows)
+    def read_window(self, tokens, mask):
+        return torch.tanh(self.pooler(self.bert.encode(tokens, mask, first=1)[:, 0]))          # (B, C)
+
+    def forward(self, *inputs):
+        *windows, n_windows = inputs
+        x = models.in_parts(self.read_window, self.micro_batch_size, *windows)
+        x = models.over_windows(x, n_windows).float()
+        return self.out(F.dropout(x, self.p, self.training))
+
+    def sums(self, tokens, mask, layer=None):
+        """What `pooled` makes a mean of: over the k-mers, or the [CLS], of each window."""
+        return models.summed(self.spec["pool"], self.states(tokens, mask, layer), {
+            "mean": (tokens == data.UNK) | (tokens > data.MASK), "cls": tokens == data.CLS})
+
+    def embed(self, *inputs, layer=None):
+        *windows, n_windows = inputs
+        sums = functools.partial(self.sums, layer=layer)
+        return models.pooled(*models.in_parts(sums, self.micro_batch_size, *windows), n_windows)
 
     def per_base(self, rows, index, layer=None):
-        x = in_parts(lambda *windows: self.bert.encode(*windows, layer=layer).float().cpu(),
-                     self.micro_batch_size, *self.inputs(rows, index)[:2])
+        x = models.in_parts(lambda *windows: self.states(*windows, layer).float().cpu(),
+                            self.micro_batch_size, *self.inputs(rows, index)[:2])
         return self.spread(x, rows, index)
 
     def spread(self, x, rows, index):
-        owner, first, n = self.windows(lengths_of(rows, index))
-        return covered(x[:, 1:-1], rows.offsets[index][owner] + first, n, self.spec["k"], self.spec["stride"])
-
-    def log_p(self, tokens, mask):
-        """Sums of log P over the k bases of each k-mer, and how many bases these are: (B, 1) each.
-
-        A pass hides every `passes`-th run of `stride` bases, by masking all k-mers over it. P of a base is
-        its share among the four k-mers that have the other bases right.
-        """
-        k, stride, real = self.spec["k"], self.spec["stride"], tokens > data.MASK
-        column, letter = (torch.arange(n, device=tokens.device) for n in (tokens.shape[1], 4))
-        span, total = math.ceil(k / stride), torch.zeros(len(tokens), device=tokens.device)
-        passes = math.ceil(span / MASKED)
-        for i in range(passes):
-            run = ((i - column) % passes).expand_as(tokens)  # that is hidden, in each k-mer
-            hidden = real & (run < span)
-            states = self.bert.encode(tokens.masked_fill(hidden, data.MASK), mask)[hidden]
-            logits, ids, row = self.bert.decode(states).float(), tokens[hidden] - 5, hidden.nonzero()[:, 0]
-            for j in range(stride):
-                base = run[hidden] * stride + j
-                unit = 4 ** (k - 1 - base).clamp(min=0)      # of this base in the number of the k-mer
-                digit = ids // unit % 4
-                four = (ids - digit * unit)[:, None] + unit[:, None] * letter + 5
-                log_p = logits.gather(1, four).log_softmax(1).gather(1, digit[:, None])[:, 0]
-                total.index_add_(0, row, log_p * (base < k))
-        return total[:, None], k * real.sum(1, keepdim=True).float()
+        owner, first, n = self.windows(data.lengths_of(rows, index))
+        starts = rows.offsets[index][owner] + first
+        return models.covered(x[:, self.n_before:], starts, n, self.k, self.stride)
 
 
 class HfHead(nn.Module):
     """An encoder of transformers, and dense, tanh, dropout, linear on [CLS], or on the mean without a [CLS].
-
     Its own tokenizer reads the sequences; with a stride, they become overlapping k-mers of its vocabulary. A
-    sequence of more tokens than positions takes several windows, whose pooled vectors are averaged.
-    """
+    sequence of more tokens than positions takes several windows, whose pooled vectors are averaged."""
     BODY, READER, FLAGS, micro_batch_size = "hf", None, {}, 128
+    forward, embed = BertHead.forward, BertHead.embed
 
     @staticmethod
     def complete(spec, args, longest):
@@ -396,15 +300,15 @@ class HfHead(nn.Module):
         self.has_cls = self.first[:1] == [self.tokenizer.cls_token_id]
         C, self.p = self.hf.config.hidden_size, getattr(self.hf.config, "hidden_dropout_prob", 0.0)
         self.n_layer = self.hf.config.num_hidden_layers
-        self.pooler, self.out = nn.Linear(C, C), nn.Linear(C, spec["n_out"])
+        self.pooler, self.out = nn.Linear(C, C), models.Outputs(C, spec["n_out"])
         self.tokenize = functools.partial(models.tokens_of, self.tokenizer, k=self.k, stride=spec["stride"])
         sample = data.decode(np.random.default_rng(0).integers(4, size=4096))
         self.bases_in_room = self.room * 4096 / self.tokenize(sample).shape[1]
 
     def windows(self, rows, index):
         """The sequence of each window (n,), and its tokens, with first bases in rows: arrays (3, <= room)."""
-        lengths, owner, parts = lengths_of(rows, index), [], []
-        bases = padded(rows, index, int(lengths.max()), 4).cpu().numpy()
+        lengths, owner, parts = data.lengths_of(rows, index), [], []
+        bases = data.padded(rows, index, int(lengths.max()), 4).cpu().numpy()
         for i, length in enumerate(lengths):
             tokens = self.tokenize(data.decode(bases[i, :length]))
             tokens[1] += rows.offsets[index[i]]
@@ -442,41 +346,34 @@ class HfHead(nn.Module):
 
     def read_window(self, tokens, real, mask):
         x = self.states(tokens, mask)
-        x = x[:, 0] if self.has_cls else pooled(*summed("mean", x, {"mean": real}))
+        x = x[:, 0] if self.has_cls else models.pooled(*models.summed("mean", x, {"mean": real}))
         return torch.tanh(self.pooler(x))                    # (B, C)
 
-    def forward(self, tokens, real, mask, n_windows=None):
-        x = over_windows(in_parts(self.read_window, self.micro_batch_size, tokens, real, mask), n_windows)
-        with torch.autocast(x.device.type, enabled=False):
-            return self.out(F.dropout(x.float(), self.p, self.training))
-
-    def embed(self, tokens, real, mask, n_windows=None, layer=None):
+    def sums(self, tokens, real, mask, layer=None):
         if self.spec["pool"] != "mean" and not self.has_cls:
             raise ValueError(f"--pool {self.spec['pool']}: its tokenizer adds no [CLS]; use --pool mean")
         first = torch.arange(tokens.shape[1], device=tokens.device) == 0
-
-        def sums(tokens, real, mask):
-            return summed(self.spec["pool"], self.states(tokens, mask, layer), {
-                "mean": real, "cls": first.expand_as(real)})
-        return pooled(*in_parts(sums, self.micro_batch_size, tokens, real, mask), n_windows)
+        return models.summed(self.spec["pool"], self.states(tokens, mask, layer), {
+            "mean": real, "cls": first.expand_as(real)})
 
     def per_base(self, rows, index, layer=None):
         _, starts, widths = np.concatenate(self.windows(rows, index)[1], 1)
         tokens, real, mask, _ = self.inputs(rows, index)
         bases = np.repeat(starts - widths.cumsum() + widths, widths) + np.arange(widths.sum())
-        x = in_parts(lambda *windows: self.states(*windows, layer).cpu(), self.micro_batch_size, tokens, mask)
+        x = models.in_parts(lambda *windows: self.states(*windows, layer).cpu(),
+                            self.micro_batch_size, tokens, mask)
         x = x[real.cpu()].repeat_interleave(torch.from_numpy(widths), 0)
         return x, torch.from_numpy(bases)[:, None]
 
 
 class MixerHead(nn.Module):
     """A ChordMixer or Encoder, and one or two layers on the mean over the bases, over the [CLS], or on both.
-
     A ChordMixer reads a sequence of any length. For an Encoder, one that is longer than its positions is cut
-    into windows of equal length (to one base); the means are over all of them.
-    """
+    into windows of equal length (to one base); the means are over all of them."""
     BODY, READER, micro_batch_size = "backbone", "backbone.proj", 128
+    k, stride, n_before = 1, 1, 0
     FLAGS = {"pool": "mean", "head": "linear", "blocks": "all", "eval_network": None}
+    per_base, spread = BertHead.per_base, BertHead.spread
 
     @staticmethod
     def complete(spec, args, longest):
@@ -496,7 +393,7 @@ class MixerHead(nn.Module):
         C = self.backbone.config.n_embd
         width = 2 * C if spec["pool"] == "both" else C
         self.hidden = nn.Linear(width, C) if spec["head"] == "mlp" else None
-        self.out = nn.Linear(width if self.hidden is None else C, spec["n_out"])
+        self.out = models.Outputs(width if self.hidden is None else C, spec["n_out"])
 
     @property
     def n_cls(self):
@@ -510,13 +407,9 @@ class MixerHead(nn.Module):
 
     def windows(self, lengths):
         """Sequence lengths -> (owner, first, n) of the windows: sequence, first base, number of bases."""
-        if self.room is None or lengths.max() <= self.room:
-            return np.arange(len(lengths)), np.zeros_like(lengths), lengths
-        if self.spec["long"] == "truncate":
-            return np.arange(len(lengths)), np.zeros_like(lengths), np.minimum(lengths, self.room)
-        n_windows = np.maximum(-(-lengths // self.room), 1)
-        owner = np.repeat(np.arange(len(lengths)), n_windows)
-        nth = np.arange(len(owner)) - np.repeat(np.cumsum(n_windows) - n_windows, n_windows)
+        lengths = self.read(lengths)[0]
+        n_windows = -(-lengths // (self.room or lengths.max()))
+        owner, nth = data.members(n_windows)
         first, end = (at * lengths[owner] // n_windows[owner] for at in (nth, nth + 1))
         return owner, first, end - first
 
@@ -538,15 +431,14 @@ class MixerHead(nn.Module):
 
     def inputs(self, rows, index):
         """One-hot bases (B, L, 5); lengths (B,), None where all are equal; windows a sequence, or None.
-
-        Where the lengths differ, L is a multiple of 64, or what an Encoder has room for.
-        """
-        owner, first, n = self.windows(lengths_of(rows, index))
+        Where the lengths differ, L is a multiple of 64, or what an Encoder has room for."""
+        owner, first, n = self.windows(data.lengths_of(rows, index))
         longest, several = int(n.max()), len(owner) > len(index)
         alike = n.min() == longest and not several
         if not alike:
             longest = min(-(-longest // 64) * 64, self.room or math.inf)
-        bases = gathered(rows.bases, rows.offsets[index][owner] + first, n, longest + self.n_cls, data.BLANK)
+        starts = rows.offsets[index][owner] + first
+        bases = data.gathered(rows.bases, starts, n, longest + self.n_cls, data.BLANK)
         lengths, n_windows = (data.to_device(x, bases.device) for x in (n, np.bincount(owner)))
         return data.one_hot(bases), None if alike else lengths + self.n_cls, n_windows if several else None
 
@@ -557,31 +449,19 @@ class MixerHead(nn.Module):
         """What `pooled` makes a mean of: over the bases, or the [CLS] behind them, of each window."""
         x, ends = self.states(one_hot, lengths, layer), lengths[:, None]
         at = torch.arange(x.shape[1], device=x.device)
-        return summed(self.spec["pool"], x, {"mean": at < ends - self.n_cls,
+        return models.summed(self.spec["pool"], x, {"mean": at < ends - self.n_cls,
                                              "cls": (at < ends) & (at >= ends - self.n_cls)})
 
     def embed(self, one_hot, lengths=None, n_windows=None, layer=None):
         if lengths is None:                                  # one window a sequence, all equally long
             x = self.states(one_hot, layer=layer)
-            bases, cls = x.split([one_hot.shape[1] - self.n_cls, self.n_cls], 1)
-            return concatenated(self.spec["pool"], lambda pool: (cls if pool == "cls" else bases).mean(1))
-        sums = functools.partial(self.sums, layer=layer)
-        return pooled(*in_parts(sums, self.micro_batch_size, one_hot, lengths), n_windows)
+            parts = dict(zip(("mean", "cls"), x.split([x.shape[1] - self.n_cls, self.n_cls], 1)))
+            return models.concatenated(self.spec["pool"], lambda pool: parts[pool].mean(1))
+        return BertHead.embed(self, one_hot, lengths, n_windows, layer=layer)
 
     def forward(self, one_hot, lengths=None, n_windows=None):
         x = self.embed(one_hot, lengths, n_windows)
-        x = x if self.hidden is None else F.gelu(self.hidden(x))
-        with torch.autocast(x.device.type, enabled=False):
-            return self.out(x.float())
-
-    def per_base(self, rows, index, layer=None):
-        x = in_parts(lambda *windows: self.states(*windows, layer).float().cpu(), self.micro_batch_size,
-                     *self.inputs(rows, index)[:2])
-        return self.spread(x, rows, index)
-
-    def spread(self, x, rows, index):
-        owner, first, n = self.windows(lengths_of(rows, index))
-        return covered(x, rows.offsets[index][owner] + first, n)
+        return self.out(x if self.hidden is None else F.gelu(self.hidden(x)))
 
 
 class CnnHead(models.Cnn):
@@ -606,10 +486,10 @@ class CnnHead(models.Cnn):
         return {"truncated": int((lengths > self.length).sum())}
 
     def inputs(self, rows, index):
-        return (padded(rows, index, self.length, 4),)
+        return (data.padded(rows, index, self.length, 4),)
 
     def spread(self, x, rows, index):
-        return covered(x, rows.offsets[index], np.minimum(lengths_of(rows, index), self.length))
+        return models.covered(x, rows.offsets[index], np.minimum(data.lengths_of(rows, index), self.length))
 
 
 class PenguinnHead(models.Penguinn):
@@ -642,8 +522,7 @@ SPEC = {"kind": HEADS.__contains__, "n_out": is_size, "k": is_size, "length": is
         "binary": lambda x: type(x) is bool, "multilabel": lambda x: type(x) is bool,
         "pairs": lambda x: type(x) is bool, "strands": lambda x: x in ("forward", "augment", "average")}
 DEFAULTS = {"long": "chunk", "dtype": "float32", "n_out": 1, "pool": "mean", "head": "linear",
-            "n_blocks": None, "strands": "forward", "multilabel": False,       # what a spec may leave out
-            "pairs": False}
+            "n_blocks": None, "strands": "forward", "multilabel": False, "pairs": False}    # may be left out
 
 
 def build_net(spec, weights=None, seed=42):
@@ -685,8 +564,6 @@ def choose_network(path, state):
     steps, ema = state["args"].get("steps"), state["args"].get("ema", 0.996)
     if type(steps) is not int or type(ema) is not float or steps < 1 or not 0 <= ema <= 1:
         raise ValueError(f"--init {path}: steps {steps!r:.20}, ema {ema!r:.20} in its flags; use another one")
-    if "mask_rate" not in state["args"]:
-        print(f"{path}: made before version 0.2, with means of both losses (docs/findna.md, choice 9)")
     done = min(state["step"], steps)                         # lambda rises from ema to 1 by half a cosine
     left = math.exp(-(1 - ema) / 2 * (done + steps / math.pi * math.sin(math.pi * done / steps)))
     if left <= 0.01:
@@ -774,24 +651,6 @@ def read_start(init, args):
     return Start(spec, weights, name, digest.hexdigest()[:12])
 
 
-def on_device(rows, device, labels=None):
-    """Rows with their bases on the device, and these labels."""
-    return rows._replace(bases=torch.from_numpy(rows.bases).to(device), labels=labels)
-
-
-def bases_read(rows, lengths, k=1, stride=1):
-    """Number of A, C, G and T in k-mers without N within the first `lengths` bases of each sequence: (n,)."""
-    starts, n, sizes = rows.offsets[:-1], len(rows.bases), np.diff(rows.offsets)
-    at = np.arange(n) - np.repeat(starts, sizes)             # in its sequence
-    first = np.flatnonzero((at % stride == 0) & (at + k <= np.repeat(lengths, sizes)))     # of each k-mer
-    n_known = np.concatenate([[0], np.cumsum(rows.bases < 4)])
-    first = first[n_known[first + k] - n_known[first] == k]
-    edges = np.zeros(n + 1, np.int32)
-    edges[first] += 1
-    edges[first + k] -= 1
-    return np.add.reduceat(np.cumsum(edges[:-1]) > 0, starts, dtype=np.int64)
-
-
 def check_pairs(spec, rows):
     """ValueError for pairs that the network does not read, and for single sequences where it wants pairs."""
     pairs = rows.first is not None
@@ -813,12 +672,14 @@ def count_unfit(net, rows):
 
 def n_bases(net, rows):
     """Number of A, C, G and T that the network reads of each sequence; of 0, its outputs mean nothing."""
+    if net is None:                                          # the k-mer floor
+        return data.bases_read(rows, np.diff(rows.offsets), data.KMER)
     check_pairs(net.spec, rows)
     if rows.first is None:
-        return bases_read(rows, *net.read(np.diff(rows.offsets)))
-    n, k, stride = net.pair_kmers(rows, np.arange(len(rows.first)))[0], net.spec["k"], net.spec["stride"]
-    lengths = np.insert(np.where(n, (n - 1) * stride + k, 0), 1, 0, axis=1).ravel()
-    return bases_read(rows._replace(offsets=data.halves(rows)), lengths, k, stride).reshape(-1, 3).sum(1)
+        return data.bases_read(rows, *net.read(np.diff(rows.offsets)))
+    lengths = net.n_covered(net.pair_kmers(rows, np.arange(len(rows.first)))[0])
+    lengths, parts = np.insert(lengths, 1, 0, axis=1).ravel(), rows._replace(offsets=data.halves(rows))
+    return data.bases_read(parts, lengths, net.k, net.stride).reshape(-1, 3).sum(1)
 
 
 def pieces(net, index, lengths, micro_batch_size):
@@ -837,10 +698,8 @@ def pieces(net, index, lengths, micro_batch_size):
 @torch.no_grad()
 def apply(net, rows, micro_batch_size, function=None):
     """Outputs of the network, or of a function of its inputs (net.embed), in the order of rows: float32.
-
     Their means over both strands if the spec says average. Sequences of similar length share a forward pass.
-    InterruptedError after a stop signal.
-    """
+    InterruptedError after a stop signal."""
     check_pairs(net.spec, rows)
     average = net.spec["strands"] == "average"
     rows = data.both_strands(rows) if average else rows
@@ -850,23 +709,7 @@ def apply(net, rows, micro_batch_size, function=None):
         parts = [function(*net.inputs(rows, index)).float()
                  for index in training.until_stopped(pieces(net, order, lengths, micro_batch_size))]
     outputs = torch.cat(parts).cpu().numpy()[np.argsort(order)]
-    return mean_of_strands(outputs) if average else outputs
-
-
-def mean_of_strands(outputs):
-    """Means of what belongs to the sequences of data.both_strands, of n of them (n, ...)."""
-    n = len(outputs) // 2
-    return (outputs[:n] + outputs[n:][::-1]) / 2
-
-
-def texts(sequences):
-    """Return what the user gives as sequences as a list of strings, or of pairs; ValueError else."""
-    found = [] if isinstance(sequences, str | dict) else list(sequences)
-    kinds = {str if isinstance(x, str) else (*map(type, x),) if isinstance(x, tuple) else None for x in found}
-    if kinds not in ({str}, {(str, str)}):
-        raise ValueError(f"sequences: {data.quoted(str(sequences)[:40])}: give a list of one string or more, "
-                         f"or of one pair (string, string) or more")
-    return found
+    return data.mean_of_strands(outputs) if average else outputs
 
 
 class Model:
@@ -888,8 +731,8 @@ class Model:
         return names
 
     def apply(self, sequences, function=None, empty=False):
-        rows = sequences if isinstance(sequences, data.Rows) else data.rows_from(texts(sequences))
-        outputs = apply(self.net, on_device(rows, self.device), self.micro_batch_size, function)
+        rows = data.as_rows(sequences)
+        outputs = apply(self.net, data.on_device(rows, self.device), self.micro_batch_size, function)
         if not empty:
             outputs[n_bases(self.net, rows) == 0] = math.nan
         return outputs
@@ -906,31 +749,26 @@ class Model:
 
     def embed(self, sequences, layer=-1):
         """One vector a sequence: (n, C); NaN where the network reads no base (shorter than k, all N).
-
-        layer: 0 is the input embeddings, 1 the first layer, -1 the last one, -2 the one before.
-        """
+        layer: 0 is the input embeddings, 1 the first layer, -1 the last one, -2 the one before."""
         return self.apply(sequences, functools.partial(self.net.embed, **self.at_layer(layer)))
 
     def score(self, sequences):
         """How likely a pretrained BERT finds each sequence: (n,), in nats a base; -1.386 is pure chance.
-
         The pseudo-log-likelihood: the mean of log P(base | all other bases). A base is hidden by masking all
-        k-mers over it; a pass masks about 15 % of them. ValueError for a classifier, which has `predict`.
-        """
+        k-mers over it; a pass masks about 15 % of them. ValueError for a classifier, which has `predict`."""
         net = self.net
         if net.BODY != "bert" or "classes" in net.spec or not net.bert.ln_head.weight.any():
             raise ValueError(f"--init {self.init}: no masked-LM head to score with; give a BERT as "
                              f"randommask.py or cm_gems.py pretrains it (a classifier has predict)")
         if getattr(sequences, "first", None) is not None or any(isinstance(x, tuple) for x in sequences):
             raise ValueError("score takes single sequences, not pairs; score each by itself")
-        return self.apply(sequences, lambda tokens, mask, n_windows: pooled(
-            *in_parts(net.log_p, self.micro_batch_size, tokens, mask), n_windows))[:, 0]
+        log_p = functools.partial(models.log_p, net.bert, stride=net.stride)
+        return self.apply(sequences, lambda tokens, mask, n_windows: models.pooled(
+            *models.in_parts(log_p, self.micro_batch_size, tokens, mask), n_windows))[:, 0]
 
     def predict(self, sequences, empty=False):
         """Probabilities of the classes or labels, or the values of a regression: (n, number of outputs).
-
-        NaN where the network reads no base, unless empty=True.
-        """
+        NaN where the network reads no base, unless empty=True."""
         self.classes()                                       # is it fine-tuned?
         outputs = self.apply(sequences, empty=empty)
         if self.net.spec["multilabel"]:
@@ -938,11 +776,10 @@ class Model:
         return outputs if self.net.spec["regression"] else special.softmax(outputs, 1)
 
 
-def load_model(init, device="cpu", eval_network=None, **changes):
+def load_model(init, device="cpu", eval_network=None, pool=None, **changes):
     """A checkpoint, hf:FOLDER or findna:FILE -> Model. changes, where not None: pool, long, stride, dtype,
     strands ("average": means over both strands)."""
     spec, weights = read_network(init, eval_network)
-    pool = changes.pop("pool", None)
     spec |= {name: value for name, value in {"dtype": "float32", **changes}.items() if value is not None}
     net = build_net(spec, weights)
     net.spec["pool"] = pool or net.spec["pool"]              # a trained head keeps its width
@@ -953,8 +790,7 @@ def scores(outputs, labels, task):
     """Outputs (n, n_out), labels -> {metric: value}; None where undefined (PCC of a constant, MCC where all
     labels are one class).
 
-    ArithmeticError when an output is not finite.
-    """
+    ArithmeticError when an output is not finite."""
     if not np.isfinite(outputs).all():
         raise ArithmeticError(f"{task.name}: the outputs are not finite; lower --lr")
     with warnings.catch_warnings():
@@ -1014,22 +850,6 @@ def epoch_batches(lengths, batch_size, seed, epoch):
     return [batches[i] for i in rng.permutation(len(batches))]
 
 
-def random_strands(index, n, seed, step):
-    """A batch of n sequences, each on a random strand of data.both_strands: a function of (seed, step)."""
-    other = np.random.default_rng((seed, step, 1)).random(len(index)) < 0.5
-    return np.where(other, 2 * n - 1 - index, index)
-
-
-def kmer_counts(rows):
-    """Counts of the 5-mers without N: float32 (n, 1024); of a pair, those of both side by side (n, 2048)."""
-    if rows.first is not None:
-        counts = kmer_counts(rows._replace(offsets=data.halves(rows), first=None)).reshape(-1, 3, 4 ** KMER)
-        return counts[:, ::2].reshape(len(counts), -1)
-    ids = data.kmer_tokens(torch.from_numpy(rows.bases)[None], KMER, 1)[0].numpy()
-    parts = (ids[start:max(end - KMER + 1, start)] for start, end in zip(rows.offsets, rows.offsets[1:]))
-    return np.stack([np.bincount(part, minlength=4 ** KMER + 5)[5:].astype(np.float32) for part in parts])
-
-
 def fit_linear(train, labels, test, task, class_weights=None):
     """scikit-learn's logistic regression (regression: ridge) on standardised features: outputs on test."""
     model = linear_model.RidgeCV(np.logspace(-1, 5, 7)) if task.regression else \
@@ -1047,20 +867,16 @@ def fit_linear(train, labels, test, task, class_weights=None):
 
 def linear_outputs(net, parts, task, args, device):
     """Outputs on test of a linear model on embeddings (probe) or, without a network, on k-mer counts.
+    --strands augment fits it on both strands of train; with average, its features are means over both."""
+    train = data.both_strands(parts["train"]) if args.strands == "augment" else parts["train"]
 
-    --strands augment fits it on both strands of train; with average, its features are means over both.
-    """
-    train, test = parts["train"], parts["test"]
-    train = data.both_strands(train) if args.strands == "augment" else train
-    if net is None and args.strands == "average":
-        features = [mean_of_strands(kmer_counts(data.both_strands(rows))) for rows in (train, test)]
-    elif net is None:
-        features = [kmer_counts(rows) for rows in (train, test)]
-    else:
-        net.eval()
-        features = [apply(net, on_device(rows, device), args.micro_batch_size, net.embed)
-                    for rows in (train, test)]
-    return fit_linear(features[0], train.labels, features[1], task, args.class_weights)
+    def features(rows):
+        if net is not None:
+            return apply(net.eval(), data.on_device(rows, device), args.micro_batch_size, net.embed)
+        if args.strands == "average":
+            return data.mean_of_strands(data.kmer_counts(data.both_strands(rows)))
+        return data.kmer_counts(rows)
+    return fit_linear(features(train), train.labels, features(parts["test"]), task, args.class_weights)
 
 
 def balanced_weights(labels, n_out):
@@ -1082,7 +898,7 @@ def loss_of(outputs, labels, reduction, weights=None):
     return F.mse_loss(outputs, labels, reduction=reduction) / share
 
 
-def train_batch(net, rows, index, micro_batch_size, scaler=UNSCALED, weights=None):
+def train_batch(net, rows, index, micro_batch_size, scaler=torch.amp.GradScaler(enabled=False), weights=None):
     """Forward and backward of a batch of rows, with their labels on the device, in pieces; returns (loss sum,
     number of sequences) on the device."""
     total, lengths, device = 0, np.diff(rows.offsets), rows.bases.device
@@ -1198,7 +1014,7 @@ def fine_tune(net, parts, task, run, folder, args):
         done += 1
         training.seed(key["seed"], done)
         training.set_lr(optimizer, p["lr"] * SCHEDULES[p["schedule"]](done, steps, warmup))
-        index = batches[i] if n == len(lengths) else random_strands(batches[i], n, key["seed"], done)
+        index = batches[i] if n == len(lengths) else data.random_strands(batches[i], n, key["seed"], done)
         total += train_batch(net, train, index, args.micro_batch_size, scaler, weights)
         take_step(trained, scaler, p["grad_clip"])
         bar.update()
@@ -1213,40 +1029,27 @@ def read_csv(args):
     first, *others = args.csv
     if len(others) > 2:
         raise ValueError(f"--csv: {len(args.csv)} tables; give one, train and test, or train, dev and test")
-    columns = args.targets or args.multilabel
-    names = [name.lower() for name in columns or ()]
-    if len(set(names)) < len(names) or {"sequence", "seq", "sequence_2"} & set(names):
+    columns, multilabel = args.targets or args.multilabel or (), bool(args.multilabel)
+    names = {name.lower() for name in columns}
+    if len(names) < len(columns) or {"sequence", "seq", "sequence_2"} & names:
         raise ValueError(f"--targets or --multilabel {' '.join(columns)}: give each column once")
-    names = ("train", "test") if len(others) == 1 else ("train", "dev", "test")
-    multilabel = bool(args.multilabel)
     flags = data.column_flags(args)
-    sequences, labels, notes = data.read_table(first, targets=columns, multilabel=multilabel, flags=flags)
-    pairs = type(sequences[0]) is tuple
-    classes = tuple(columns or notes.pop("classes"))
-    rows = [data.rows_from(sequences, labels, notes)]
-    print(f"{first}: {len(labels):,} rows; {rows[0].notes}{', pairs (sequence_2)' * pairs}", flush=True)
-    if columns:
-        describe_targets(rows[0].labels, columns)
-    else:
-        say_alike(classes)
-    for path in others:
-        rows.append(data.rows_from(*data.read_table(path, classes, columns, True, multilabel, flags)))
-        if pairs != (rows[-1].first is not None):
-            raise ValueError(f"{first}, {path}: only one has a column sequence_2; give it in all, or in none")
+    rows, classes = data.read_own_tables(args.csv, columns, multilabel, flags)
     if not others:
         table = data.read_groups(first, args.split_by, flags["delimiter"])
         rows = data.split_table(table, rows[0], args.split_by, args.split, args.seed, classes)
-    stem = os.path.basename(first).removesuffix(".gz")
-    task = data.Task(f"csv/{os.path.splitext(stem)[0]}", "csv", classes, bool(args.targets),
-                     "pcc" if args.targets else "mcc", "", {}, "", first, "yours", multilabel)
+    stem, _ = os.path.splitext(os.path.basename(first).removesuffix(".gz"))
+    metric = "pcc" if args.targets else "auroc" if multilabel else "mcc"
+    task = data.Task(f"csv/{stem}", "csv", classes, bool(args.targets), metric, "", {}, "", first, "yours",
+                     multilabel)
+    names = ("train", "test") if len(others) == 1 else ("train", "dev", "test")
     return task, dict.fromkeys(("train", "dev", "test")) | dict(zip(names, rows))
 
 
 def read_benchmark(path):
     """A --tasks table -> {name: its line}: files, targets and multilabel are lists, place is FILE: line N."""
-    header = [cell.strip() for cell in data.table_text(path).lower().split("\n")[0].split("\t")]
-    wanted = ["name", "files", "metric", "protocol", *(x for x in ("targets", "multilabel") if x in header)]
-    columns, places = data.read_columns(path, {name: [name] for name in wanted})
+    wanted = ("name", "files", "metric", "protocol", "targets", "multilabel")
+    columns, places = data.read_columns(path, {name: [name] for name in wanted}, optional=wanted[4:])
     lines, folder = {}, os.path.dirname(path)
     for place, *cells in zip(places, *columns.values()):
         line = {"targets": "", "multilabel": "", "place": place} | dict(zip(columns, cells))
@@ -1276,46 +1079,6 @@ def read_own(line, args):
     return task._replace(name=line["name"], suite="tasks", metric=line["metric"]), splits
 
 
-def say_alike(names):
-    """Names the classes that a reader would take for one."""
-    alike = {}
-    for name in names:
-        alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(ascii(name))
-    for group in alike.values():
-        if len(group) > 1:
-            print(f"  note: the classes {', '.join(group)} differ only in case or Unicode form", flush=True)
-
-
-def describe_targets(labels, names):
-    """Prints how many values each target has, or rows each label; what to do with a target of 0 and 1."""
-    if labels.dtype == bool:
-        print(f"  {', '.join(f'{name} {n:,}' for name, n in zip(names, labels.sum(0)))}", flush=True)
-        return
-    values = {name: np.unique(x) for name, x in zip(names, labels.T)}
-    print(f"  different values: {', '.join(f'{name} {len(x):,}' for name, x in values.items())}", flush=True)
-    binary = [name for name, x in values.items() if set(x) <= {0, 1}]
-    if binary:
-        print(f"  {', '.join(binary)}: only 0 and 1, which --targets trains as a regression (MSE, PCC); for "
-              f"labels use --multilabel", flush=True)
-
-
-def fingerprint(splits):
-    """12 hex digits of the sequences and labels of all splits.
-
-    Targets count as float32; if that moves one by over a millionth of their sd, what it loses counts, too.
-    """
-    digest = hashlib.sha256()
-    for bases, offsets, labels, *_ in filter(None, splits.values()):
-        arrays = [bases, offsets, labels]
-        if labels.ndim > 1:
-            arrays[2] = labels.astype(np.float32)
-            lost = labels - arrays[2]
-            arrays += [lost] * bool((abs(lost) > 1e-6 * labels.std(0)).any())
-        for array in arrays:
-            digest.update(np.ascontiguousarray(array).view(np.uint8))
-    return digest.hexdigest()[:12]
-
-
 def assign(splits, p, seed, names=()):
     """Rows to train on, select by (None: no selection) and test on; and in words, what is tested on."""
     (train, dev, test), tested_on = (splits[split] for split in ("train", "dev", "test")), "test"
@@ -1336,23 +1099,15 @@ def assign(splits, p, seed, names=()):
 
 def count_rows(parts, net, seen):
     """Counts for the row of results: what was accepted, cut or repeated. seen: test rows also in train."""
-    counts = {f"{split}_{name}": n for split, rows in parts.items() if rows for name, n in rows.notes.items()}
-    if parts["dev"]:
-        counts["test_in_dev"] = int(rows_in(parts["test"], parts["dev"]).sum())
+    parts = {split: rows for split, rows in parts.items() if rows}
+    counts = {f"{split}_{name}": n for split, rows in parts.items() for name, n in rows.notes.items()}
+    if "dev" in parts:
+        counts["test_in_dev"] = int(data.rows_in(parts["test"], parts["dev"]).sum())
     if net is not None:
-        counts |= sum((Counter(count_unfit(net, rows)) for rows in parts.values() if rows), Counter())
-    for split, rows in parts.items():
-        if rows:
-            read = n_bases(net, rows) if net is not None else bases_read(rows, np.diff(rows.offsets), KMER)
-            counts[f"{split}_no_base"] = int((read == 0).sum())
+        counts |= sum((Counter(count_unfit(net, rows)) for rows in parts.values()), Counter())
+    counts |= {f"{split}_no_base": int((n_bases(net, rows) == 0).sum()) for split, rows in parts.items()}
     counts["test_in_train"] = int(seen.sum())
     return {name: n for name, n in counts.items() if n}
-
-
-def rows_in(rows, others):
-    """bool (n,): rows whose sequence also occurs in others."""
-    keys = set(data.row_keys(others))
-    return np.array([key in keys for key in data.row_keys(rows)])
 
 
 def complete(spec, key, args, task, longest):
@@ -1400,9 +1155,8 @@ def standardised(parts, task):
         if abs(x[i, j]) > FAR:
             value = f"{task.classes[j]} {parts[split].labels[i, j]:g} in {split}"
             raise ValueError(f"{task.name}: {value}: over {FAR:g} sd from the mean of train; correct it")
-    parts = {split: rows and rows._replace(labels=targets[split].astype(np.float32))
-             for split, rows in parts.items()}
-    return parts, mean, sd
+    return {split: rows and rows._replace(labels=targets[split].astype(np.float32))
+            for split, rows in parts.items()}, mean, sd
 
 
 def to_units(net, mean, sd, task):
@@ -1424,7 +1178,7 @@ def tuned_outputs(net, parts, task, run, folder, args):
         parts, mean, sd = standardised(parts, task)
     if net.spec["strands"] != "forward":
         parts = parts | {"train": data.both_strands(parts["train"])}
-    parts = {split: rows and on_device(rows, device, rows.labels) for split, rows in parts.items()}
+    parts = {split: rows and data.on_device(rows, device, rows.labels) for split, rows in parts.items()}
     parts["train"] = parts["train"]._replace(labels=data.to_device(parts["train"].labels, device))
     if args.compile and training.can_compile(device):
         torch._dynamo.config.recompile_limit = 64            # beyond it (8), torch goes on uncompiled
@@ -1467,20 +1221,6 @@ def print_scores(row):
     print(f"  test {', '.join(scores)}{collapsed}{model}", flush=True)
 
 
-def run_id(key, spec):
-    return hashlib.sha256(json.dumps([key, spec], sort_keys=True).encode()).hexdigest()[:8]
-
-
-def is_unchanged(row, task, parts, train):
-    """Whether a row made before ids held class names is of these classes, and would be the same today.
-
-    Then, sequences of the other strand were different ones, and the mcc of labels of one class was 0.
-    """
-    was_split = "of train" in row["tested_on"] and train.notes["reverse_complements"]
-    return (row["classes"] == list(task.classes) and vary(parts["test"].labels) and not was_split
-            and row["counts"].get("test_in_train", 0) == rows_in(parts["test"], parts["train"]).sum())
-
-
 def check_parts(parts, task, key):
     """ValueError for labels that nothing can be learnt from, or chosen by."""
     train, dev = parts["train"], parts["dev"]
@@ -1515,14 +1255,14 @@ def run_one(task, splits, key, start, args, device):
     spec = complete(start.spec, key, args, task, int(np.diff(train.offsets).max()))
     spec |= {"pairs": True} if train.first is not None else {}
     check_pairs(spec, train)
-    identity, old = run_id(key, spec), run_id({name: key[name] for name in key if name != "classes"}, spec)
+    identity = hashlib.sha256(json.dumps([key, spec], sort_keys=True).encode()).hexdigest()[:8]
     title = f"{task.name}{shots} | {key['init']} | seed {key['seed']}"
     for row in read_rows(args.out):
-        if row["id"] == identity or row["id"] == old and is_unchanged(row, task, parts, splits["train"]):
+        if row["id"] == identity:
             print(f"{title} | {done_before(row, args.out)}", flush=True)
-            return row["id"]
-    net, seen = None, rows_in(parts["test"], parts["train"])                   # the k-mer floor has no net
-    if spec["kind"] in HEADS:
+            return identity
+    net, seen = None, data.rows_in(parts["test"], train)
+    if spec["kind"] in HEADS:                                # the k-mer floor has no network
         net = build_net(spec | {"pool": args.pool}, start.weights, key["seed"]).to(device)
     sizes = {split: len(rows.labels) for split, rows in parts.items() if rows}
     counts = count_rows(parts, net, seen)
@@ -1616,24 +1356,22 @@ def plan_runs(args):
     """Every run that the flags ask for; a linear model, which ignores a grid, runs once."""
     for name in data.task_names(args.task) if args.task else args.own or [None]:
         suite = data.TASKS[name].suite if name in data.TASKS else "csv"
-        own = args.own.get(name, {"protocol": ""})
-        protocol = args.protocol or own["protocol"] or DEFAULT_PROTOCOL.get(suite, "strict")
+        stated = args.protocol or name in args.own and args.own[name]["protocol"]
+        protocol = stated or DEFAULT_PROTOCOL.get(suite, "strict")
         repeats = range(args.seeds or PROTOCOLS[protocol][0]["seeds"])
         draws = data.FEW_SHOT[name][1] if name in data.FEW_SHOT else 1
         shots_list = args.shots or [10] if suite == "few-shot" else [None]
         for shots, repeat, init, flags in itertools.product(shots_list, repeats, args.init, grid(args)):
-            linear = is_linear(init, args.mode)
-            if repeat < draws or protocol in LINEAR or not linear:
-                if not linear or flags == grid(args)[0]:
-                    yield Plan(name, shots, repeat, init, protocol, flags)
+            once = flags == grid(args)[0] and (repeat < draws or protocol in LINEAR)
+            if once or not is_linear(init, args.mode):
+                yield Plan(name, shots, repeat, init, protocol, flags)
 
 
 def make_key(plan, task, start, digest, args):
     """What identifies a run, with its spec: equal keys, equal results. digest: of the data."""
     if task.regression and args.class_weights:
         raise ValueError(f"{task.name}: --class_weights: a regression has no classes; drop it")
-    flags = dict(plan.flags)
-    p = LINEAR.get(plan.protocol, {})
+    flags, p = dict(plan.flags), LINEAR.get(plan.protocol, {})
     if not is_linear(plan.init, args.mode):
         p = get_protocol(plan.protocol, task.name, plan.shots, plan.init, flags)
         if task.regression and p["select"] == "score":
@@ -1664,7 +1402,7 @@ def run_all(plans, starts, args, device):
                     plan.name in args.own) else (data.TASKS[plan.name], data.read_task(
                         plan.name, args.data_dir, plan.shots, plan.repeat % 10, args.fasta))
                 cached = source
-            key = make_key(plan, task, starts[plan.init], fingerprint(splits), args)
+            key = make_key(plan, task, starts[plan.init], data.fingerprint(splits), args)
             print(f"run {k} of {len(plans)}", flush=True)
             ids.append(run_one(task, splits, key, starts[plan.init], args, device))
         except InterruptedError:
@@ -1694,14 +1432,6 @@ def print_table(out, ids):
     print(f"\nThe runs of this command; all of {out}: python -m tools.table {out}\n")
     sys.stdout.reconfigure(errors="replace")                 # an ASCII terminal has no plus-minus sign
     print("\n".join(table.make_table(table.read_runs(out, ids)).lines), flush=True)
-
-
-def fractions(text):
-    """'0.8,0.1,0.1' -> three positive floats that sum to 1."""
-    parts = [float(part) for part in text.split(",")]
-    if len(parts) != 3 or min(parts) <= 0 or not math.isclose(sum(parts), 1):
-        raise argparse.ArgumentTypeError(f"{text}: give three shares that sum to 1, as 0.8,0.1,0.1")
-    return parts
 
 
 def add_protocol_flags(parser):
@@ -1742,7 +1472,7 @@ def parse_args():
     add("--data_dir", type=folder_name, default="data", help="folder of the benchmark sets (%(default)s)")
     add("--fasta", type=file_name, nargs="+",
         help="reference genome for GenomicBenchmarks' coordinate tables")
-    add("--split", type=fractions, help="shares of one --csv table (.8,.1,.1)")
+    add("--split", type=data.fractions, help="shares of one --csv table (.8,.1,.1)")
     add("--split_by", metavar="COLUMN", help="--csv: its equal values stay together; or similarity")
     add("--targets", nargs="+", metavar="COLUMN", help="--csv: regression on these columns")
     add("--multilabel", nargs="+", metavar="COLUMN", help="--csv: these columns are labels, each 0 or 1")

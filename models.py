@@ -3,12 +3,13 @@
 Bert (post-LN) over k-mers is the network of DNABERT, RandomMask and GeneMask. Its size is set by the config:
 12 layers of 768 are DNABERT (89,196,549 parameters), 4 of 256 RandomMask's BERT-mini, 2 of 256 with n_head 8
 and n_inner 3072 LOGO (GeneMask). ChordMixer (FinDNA) and Encoder read one-hot bases; Cnn and Penguinn are
-baselines.
+baselines. Then: means over tokens and windows, and log_p, what a masked-LM head thinks of each base.
 load_hf and save_hf read and write a Bert in the layout of transformers; load_other and make_other read other
 networks with transformers itself; load_findna reads FinDNA's released weights.
 """
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -22,8 +23,10 @@ import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-PAD = 0
+PAD, MASK = 0, 4                                             # ids of tokens
+MASKED = 0.15                                                # of the tokens at a time in log_p: BERT's
 EPS = 1e-12                                                  # LayerNorm epsilon (DNABERT's config.json)
 
 
@@ -368,13 +371,11 @@ class Cnn(nn.Module):
             nn.Conv1d(100, 16, 8), nn.BatchNorm1d(16), nn.ReLU(), nn.MaxPool1d(2),
             nn.Conv1d(16, 8, 8), nn.BatchNorm1d(8), nn.MaxPool1d(2),
             nn.Conv1d(8, 4, 8), nn.BatchNorm1d(4), nn.MaxPool1d(2))
-        self.hidden, self.out = nn.Linear(4 * width, 512), nn.Linear(512, n_out)
+        self.hidden, self.out = nn.Linear(4 * width, 512), Outputs(512, n_out)
 
     def forward(self, bases):
         x = self.convs(self.emb(bases.long()).transpose(1, 2))                 # (B, 4, width)
-        x = self.hidden(x.flatten(1))
-        with torch.autocast(x.device.type, enabled=False):
-            return self.out(x.float())
+        return self.out(self.hidden(x.flatten(1)))
 
 
 class Penguinn(nn.Module):
@@ -394,7 +395,7 @@ class Penguinn(nn.Module):
             layers += [nn.ZeroPad1d((3, 4)), nn.Conv1d(C, D, 8), nn.ReLU(), nn.BatchNorm1d(D, 1e-3, 0.01),
                        nn.MaxPool1d(2), nn.Dropout(0.3)]
         self.convs, self.hidden = nn.Sequential(*layers), nn.Linear(3 * (length // 16), 512)
-        self.norm, self.out = nn.BatchNorm1d(512, 1e-3, 0.01), nn.Linear(512, 1 if binary else n_out)
+        self.norm, self.out = nn.BatchNorm1d(512, 1e-3, 0.01), Outputs(512, 1 if binary else n_out)
         for layer in self.modules():
             if isinstance(layer, (nn.Conv1d, nn.Linear)):
                 nn.init.xavier_uniform_(layer.weight)
@@ -406,9 +407,94 @@ class Penguinn(nn.Module):
         alone = len(x) == 1                                  # has no variance: takes the running one
         x = F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias,
                          self.training and not alone, norm.momentum, norm.eps)
-        with torch.autocast(x.device.type, enabled=False):
-            x = self.out(F.dropout(x.float(), 0.2, self.training))
+        x = self.out(F.dropout(x.float(), 0.2, self.training))
         return F.pad(x, (1, 0)) if self.binary else x
+
+
+class Outputs(nn.Linear):
+    """The last layer, in float32 also under autocast: bf16 is too coarse for a large target."""
+
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return super().forward(x.float())
+
+
+def concatenated(pool, pooled):
+    """pooled("mean"), pooled("cls") or, where pool is "both", the two side by side: (B, 2 C)."""
+    return torch.cat([pooled("mean"), pooled("cls")], 1) if pool == "both" else pooled(pool)
+
+
+def summed(pool, x, real):
+    """Sums of x (B, T, C) where real[pool] (B, T), and how many these are, both (B, C), or (B, 2 C)."""
+    sums = concatenated(pool, lambda pool: (x * real[pool][..., None]).sum(1))
+    n = concatenated(pool, lambda pool: real[pool].sum(1, keepdim=True).expand(-1, x.shape[2]))
+    return sums, n.float()
+
+
+def covered(x, starts, n, k=1, stride=1):
+    """The first n hidden states of each row of x (B, T, C): (N, C), and the bases that each covers (N, k)."""
+    at, starts, n = torch.arange(x.shape[1]), torch.from_numpy(starts), torch.from_numpy(n)
+    real = at < n[:, None]
+    first = (starts[:, None] + at * stride)[real]
+    return x.float().cpu()[real], first[:, None] + torch.arange(k)
+
+
+def in_parts(function, size, *windows):
+    """function(*windows) on at most `size` windows at a time; for a gradient, it computes each part twice.
+
+    windows: tensors with a row a window, or None; the function returns one such tensor or several.
+    """
+    if len(windows[0]) <= size:
+        return function(*windows)
+    if torch.is_grad_enabled():
+        function = functools.partial(checkpoint, function, use_reentrant=False)
+    parts = zip(*(itertools.repeat(None) if x is None else x.split(size) for x in windows))
+    parts = [function(*part) for part in parts]
+    return torch.cat(parts) if torch.is_tensor(parts[0]) else [torch.cat(x) for x in zip(*parts)]
+
+
+def by_sequence(x, n_windows):
+    """Sums of x (windows, C) over the windows of each sequence; n_windows (B,): how many it has."""
+    owner = torch.arange(len(n_windows), device=x.device)
+    owner = owner.repeat_interleave(n_windows, output_size=len(x))             # without it, a GPU would wait
+    return x.new_zeros(len(n_windows), x.shape[1]).index_add(0, owner, x)
+
+
+def over_windows(x, n_windows):
+    """Mean of x (windows, C) over the windows of each sequence; None: one window each."""
+    return x if n_windows is None else by_sequence(x, n_windows) / n_windows[:, None]
+
+
+def pooled(total, n, n_windows=None):
+    """Means (B, C) from what `summed` returns for each window, over all windows of a sequence."""
+    if n_windows is not None:
+        total, n = (by_sequence(x.float(), n_windows) for x in (total, n))
+    return total / n.clamp(min=1)
+
+
+def log_p(bert, tokens, mask, stride):
+    """Sums of log P over the k bases of each k-mer, and how many bases these are: (B, 1) each.
+
+    A pass hides every `passes`-th run of `stride` bases, by masking all k-mers over it. P of a base is its
+    share among the four k-mers that have the other bases right.
+    """
+    k, real = bert.config.k, tokens > MASK
+    column, letter = (torch.arange(n, device=tokens.device) for n in (tokens.shape[1], 4))
+    span, total = math.ceil(k / stride), torch.zeros(len(tokens), device=tokens.device)
+    passes = math.ceil(span / MASKED)
+    for i in range(passes):
+        run = ((i - column) % passes).expand_as(tokens)      # that is hidden, in each k-mer
+        hidden = real & (run < span)
+        logits = bert.decode(bert.encode(tokens.masked_fill(hidden, MASK), mask)[hidden]).float()
+        ids, row = tokens[hidden] - 5, hidden.nonzero()[:, 0]
+        for j in range(stride):
+            base = run[hidden] * stride + j
+            unit = 4 ** (k - 1 - base).clamp(min=0)          # of this base in the number of the k-mer
+            digit = ids // unit % 4
+            four = (ids - digit * unit)[:, None] + unit[:, None] * letter + 5
+            log_p = logits.gather(1, four).log_softmax(1).gather(1, digit[:, None])[:, 0]
+            total.index_add_(0, row, log_p * (base < k))
+    return total[:, None], k * real.sum(1, keepdim=True).float()
 
 
 def flag_of(name, size):

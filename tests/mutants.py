@@ -214,7 +214,7 @@ MUTANTS += mutants("finetune.py", [UNIT["finetune_rules"]], {
                                   '"truncated": int((lengths >= self.length)'),
     "Encoder counts nothing cut": ("(lengths > self.room).sum()", "(lengths > 10 ** 9).sum()"),
     "counts what is cut in train only": (
-        "for rows in parts.values() if rows), Counter())", 'for rows in [parts["train"]]), Counter())'),
+        "for rows in parts.values()), Counter())", 'for rows in [parts["train"]]), Counter())'),
     "the same dropout at each step": ('training.seed(key["seed"], done)', 'training.seed(key["seed"], 0)'),
     "the same dropout for every seed": ('training.seed(key["seed"], done)', "training.seed(42, done)"),
     "one table split alike for every seed": ("args.split, args.seed, classes)", "args.split, 42, classes)"),
@@ -293,9 +293,10 @@ MUTANTS += mutants("randommask.py", [UNIT["before"]], {
     "passes over another genome": ("/ 2_937_639_113", "/ 3_088_269_832")})
 MUTANTS += mutants("models.py", [UNIT["before"]], {
     "attention weights cost nothing": ("3 * c.n_head * T))", "0 * T))")})
-MUTANTS += mutants("finetune.py", [UNIT["training"]], {
+MUTANTS += mutants("models.py", [UNIT["training"]], {
     "sums over windows for means": ("by_sequence(x, n_windows) / n_windows[:, None]",
-                                    "by_sequence(x, n_windows)"),
+                                    "by_sequence(x, n_windows)")})
+MUTANTS += mutants("finetune.py", [UNIT["training"]], {
     "skipped steps are not counted": ('1 - norm.isfinite().float()', "0",
                                       [PRECISION, "-k", "resumed and finetune"])})
 for script in ("randommask", "findna", "cm_gems"):
@@ -334,10 +335,11 @@ MUTANTS += mutants("models.py", [UNIT["layers"], "-k", "layers"], {
     "a layer too few": ("self.layers.layers[:layer]", "self.layers.layers[1:layer]")})
 MUTANTS += mutants("finetune.py", [UNIT["layers"]], {
     "layers from the end are one off": ("layer % (last + 1)", "layer % last"),
+    "scores a headless BERT": (" or not net.bert.ln_head.weight.any()", "")})
+MUTANTS += mutants("models.py", [UNIT["layers"]], {
     "other k-mers over a base stay": ("real & (run < span)", "real & (run < 1)"),
     "bases behind a k-mer count": ("log_p * (base < k)", "log_p"),
-    "P among all k-mers": (".log_softmax(1).gather(1, digit", ".gather(1, digit"),
-    "scores a headless BERT": (" or not net.bert.ln_head.weight.any()", "")})
+    "P among all k-mers": (".log_softmax(1).gather(1, digit", ".gather(1, digit")})
 MUTANTS += mutants("tools/variants.py", [UNIT["variants"], "-x"], {
     "k-mers that end at the base are not masked": ("starts + width > span", "starts + width > 1 + span"),
     "the next k-mer is masked, too": ("(starts < span[:, 1])", "(starts <= span[:, 1])"),
@@ -369,10 +371,11 @@ MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "pooled or common or 
                                  "runs.setdefault(tuple(run[part] for part in PARTS), run)"),
     "an own dev is not of train": ('rows["dev"] if "dev is" in share else 0', "0"),
     "mean over the sets that some have": ("len(row) and row.all()", "len(row) and row.any()")})
-MUTANTS += mutants("finetune.py", [UNIT["strands"]], {
+MUTANTS += mutants("data.py", [UNIT["strands"]], {
     "the other strand of another sequence": ("2 * n - 1 - index, index", "n + index, index"),
     "the same strands in each step": ("default_rng((seed, step, 1))", "default_rng((seed, 1))"),
-    "strands average other sequences": ("outputs[n:][::-1]) / 2", "outputs[n:]) / 2"),
+    "strands average other sequences": ("outputs[n:][::-1]) / 2", "outputs[n:]) / 2")})
+MUTANTS += mutants("finetune.py", [UNIT["strands"]], {
     "dev on one strand": ('rows = data.both_strands(rows) if average else rows\n    function',
                           "average = False\n    function")})
 MUTANTS += mutants("finetune.py", [UNIT["pairs"]], {
@@ -381,10 +384,10 @@ MUTANTS += mutants("finetune.py", [UNIT["pairs"]], {
     "the shorter one of a pair is cut": ("room - n[:, ::-1], [room", "room - n, [room"),
     "long pairs are cut unasked": ('if n_long and self.spec["long"] == "chunk":', "if False:"),
     "any model takes pairs": ('pairs != spec["pairs"]', "False"),
-    "k-mer counts of the first one": ("counts[:, ::2]", "counts[:, :1]"),
-    "the k-mers between a pair are counted": ("np.where(n, (n - 1) * stride + k, 0), 1, 0, axis=1",
-                                              "np.where(n, n * stride + k, 0), 1, 0, axis=1")})
+    "the bases behind a k-mer are counted": ("(n - 1) * self.stride + self.k, 0)",
+                                             "n * self.stride + self.k, 0)")})
 MUTANTS += mutants("data.py", [UNIT["pairs"]], {
+    "k-mer counts of the first one": ("counts[:, ::2]", "counts[:, :1]"),
     "both strands swap a pair": ("    if rows.first is None:\n        return reverse_complement(rows.bases)",
                                  "    if True:\n        return reverse_complement(rows.bases)"),
     "an empty second sequence": ("if not all(pair):", "if not any(pair):"),

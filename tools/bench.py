@@ -315,7 +315,7 @@ def our_classifier(L, config):
     """32 sequences of L bases: our network, its tokens and labels, a function that adds their gradients."""
     rng = np.random.default_rng(0)
     rows = data.rows_of(rng.integers(4, size=32 * L, dtype=np.uint8), [L] * 32, np.arange(32) % 2, {})
-    rows = finetune.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
+    rows = data.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
     net, index = finetune.build_net(finetune.BertHead.body_spec(config) | {"n_out": 2}), np.arange(32)
     tokens, *_ = net.inputs(rows, index)
     return net, tokens, rows.labels, lambda: finetune.train_batch(net, rows, index, 128)
@@ -693,11 +693,11 @@ def tuning_pass(shape, n, device, L):
     with torch.device(device):
         net = finetune.build_net(spec)
     if device == "meta":
-        rows = finetune.on_device(rows, torch.device("cpu"))
+        rows = data.on_device(rows, torch.device("cpu"))
         inputs = [x if x is None else x.to(device) for x in net.inputs(rows, np.arange(n))[:2]]
         body = functools.partial(net.bert.encode, first=1) if shape.stride else net.states
         return net, None, lambda: body(*inputs).sum().backward()
-    rows = finetune.on_device(rows, torch.device(device), torch.from_numpy(rows.labels).to(device))
+    rows = data.on_device(rows, torch.device(device), torch.from_numpy(rows.labels).to(device))
     return net, None, lambda: finetune.train_batch(net, rows, np.arange(n), 128)
 
 

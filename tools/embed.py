@@ -37,7 +37,7 @@ def per_base(net, rows, micro_batch_size, **layer):
             total.index_add_(0, at, states)
             count.index_add_(0, at, torch.ones(len(at), 1))
     states = (total / count).numpy()                         # 0 / 0 is NaN
-    return finetune.mean_of_strands(states) if average else states
+    return data.mean_of_strands(states) if average else states
 
 
 def name_arrays(ids):
@@ -75,7 +75,7 @@ def embed(model, args):
             if args.per_base and rows.first is not None:
                 raise ValueError(f"{args.file}: --per_base: not for pairs (sequence_2); drop it")
             if args.per_base:
-                device_rows = finetune.on_device(rows, model.device)
+                device_rows = data.on_device(rows, model.device)
                 vectors = per_base(model.net, device_rows, args.micro_batch_size, **layer)
                 vectors[np.repeat(n_bases == 0, np.diff(rows.offsets))] = np.nan
                 missing = np.add.reduceat(np.isnan(vectors[:, 0]), rows.offsets[:-1], dtype=np.int64)

@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import data
 import finetune
+import models
 from tools import figures
 from tools.predict import add_flags, count_block, open_model, output, read_sequences, say_counts
 
@@ -107,7 +108,7 @@ def gradient_x_input(net, rows, at):
 def attention(net, rows, at=None):
     """Attention (L,) of [CLS], which the output is read from, in the last layer: mean over the heads and over
     the k-mers that contain a base, as Ji et al. (DNABERT) show it."""
-    x = finetune.in_parts(lambda *window: net.bert.encode(*window, need_weights=True)[1][-1][:, :, 0].mean(1),
+    x = models.in_parts(lambda *window: net.bert.encode(*window, need_weights=True)[1][-1][:, :, 0].mean(1),
                           1, *net.inputs(rows, ONE)[:2])
     return by_base(net, rows, x)
 
@@ -121,10 +122,10 @@ def explain(model, codes, at, checks, bar):
     if not finetune.n_bases(net, rows)[0]:
         found[:] = np.nan
     for function in checks:
-        x = function(net, finetune.on_device(rows, model.device), at)
+        x = function(net, data.on_device(rows, model.device), at)
         if net.spec["strands"] == "average":
             other = copies(data.reverse_complement(codes))
-            x = (x + function(net, finetune.on_device(other, model.device), at)[::-1]) / 2
+            x = (x + function(net, data.on_device(other, model.device), at)[::-1]) / 2
         more[function.__name__] = x
     return model.classes()[at], found, more
 

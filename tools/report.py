@@ -156,7 +156,7 @@ def report_tables(args):
     """Print what an own table holds, or two or three that belong together, split as finetune.py does."""
     paths, flags = args.tasks, data.column_flags(args)
     args = SimpleNamespace(**vars(args), csv=paths, multilabel=None, split=None, split_by=None, seed=42)
-    functions = {"GC and length": gc_and_length, "5-mer counts": finetune.kmer_counts}
+    functions = {"GC and length": gc_and_length, "5-mer counts": data.kmer_counts}
     task, splits = finetune.read_csv(args)
     leaks = report_splits(task, splits, functions)
     one = len(paths) == 1 and "split" not in data.read_groups(paths[0], None, flags["delimiter"])[1]

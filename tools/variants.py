@@ -172,7 +172,7 @@ def masked_lm(model, rows, alleles, spans):
     an N is neither masked nor counted; NaN where none is left.
     """
     net, size, parts = model.net, model.micro_batch_size, []
-    rows, spans = finetune.on_device(rows, model.device), torch.from_numpy(spans).to(model.device)
+    rows, spans = data.on_device(rows, model.device), torch.from_numpy(spans).to(model.device)
     new = [i for i in range(len(alleles)) if not i or alleles[i][:-1] != alleles[i - 1][:-1]]
     edges, device = np.array([*new, len(alleles)]), rows.bases.device
     with torch.autocast(device.type, torch.bfloat16, enabled=net.spec["dtype"] == "bfloat16"):

@@ -2,7 +2,6 @@
 import csv
 import functools
 import gzip
-import hashlib
 import itertools
 import json
 import os
@@ -163,19 +162,14 @@ def test_a_run_and_its_row(here):
 
 
 def test_class_names_belong_to_the_identity_of_a_run(here):
-    [row] = done(csv="small.csv", init="kmer")[1]
+    done(csv="small.csv", init="kmer")
     text = Path("small.csv").read_text()
     Path("small.csv").write_text(text.replace(",no", ",absent").replace(",yes", ",present"))   # in this order
     rows = done(csv="small.csv", init="kmer")[1]
     assert sorted(row["classes"] for row in rows) == [["absent", "present"], ["no", "yes"]]
-    key = "task shots seed init weights mode pool protocol overrides metric numbers data".split()
-    parts = [{name: row[name] for name in names} for names in (key, "kind long dtype n_out".split())]
-    identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:8]
-    Path("out/results.jsonl").write_text(json.dumps(row | {"id": identity, "seconds": 1}))     # an old row
-    assert len(done(csv="small.csv", init="kmer")[1]) == 2   # of other names, so it is another run
     Path("small.csv").write_text(text)
     out, rows = done(csv="small.csv", init="kmer")
-    assert "done before" in out and len(rows) == 2 and re.search(r"^\| csv/small .* \(1 seed\)", out, re.M)
+    assert "done before" in out and len(rows) == 2
 
 
 @pytest.mark.parametrize("protocol, name, best", [("strict", "dev_mcc", max), ("dnabert2", "dev_loss", min),

@@ -154,7 +154,7 @@ def test_bases_read(k, stride):
     rng = np.random.default_rng(k + stride)
     texts = [random_dna(n, rng, "ACGTN") for n in rng.integers(1, 30, size=40)] + ["N", "A" * k]
     limits = rng.integers(0, 30, size=len(texts))
-    got = finetune.bases_read(data.rows_from(texts), np.minimum(limits, list(map(len, texts))), k, stride)
+    got = data.bases_read(data.rows_from(texts), np.minimum(limits, list(map(len, texts))), k, stride)
     for text, limit, n in zip(texts, limits, got):
         starts = [i for i in range(0, len(text[:limit]) - k + 1, stride) if "N" not in text[i:i + k]]
         assert n == len({i + j for i in starts for j in range(k)})
@@ -170,7 +170,7 @@ def test_windows_of_one_record_share_no_forward_pass(kind, monkeypatch):
     net = finetune.build_net({"kind": kind, "pool": "both", "n_out": 2} | SPECS[kind])
     rng, sizes, gradients = np.random.default_rng(0), [], []
     texts = [random_dna(300, rng), "ACGTACG", random_dna(80, rng)]
-    rows, labels = finetune.on_device(data.rows_from(texts), torch.device("cpu")), torch.tensor([0, 1, 0])
+    rows, labels = data.on_device(data.rows_from(texts), torch.device("cpu")), torch.tensor([0, 1, 0])
     owner, name = (net.bert, "encode") if kind == "bert" else (net, "states")
     real = getattr(owner, name)
     monkeypatch.setattr(owner, name, lambda x, *a, **b: (sizes.append(len(x)), real(x, *a, **b))[1])

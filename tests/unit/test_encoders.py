@@ -117,7 +117,7 @@ def test_embeddings_equal_transformers(folders, kind):
     n = [len(their_states(folders[kind], text, room)[0]) for text in TEXTS]
     assert max(n) > 1 and min(n) == 1
     rows = data.rows_from(TEXTS)
-    assert model.net.inputs(finetune.on_device(rows, "cpu"), np.arange(6))[-1].tolist() == n
+    assert model.net.inputs(data.on_device(rows, "cpu"), np.arange(6))[-1].tolist() == n
     truncated = finetune.load_model(f"hf:{folders[kind]}", long="truncate")
     close(truncated.embed(TEXTS)[3], their_states(folders[kind], TEXTS[3], room)[0][0].mean(0))
 
@@ -135,7 +135,7 @@ def test_logits_equal_transformers_classifier(folders, kind):
     net.pooler.load_state_dict(dense.state_dict())
     net.out.load_state_dict(out.state_dict())
     tokenizer, texts = AutoTokenizer.from_pretrained(folders[kind]), [TEXTS[0], TEXTS[1], TEXTS[2]]
-    rows = finetune.on_device(data.rows_from(texts), "cpu")
+    rows = data.on_device(data.rows_from(texts), "cpu")
     with torch.no_grad():
         close(net(*net.inputs(rows, np.arange(3))), theirs(**tokenizer(
             texts, padding=True, return_tensors="pt")).logits)
@@ -162,7 +162,7 @@ def test_per_base(folders, tmp_path):
     from tools import embed
     for kind, stride in (("esm", None), ("esm", 1), ("bert", None)):
         model = finetune.load_model(f"hf:{folders[kind]}", stride=stride)
-        rows = finetune.on_device(data.rows_from(TEXTS), "cpu")
+        rows = data.on_device(data.rows_from(TEXTS), "cpu")
         got, at = embed.per_base(model.net, rows, 4), 0
         for text in TEXTS:
             ids, starts, widths = models.tokens_of(model.net.tokenizer, text, N, stride)

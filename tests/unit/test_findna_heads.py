@@ -22,7 +22,7 @@ def make(kind, pool, lengths=LENGTHS, **spec):
     spec = {"kind": "mixer", "mixer": SIZES[kind], "n_cls": K, "pool": pool, "n_out": 2} | spec
     rng = np.random.default_rng(0)
     texts = [random_dna(n, rng, "ACGTN") for n in lengths]
-    rows = finetune.on_device(data.rows_from(texts), torch.device("cpu"))
+    rows = data.on_device(data.rows_from(texts), torch.device("cpu"))
     return finetune.build_net(spec).eval(), texts, rows
 
 
@@ -107,7 +107,7 @@ def test_bert_pools_both():
     spec = {"kind": "bert", "k": 3, "stride": 1, "pool": "both",
             "bert": vars(models.BertConfig(69, 10, 1, 2, 16, 32))}
     net = finetune.build_net(spec).eval()
-    rows = finetune.on_device(data.rows_from(["ACGTACGTAACCA", "ACGT"]), torch.device("cpu"))
+    rows = data.on_device(data.rows_from(["ACGTACGTAACCA", "ACGT"]), torch.device("cpu"))
     both = finetune.apply(net, rows, 9, net.embed)
     for pool, part in zip(("mean", "cls"), np.split(both, 2, 1)):
         net.spec["pool"] = pool

@@ -33,7 +33,7 @@ def made_rows(lengths):
     """Sequences with a few N, as texts and as Rows."""
     rng = np.random.default_rng(len(lengths))
     texts = [random_dna(n, rng, "ACGT" * 9 + "N") for n in lengths]
-    return texts, finetune.on_device(data.rows_from(texts), "cpu")
+    return texts, data.on_device(data.rows_from(texts), "cpu")
 
 
 @pytest.mark.parametrize("long", ["chunk", "truncate"])
@@ -87,7 +87,7 @@ def test_apply_gives_each_sequence_its_own_outputs(n_windows):
 def test_a_model_takes_strings():
     head, texts = bert_head(), ["ACGTACGT", "acgtn", "T" * 80]
     model = finetune.Model("x.pt", head, "cpu")
-    rows = finetune.on_device(data.rows_from(texts), "cpu")
+    rows = data.on_device(data.rows_from(texts), "cpu")
     assert np.array_equal(model.embed(texts), finetune.apply(head, rows, 1, head.embed))
     with pytest.raises(ValueError, match="x.pt: not fine-tuned"):
         model.predict(texts)
@@ -110,7 +110,7 @@ def test_batches_of_an_epoch():
     longer = np.diff([lengths[batch].mean() for batch in batches]) > 0           # than the one before
     assert 0.4 < longer.mean() < 0.6
     rows = data.rows_of(np.zeros(lengths.sum(), np.uint8), lengths, None, {})
-    head, rows = bert_head(6, 1, 512), finetune.on_device(rows, "cpu")
+    head, rows = bert_head(6, 1, 512), data.on_device(rows, "cpu")
     tokens = [head.inputs(rows, batch)[0] for batch in batches]
     computed, real = (sum(f(x) for x in tokens) for f in (torch.numel, lambda x: (x > 0).sum().item()))
     assert computed / real <= 1.12 and len({x.shape[1] for x in tokens}) <= 16
@@ -163,7 +163,7 @@ def test_protocol_equals_its_spec(case):
 def test_kmer_counts():
     texts, rows = made_rows([1, 4, 5, 6, 50, 4, 70])
     names = models.vocabulary(5)[5:]
-    for text, row in zip(texts, finetune.kmer_counts(rows._replace(bases=rows.bases.numpy())), strict=True):
+    for text, row in zip(texts, data.kmer_counts(rows._replace(bases=rows.bases.numpy())), strict=True):
         want = collections.Counter(text[i:i + 5] for i in range(len(text) - 4) if "N" not in text[i:i + 5])
         assert {names[i]: row[i] for i in row.nonzero()[0]} == want
 
@@ -238,11 +238,11 @@ def test_labels_that_teach_nothing_are_refused():
 
 
 def test_targets_are_described(capsys):
-    finetune.describe_targets(np.array([[0., 1, 5], [1, 1, 6], [1, 1, 7.5]]), ["a", "b", "c"])
+    data.describe_targets(np.array([[0., 1, 5], [1, 1, 6], [1, 1, 7.5]]), ["a", "b", "c"])
     first, second = capsys.readouterr().out.splitlines()
     assert first == "  different values: a 2, b 1, c 3"
     assert second.startswith("  a, b: only 0 and 1, ") and "regression" in second and "label" in second
-    finetune.describe_targets(np.array([[0.], [0.5]]), ["a"])
+    data.describe_targets(np.array([[0.], [0.5]]), ["a"])
     assert capsys.readouterr().out == "  different values: a 2\n"
 
 
@@ -252,10 +252,10 @@ def test_fingerprints_of_targets():
         return hashlib.sha256(b"".join(array.tobytes() for array in parts)).hexdigest()[:12]
     ids, plain, fine = some_rows([0, 1, 1]), some_rows([[0.1], [7], [8]]), some_rows([[1e9], [1e9 + 1], [0]])
     rounded = [rows._replace(labels=rows.labels.astype(np.float32)) for rows in (plain, fine)]
-    assert finetune.fingerprint({"train": ids, "dev": None, "test": ids}) == digest(ids, ids)
-    assert finetune.fingerprint({"train": plain}) == digest(rounded[0])          # as before float64
+    assert data.fingerprint({"train": ids, "dev": None, "test": ids}) == digest(ids, ids)
+    assert data.fingerprint({"train": plain}) == digest(rounded[0])          # as before float64
     near = [some_rows([[1e9 + i], [1e9 + 1], [1e9 + 9]]) for i in (0, 2)]        # alike in float32
-    assert len({finetune.fingerprint({"train": rows}) for rows in near}) == 2
+    assert len({data.fingerprint({"train": rows}) for rows in near}) == 2
 
 
 def test_both_strands_are_one_sequence():
@@ -264,29 +264,12 @@ def test_both_strands_are_one_sequence():
     rows = data.rows_from(texts + other, [0, 1] * 20 + [0, 1] * 19 + [1, 0])
     assert rows.notes["reverse_complements"] == 40 and rows.notes["conflicting_labels"] == 2
     splits = {"train": rows, "dev": None, "test": data.rows_from(other[:3] + ["ACGT"], [0, 1, 0, 1])}
-    assert finetune.rows_in(splits["test"], rows).tolist() == [True] * 3 + [False]
+    assert data.rows_in(splits["test"], rows).tolist() == [True] * 3 + [False]
     parts, _ = finetune.assign(splits, {"val": 0.25, "select": "score"}, 1)
     assert [len(parts[split].labels) for split in ("train", "dev")] == [60, 20]
-    assert not finetune.rows_in(parts["dev"], parts["train"]).any()
-    counts = finetune.count_rows(parts | {"dev": None}, None, finetune.rows_in(parts["test"], rows))
+    assert not data.rows_in(parts["dev"], parts["train"]).any()
+    counts = finetune.count_rows(parts | {"dev": None}, None, data.rows_in(parts["test"], rows))
     assert counts["train_reverse_complements"] == 30 and counts["test_in_train"] == 3
-
-
-def test_a_row_of_before_is_done_where_nothing_changed():
-    old = {"classes": ["a", "b"], "tested_on": "test", "counts": {}}
-    task, rng = task_of("a", "b", regression=False), np.random.default_rng(5)
-    texts = [random_dna(20, rng) for _ in range(6)]
-    other = data.decode(data.reverse_complement(data.encode(texts[0])))
-    train, strands = some_rows([0, 1, 0], texts[:3]), some_rows([0, 1, 0], [*texts[:2], other])
-    test, one = some_rows([0, 1], texts[3:5]), some_rows([1, 1], texts[3:5])
-    both, dev = some_rows([0, 1], [other, texts[3]]), {"tested_on": "test; dev is 10% of train"}
-    for row, tested, rows, same in (
-            (old, test, train, True), (old | {"classes": ["b", "a"]}, test, train, False),
-            (old, both, train, False), (old | {"counts": {"test_in_train": 1}}, both, train, True),
-            (old | dev, test, train, True), (old | dev, test, strands, False), (old, test, strands, True),
-            (old, one, train, False)):
-        parts = {"train": rows, "test": tested}
-        assert finetune.is_unchanged(row, task, parts, rows) == same
 
 
 def test_two_runs_of_one_name_that_end_at_once(tmp_path, monkeypatch):

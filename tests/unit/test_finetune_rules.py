@@ -81,7 +81,7 @@ def test_targets_are_standardised_by_train_alone(out):
         targets = scale * (rng.normal(size=(n, 2)) * [3, 0.1] + [40, -2])
         parts[split] = data.rows_from(texts_of(n, n), targets.tolist())
     net = finetune.build_net(SPEC | {"regression": True}).eval()
-    raw = {split: finetune.apply(net, finetune.on_device(rows, "cpu"), 99) for split, rows in parts.items()}
+    raw = {split: finetune.apply(net, data.on_device(rows, "cpu"), 99) for split, rows in parts.items()}
     mean, sd = parts["train"].labels.mean(0), parts["train"].labels.std(0)
     outputs, [row], _ = tuned(parts, TARGETS)
     assert outputs == pytest.approx(raw["test"] * sd + mean, rel=1e-4)
@@ -122,7 +122,7 @@ def test_features_are_standardised_by_train_alone(regression):
     want = literal_probe(kmer_table(texts["train"]), labels["train"], kmer_table(texts["test"]), regression)
     assert finetune.linear_outputs(None, parts, task, ARGS, "cpu") == pytest.approx(want, rel=0.01, abs=2e-3)
     net = finetune.build_net(SPEC | {"pool": "mean"}).eval()                   # the probe
-    train, test = (finetune.apply(net, finetune.on_device(parts[split], "cpu"), 9, net.embed).astype(float)
+    train, test = (finetune.apply(net, data.on_device(parts[split], "cpu"), 9, net.embed).astype(float)
                    for split in ("train", "test"))
     want = literal_probe(train, labels["train"], test, regression)
     assert finetune.linear_outputs(net, parts, task, ARGS, "cpu") == pytest.approx(want, rel=0.01, abs=2e-3)
@@ -188,7 +188,7 @@ def test_dropout_is_another_at_each_step(out):
     """One batch, the same weights: the losses differ by the dropout alone, that of (seed, step)."""
     parts = {"train": data.rows_from(texts_of(12, 0, 30, 34), [0, 1] * 6), "dev": None,
              "test": data.rows_from(texts_of(4, 1), [0, 1] * 2)}
-    rows, found = finetune.on_device(parts["train"], "cpu"), {}
+    rows, found = data.on_device(parts["train"], "cpu"), {}
     for seed in (7, 8):
         _, log, net = tuned(parts, CLASSES, seed, {"bert": BERT | {"dropout": 0.4}}, epochs=4, select="last")
         for row in log:

@@ -78,11 +78,11 @@ def test_a_batch_with_weights_is_one_gradient():
     weights = finetune.balanced_weights(labels, 2)
     for size in (99, 2):
         net = finetune.build_net(SPEC)
-        on_cpu = finetune.on_device(rows, torch.device("cpu"), labels)
+        on_cpu = data.on_device(rows, torch.device("cpu"), labels)
         finetune.train_batch(net, on_cpu, np.arange(8), size, weights=weights)
         gradients.append(net.out.weight.grad)
     net = finetune.build_net(SPEC)
-    outputs = net(*net.inputs(finetune.on_device(rows, "cpu"), np.arange(8)))
+    outputs = net(*net.inputs(data.on_device(rows, "cpu"), np.arange(8)))
     losses = torch.nn.functional.cross_entropy(outputs, labels, reduction="none")
     (losses * torch.tensor([8 / 12] * 6 + [2.0] * 2)).mean().backward()
     for gradient in gradients:

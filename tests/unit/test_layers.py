@@ -39,7 +39,7 @@ def test_layers_are_the_hidden_states_of_transformers(tmp_path):
             want = states[layer][0, 1:-1].mean(0).numpy()
             for one in (model, other):
                 assert one.embed([text], layer)[0] == pytest.approx(want, abs=1e-5)
-        rows = finetune.on_device(data.rows_from([text]), "cpu")
+        rows = data.on_device(data.rows_from([text]), "cpu")
         of_bases = embed.per_base(model.net, rows, 9, **model.at_layer(1))
         assert of_bases[0] == pytest.approx(states[1][0, 1].numpy(), abs=1e-5)      # in one k-mer only
     with pytest.raises(ValueError, match=r"--layer 3: x.pt takes 0 \(.*\) to 2 \(.*\), or -1 to -3,"):

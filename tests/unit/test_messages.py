@@ -152,7 +152,7 @@ def test_a_cnn_is_not_continued(monkeypatch, mode, said):
 
 
 def test_classes_that_look_alike_are_said(capsys):
-    finetune.say_alike(("Pos", "neg", "pos", "caf\u00e9", "cafe\u0301"))
+    data.say_alike(("Pos", "neg", "pos", "caf\u00e9", "cafe\u0301"))
     said = capsys.readouterr().out
     assert "'Pos', 'pos' differ" in said and r"'caf\xe9', 'cafe\u0301' differ" in said and "neg" not in said
 

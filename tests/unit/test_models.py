@@ -109,11 +109,11 @@ def classifiers(hf, tmp_path):
 def test_classifier_equals_transformers(classifiers, batch, padded):
     (ours, theirs), (tokens, _, mask) = classifiers, batch
     tokens, mask = (tokens * mask, mask) if padded else (tokens, None)
-    assert (ours(tokens, mask) - ours(tokens, mask)).abs().max() > 0.01          # dropout
+    assert (ours(tokens, mask, None) - ours(tokens, mask, None)).abs().max() > 0.01      # dropout
     assert theirs.config.id2label == {0: "none", 1: "donor", 2: "acceptor"}
     assert theirs.config.problem_type == "single_label_classification"
     want = theirs(tokens, attention_mask=mask).logits
-    close(ours.eval()(tokens, mask), want)
+    close(ours.eval()(tokens, mask, None), want)
     close(ours.bert.encode(tokens, mask, first=1), ours.bert.encode(tokens, mask)[:, :1])
     close(ours(tokens, mask, torch.ones(5, dtype=int)), want)
     pooled = theirs.bert(tokens, attention_mask=mask).pooler_output              # windows of three sequences

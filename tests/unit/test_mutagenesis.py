@@ -64,7 +64,7 @@ def test_gradient_x_input_is_the_slope_when_the_input_is_scaled(kind):
     """gradient . x is the derivative of the output by a factor of x. A base has the mean over its k-mers."""
     model, length = make_model(kind), 31
     net, codes = model.net, data.encode(random_dna(length, np.random.default_rng(2)))
-    rows = finetune.on_device(mutagenesis.copies(codes), "cpu")
+    rows = data.on_device(mutagenesis.copies(codes), "cpu")
     is_bert, stride = "bert" in kind, K if "3" in kind else 1
     inputs = net.inputs(rows, mutagenesis.ONE)
 
@@ -85,7 +85,7 @@ def test_gradient_x_input_is_the_slope_when_the_input_is_scaled(kind):
 
 def test_gradient_x_input_of_a_cnn_is_that_of_the_one_hot_bases():
     net, codes = make_model("cnn").net, data.encode(random_dna(50, np.random.default_rng(2)))
-    rows = finetune.on_device(mutagenesis.copies(codes), "cpu")
+    rows = data.on_device(mutagenesis.copies(codes), "cpu")
     got, [inputs] = mutagenesis.gradient_x_input(net, rows, 1), net.inputs(rows, mutagenesis.ONE)
     one_hot = torch.nn.functional.one_hot(inputs.long(), 5).float().requires_grad_()
     net.emb.forward = lambda bases: one_hot @ net.emb.weight
@@ -96,7 +96,7 @@ def test_gradient_x_input_of_a_cnn_is_that_of_the_one_hot_bases():
 
 def test_attention_is_the_mean_over_heads_and_k_mers():
     model, text = make_model("bert"), random_dna(30, np.random.default_rng(3))
-    rows = finetune.on_device(mutagenesis.copies(data.encode(text)), "cpu")
+    rows = data.on_device(mutagenesis.copies(data.encode(text)), "cpu")
     got = mutagenesis.attention(model.net, rows)
     with torch.no_grad():
         weights = model.net.bert.encode(data.tokenize([text], K), need_weights=True)[1][-1][0, :, 0, 1:-1]
@@ -132,7 +132,7 @@ def planted(folder):
     where it is."""
     task = data.TASKS["demo"]._replace(length="64", rows={"train": 2000, "dev": 2, "test": 40})
     splits, nets = data.read_demo(task, str(folder)), []
-    rows, labels = finetune.on_device(splits["train"], "cpu"), torch.from_numpy(splits["train"].labels)
+    rows, labels = data.on_device(splits["train"], "cpu"), torch.from_numpy(splits["train"].labels)
     for epochs in (6, 0):
         net = finetune.build_net(SPECS["cnn"] | {"n_out": 2, "classes": task.classes, "regression": False})
         optimizer = torch.optim.Adam(net.parameters(), 2e-3)
@@ -155,6 +155,6 @@ def test_planted_motifs_stand_out(tmp_path):
     (trained, random), sequences, inside = planted(tmp_path)
     found = [np.abs([mutagenesis.effects(model, codes, 1, BAR) for codes in sequences]).mean(1)
              for model in (trained, random)]
-    rows = [finetune.on_device(mutagenesis.copies(codes), "cpu") for codes in sequences]
+    rows = [data.on_device(mutagenesis.copies(codes), "cpu") for codes in sequences]
     gradient = [mutagenesis.gradient_x_input(trained.net, one, 1) for one in rows]
     assert auroc(found[0]) > 0.9 and abs(auroc(found[1]) - 0.5) < 0.1 and auroc(gradient) > 0.8

@@ -16,7 +16,7 @@ PAIRS = list(zip(A, B))
 
 
 def on_cpu(pairs):
-    return finetune.on_device(data.rows_from(pairs), "cpu")
+    return data.on_device(data.rows_from(pairs), "cpu")
 
 
 def head(**spec):
@@ -117,13 +117,13 @@ def test_splits_keep_both_strands_of_a_pair_together():
         found = np.split(part.bases, part.offsets[1:-1])
         assert [known[x.tobytes()] for x in found] == part.first.tolist()
     other = data.rows_from([("ACGTA", "CC"), ("AC", "GTACC")])                # equal end to end
-    assert finetune.fingerprint({"train": other._replace(labels=np.zeros(2, int))}) != finetune.fingerprint(
+    assert data.fingerprint({"train": other._replace(labels=np.zeros(2, int))}) != data.fingerprint(
         {"train": data.rows_from([("AC", "GTACC"), ("ACGTA", "CC")], [0, 0])})
 
 
 def test_kmer_floor_of_pairs():
-    single = finetune.kmer_counts(data.rows_from(A)), finetune.kmer_counts(data.rows_from(B))
-    assert np.array_equal(finetune.kmer_counts(data.rows_from(PAIRS)), np.concatenate(single, 1))
+    single = data.kmer_counts(data.rows_from(A)), data.kmer_counts(data.rows_from(B))
+    assert np.array_equal(data.kmer_counts(data.rows_from(PAIRS)), np.concatenate(single, 1))
 
 
 def test_embeddings_and_scores_of_pairs():

@@ -45,7 +45,7 @@ def test_both_strands():
     both = data.both_strands(rows_of(TEXTS, list(range(9))))
     assert decoded(both) == TEXTS + OTHER[::-1]
     assert both.labels.tolist() == [*range(9), *range(8, -1, -1)]
-    on_device = data.both_strands(finetune.on_device(rows_of(TEXTS), "cpu"))
+    on_device = data.both_strands(data.on_device(rows_of(TEXTS), "cpu"))
     assert on_device.bases.tolist() == both.bases.tolist() and on_device.labels is None
 
 
@@ -54,12 +54,12 @@ def test_average_is_the_mean_over_both_strands(kind):
     net = steep(kind)
     functions = [None, net.embed] if net.BODY else [None]
     for function in functions:
-        one, two = (finetune.apply(net, finetune.on_device(rows_of(texts), "cpu"), 4, function)
+        one, two = (finetune.apply(net, data.on_device(rows_of(texts), "cpu"), 4, function)
                     for texts in (TEXTS, OTHER))
         assert abs(one - two).max() > 1e-3
         net.spec["strands"] = "average"
         for texts in (TEXTS, OTHER):                         # the same for a sequence and its other strand
-            got = finetune.apply(net, finetune.on_device(rows_of(texts), "cpu"), 4, function)
+            got = finetune.apply(net, data.on_device(rows_of(texts), "cpu"), 4, function)
             np.testing.assert_allclose(got, (one + two) / 2, rtol=1e-4, atol=1e-5)
         net.spec["strands"] = "forward"
 
@@ -68,10 +68,10 @@ def test_average_is_the_mean_over_both_strands(kind):
 def test_per_base_average(kind):
     """The vector of a base is the mean of its own and of that of its partner on the other strand."""
     net = steep(kind)
-    one, two = (embed.per_base(net, finetune.on_device(rows_of([text]), "cpu"), 4)
+    one, two = (embed.per_base(net, data.on_device(rows_of([text]), "cpu"), 4)
                 for text in (TEXTS[0], OTHER[0]))
     net.spec["strands"] = "average"
-    got = embed.per_base(net, finetune.on_device(rows_of(TEXTS), "cpu"), 4)[:len(TEXTS[0])]
+    got = embed.per_base(net, data.on_device(rows_of(TEXTS), "cpu"), 4)[:len(TEXTS[0])]
     np.testing.assert_allclose(got, (one + two[::-1]) / 2, rtol=1e-4, atol=1e-5)
 
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import finetune
+import models
 import training
 from harness import equal
 
@@ -198,6 +198,6 @@ def test_a_compilation_that_fails_later(capsys):
 def test_sums_over_the_windows_of_a_sequence():
     x, n_windows, close = torch.randn(6, 2), torch.tensor([1, 3, 2]), torch.testing.assert_close
     parts = x.split(n_windows.tolist())
-    close(finetune.by_sequence(x, n_windows), torch.stack([part.sum(0) for part in parts]))
-    close(finetune.over_windows(x, n_windows), torch.stack([part.mean(0) for part in parts]))
-    assert finetune.over_windows(x, None) is x
+    close(models.by_sequence(x, n_windows), torch.stack([part.sum(0) for part in parts]))
+    close(models.over_windows(x, n_windows), torch.stack([part.mean(0) for part in parts]))
+    assert models.over_windows(x, None) is x
