@@ -178,8 +178,8 @@ def test_paths_and_permissions(tmp_path, monkeypatch, survived):
 def test_a_genome_of_more_than_4_gib(tmp_path, monkeypatch, survived):
     """A sparse cache of 5.4 GB with DNA at its end; its checksum, seconds of zeros, is taken as right."""
     text, at, size = random_dna(5000, np.random.default_rng(4)), 5_300_000_000, 2_700_000_000
-    index = {"contigs": [["a", size], ["b", size]], "intervals": [[0, 1000], [at, at + 5000]],
-             "n_ambiguous": 0, "fingerprint": ""}
+    index = {"names": ["a", "b"], "ends": np.array([size, 2 * size]), "n_ambiguous": 0, "fingerprint": "",
+             "intervals": np.array([0, 1000, at, at + 5000])}
     with open(tmp_path / "bases.u8", "wb") as f:
         f.seek(at)
         f.write(data.encode(text))
