@@ -453,6 +453,7 @@ MUTANTS += mutants("data.py", [UNIT["repeats"]], {
     "upper case is soft-masked": ("% 2 == 1", "% 2 == 0"),
     "a cache of another version is read": ('index.get("format") != CACHE_FORMAT', "False"),
     "--verify looks at the bases only": ("if was != now or digest", "if digest"),
+    "a fingerprint without the names": ("json.dumps([contigs, crc])", "json.dumps([crc])", [UNIT["data"]]),
     "gaps of index.json are taken for positions": ("np.cumsum(np.frombuffer(zlib.", "(np.frombuffer(zlib."),
     "a k-mer is soft as soon as a base is": ("F.avg_pool1d(weights, k, stride)",
                                              "-F.max_pool1d(-weights, k, stride)"),

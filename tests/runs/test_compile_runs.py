@@ -40,7 +40,7 @@ def test_compiled_runs_have_the_same_losses(method):
         folder.mkdir()
         os.chdir(folder)
         write_inputs(Path())
-        result = go(method, **FLAGS[method], **flags)
+        result = wait(*begin(method, **FLAGS[method], **flags), limit=1200)
         assert result.code == 0 and "compile  off" not in result.out, result
     assert (eager.parent / "cache").exists()                 # of inductor
     for rows in zip(losses(method, eager), losses(method, compiled), strict=True):
