@@ -51,7 +51,7 @@ IS_LOWER = bytes(chr(byte).islower() for byte in range(128)) + bytes(128)      #
 HG38_CONTIGS = [f"chr{c}" for c in (*range(1, 23), "X", "Y")]
 CHUNK = 1 << 20                                              # bytes of a FASTA or contig at a time
 HASHED = 200_000_000                                         # larger files are not always hashed whole
-CACHE_FORMAT = 2                                             # of the genome cache; 1 did not know the case
+CACHE_FORMAT = 3                                             # of the genome cache; 2 held lists of numbers
 PLANTED, OTHER = "other users can write to it", "another version of this program made it"
 DEMO_MOTIF = "TGACTCAGCATG"                                  # planted in the demo genome and in the demo task
 NEAR_K, NEAR_SHARE, NEAR_RUN = 15, 0.5, 64                   # near-duplicates: see similar_groups
@@ -201,16 +201,16 @@ class Genome:
         index, self.bases = open_cache(paths, cache, source)                   # all contigs, end to end
         if verify:
             check_packed(index, self.bases, paths, source)
-        self.contigs = dict(index["contigs"])                # {name: length}
-        self.offsets = dict(zip(self.contigs, np.cumsum([0, *self.contigs.values()]).tolist()))
-        self.intervals = np.array(index["intervals"])        # (n, 2): stretches without N, positions in bases
+        self.contigs = dict(zip(index["names"], np.diff(index["ends"], prepend=0).tolist()))  # {name: length}
+        self.offsets = dict(zip(index["names"], [0, *index["ends"].tolist()]))
+        self.intervals = index["intervals"].reshape(-1, 2)   # (n, 2): stretches without N, positions in bases
         self.n_ambiguous = index["n_ambiguous"]              # IUPAC codes but N
         self.drawn = ambiguous == "random"                   # a base was drawn for each; else they are N
         self.fingerprint = index["fingerprint"]              # depends on the bases, not on where the file is
         self.index, self.bed, self.about = index, None, []   # the lines of restrict and repeats
 
     def __str__(self):
-        n_unknown = len(self.bases) - int(np.diff(self.index["intervals"]).sum())
+        n_unknown = len(self.bases) - int(np.diff(self.index["intervals"])[::2].sum())
         codes = "IUPAC codes drawn among their bases" if self.drawn else "were other IUPAC codes"
         return (f"{len(self.contigs)} contigs, {len(self.bases):,} bases, {n_unknown:,} N "
                 f"({self.n_ambiguous:,} {codes}), fingerprint {self.fingerprint}")
@@ -226,10 +226,10 @@ class Genome:
             self.fingerprint += f"+bed{zlib.crc32(self.intervals.tobytes()):08x}"
 
     def repeats(self, weight, device):
-        """Return read_edges on a device, for in_repeats; None where --repeat_weight is 1."""
+        """Return the case_edges on a device, for in_repeats; None where --repeat_weight is 1."""
         if weight == 1:
             return None
-        edges, n = read_edges(self.index), len(self.bases)
+        edges, n = self.index["case"], len(self.bases)
         n_soft = int((edges[1::2] - edges[::2]).sum())
         if n_soft in (0, n):
             raise ValueError(f"--repeat_weight {weight}: {'all' if n_soft else 'none'} of the genome is in "
@@ -298,14 +298,13 @@ class Genome:
 
     def held_out(self, length, val_contigs=()):
         """Return how many bases at the end of each contig are for validation; see split."""
-        sizes = np.array(list(self.contigs.values()))
+        sizes = np.diff(self.index["ends"], prepend=0)
         wanted = set(self.named(val_contigs, "--val_contigs"))
-        chosen = np.array([name in wanted for name in self.contigs])
-        held_out = sizes * chosen if val_contigs else sizes // 100
+        held_out = sizes * [name in wanted for name in self.contigs] if val_contigs else sizes // 100
         held_out[held_out < length] = 0
         if val_contigs or len(self.cut(held_out, length)[1]):
             return held_out
-        at = np.searchsorted(np.cumsum(sizes), self.intervals[:, 0], side="right")
+        at = np.searchsorted(self.index["ends"], self.intervals[:, 0], side="right")
         fit = np.unique(at[np.diff(self.intervals)[:, 0] >= length])           # contigs with a window
         names = [*self.contigs]
         order = np.array(sorted(fit.tolist(), key=lambda i: (zlib.crc32(names[i].encode()), i)), np.int64)
@@ -317,8 +316,7 @@ class Genome:
 
     def cut(self, held_out, length):
         """Return the intervals that hold a window, before and in the held-out bases that end each contig."""
-        start, end = self.intervals.T
-        ends = np.cumsum([*self.contigs.values()])
+        ends, (start, end) = self.index["ends"], self.intervals.T
         cut = (ends - held_out)[np.searchsorted(ends, start, side="right")]
         cut = np.clip(cut, start, end)                       # training before it, validation from it on
         train, val = np.stack([start, cut], 1), np.stack([cut, end], 1)
@@ -344,7 +342,7 @@ class Genome:
 
     def reach(self, length, val_contigs=()):
         """Return the number of bases in training windows, and lines that say what windows reach and miss."""
-        ends, parts = np.cumsum([*self.contigs.values()]), self.split(length, val_contigs)
+        ends, parts = self.index["ends"], self.split(length, val_contigs)
         n_bases = [int(np.diff(part).sum()) for part in parts]
         n_contigs = [len(np.unique(np.searchsorted(ends, part[:, 0], side="right"))) for part in parts]
         lines = [f"reached  by training windows {n_contigs[0]:,} of {len(ends):,} contigs, {n_bases[0]:,} "
@@ -595,6 +593,8 @@ def load_cache(folder):
         raise ValueError("checksum")
     if index.get("format") != CACHE_FORMAT:
         raise ValueError(OTHER)
+    for name in ("ends", "intervals", "case"):               # see packed
+        index[name] = np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(index[name])), np.int64))
     return index, bases
 
 
@@ -640,13 +640,13 @@ def pack_contigs(paths, source, write):
             contigs.append((path, name, len(codes)))
             case.append(changes + size)
             if codes.max() < 4:                              # most short contigs
-                intervals.append([size, size + len(codes)])
+                intervals += [size, size + len(codes)]
             else:
                 edges = [np.flatnonzero(np.diff(codes[at:at + CHUNK + 1] == 4)) + at + 1      # of N
                          for at in range(0, len(codes), CHUNK)]
                 edges = np.concatenate([[0], *edges, [len(codes)]])
                 edges = edges[codes[0] // 4:] + size         # from the first base that is not N
-                intervals += edges[:len(edges) // 2 * 2].reshape(-1, 2).tolist()
+                intervals += edges[:len(edges) // 2 * 2].tolist()
             size, crc = size + len(codes), zlib.crc32(codes, crc)
             n_ambiguous += ambiguous
             write(codes)
@@ -655,14 +655,16 @@ def pack_contigs(paths, source, write):
         raise ValueError(f"{', '.join(paths)}: no contig {min(missing)}; check that it is the right genome")
     if not intervals:
         raise ValueError(f"{', '.join(paths)}: no A, C, G or T in it; check that it is the right file")
-    gaps = np.diff(np.concatenate(case), prepend=0).tobytes()
-    return {"contigs": contig_names(contigs), "intervals": intervals, "n_ambiguous": n_ambiguous,
-            "crc_bases": crc, "case": base64.b64encode(zlib.compress(gaps)).decode()}
+    contigs = contig_names(contigs)
+    digest = hashlib.sha256(json.dumps([contigs, crc]).encode()).hexdigest()
+    return {"names": [name for name, _ in contigs], "ends": np.cumsum([n for _, n in contigs]),
+            "intervals": np.array(intervals), "case": np.concatenate(case), "n_ambiguous": n_ambiguous,
+            "crc_bases": crc, "fingerprint": digest[:12]}
 
 
-def read_edges(index):
-    """Return the case_edges of all contigs, in positions of the genome, from index.json."""
-    return np.cumsum(np.frombuffer(zlib.decompress(base64.b64decode(index["case"])), np.int64))
+def packed(positions):
+    """Turn positions (n,) int64, in order, into text for index.json that load_cache reads quickly."""
+    return base64.b64encode(zlib.compress(np.diff(positions, prepend=0).tobytes())).decode()
 
 
 def write_whole(path, text):
@@ -680,8 +682,9 @@ def write_whole(path, text):
 
 def write_index(folder, index):
     """Write index.json with its checksum."""
-    crc = zlib.crc32(json.dumps(index).encode())
-    write_whole(os.path.join(folder, "index.json"), json.dumps(index | {"crc_index": crc}))
+    text = json.dumps(index, default=packed)
+    text = f'{text[:-1]}, "crc_index": {zlib.crc32(text.encode())}}}'
+    write_whole(os.path.join(folder, "index.json"), text)
 
 
 def build_cache(paths, source, folder):
@@ -694,8 +697,6 @@ def build_cache(paths, source, folder):
             index["digests"] = [file[2] if file[1] <= HASHED else file_digest(path)
                                 for file, path in zip(source["files"], paths)]
             index |= pack_contigs(paths, source, out.write)
-        content = json.dumps([index["contigs"], index["crc_bases"]])
-        index["fingerprint"] = hashlib.sha256(content.encode()).hexdigest()[:12]
         os.replace(bases + ".tmp", bases)
         write_index(folder, index)
     except FileNotFoundError:                                # another process removed the folder, and may
@@ -716,9 +717,8 @@ def check_packed(index, bases, paths, source):
     digest, folder = hashlib.sha256(), os.path.dirname(bases.filename)
     with stoppable("comparing the genome cache with the FASTA"):
         again = pack_contigs(paths, source, digest.update)
-    if np.array_equal(read_edges(again), read_edges(index)):
-        again["case"] = index["case"]                        # another zlib may have compressed it
-    if index | again != index or digest.digest() != hashlib.sha256(bases).digest():
+    was, now = (json.dumps(x, default=packed) for x in (index, index | again))
+    if was != now or digest.digest() != hashlib.sha256(bases).digest():
         raise ValueError(f"genome cache {folder}: it is not what the FASTA holds; delete it or use another")
     print(f"genome cache {folder}: equal to the FASTA, base by base", flush=True)
 

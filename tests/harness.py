@@ -35,10 +35,11 @@ def fork(function):
     return process
 
 
-def wait(*processes):
-    """Waits for forks; returns their exit codes (-9: killed) and what the first printed. None may hang."""
+def wait(*processes, limit=300):
+    """Waits for forks; returns their exit codes (-9: killed) and what the first printed. None may take longer
+    than limit seconds."""
     for process in processes:
-        process.join(300)
+        process.join(limit)
         if process.is_alive():
             process.kill()
             raise AssertionError("the process hung")

@@ -35,12 +35,13 @@ def losses(method, out):
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler, g++")
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_runs_have_the_same_losses(method):
+    """Two minutes of CPU each, which on a shared core were fifteen."""
     eager, compiled = Path("eager").absolute(), Path("compiled").absolute()
     for folder, flags in ((eager, {}), (compiled, {"compile": True})):
         folder.mkdir()
         os.chdir(folder)
         write_inputs(Path())
-        result = go(method, **FLAGS[method], **flags)
+        result = wait(*begin(method, **FLAGS[method], **flags), limit=1200)
         assert result.code == 0 and "compile  off" not in result.out, result
     assert (eager.parent / "cache").exists()                 # of inductor
     for rows in zip(losses(method, eager), losses(method, compiled), strict=True):

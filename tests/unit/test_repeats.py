@@ -65,7 +65,7 @@ def test_a_cache_of_the_old_format_is_built_again(tmp_path, capsys):
     fasta = write_fasta(tmp_path / "g.fa", TEXTS)
     data.Genome(fasta)
     folder, = tmp_path.glob("*.nanodna")
-    for change in ({"format": 1}, {"format": None}):
+    for change in ({"format": 2}, {"format": 1}, {"format": None}):
         index, _ = data.load_cache(folder)
         index |= change
         del index["case"]
@@ -76,8 +76,8 @@ def test_a_cache_of_the_old_format_is_built_again(tmp_path, capsys):
         assert data.Genome(fasta).fetch("a", 0, 4) == "ACGT"
         assert f"genome cache {folder}: another version of this program made it; building it again" \
             in capsys.readouterr().out
-        assert json.loads((folder / "index.json").read_text())["format"] == 2
-        assert data.read_edges(data.load_cache(folder)[0])[0] == 0             # a starts in lower case
+        assert json.loads((folder / "index.json").read_text())["format"] == 3
+        assert data.load_cache(folder)[0]["case"][0] == 0    # a starts in lower case
 
 
 def test_verify_notices_another_case(tmp_path):
@@ -85,12 +85,14 @@ def test_verify_notices_another_case(tmp_path):
     fasta = write_fasta(tmp_path / "g.fa", TEXTS)
     genome = data.Genome(fasta)
     folder, = tmp_path.glob("*.nanodna")
-    edges = np.diff(data.read_edges(genome.index), prepend=0)
+    text = (folder / "index.json").read_text()
     for shift, level in ((0, 0), (1, 9)):
-        case = base64.b64encode(zlib.compress((edges + shift).tobytes(), level)).decode()
+        gaps = np.diff(genome.index["case"], prepend=0) + shift
+        case = base64.b64encode(zlib.compress(gaps.tobytes(), level)).decode()
         data.write_index(folder, genome.index | {"case": case})
         if not shift:
-            assert data.Genome(fasta, verify=True).index["case"] != genome.index["case"]
+            assert (folder / "index.json").read_text() != text
+            data.Genome(fasta, verify=True)
         else:
             with pytest.raises(ValueError, match="is not what the FASTA holds"):
                 data.Genome(fasta, verify=True)
