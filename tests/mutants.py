@@ -233,7 +233,9 @@ MUTANTS += mutants("data.py", [UNIT["splits"], "-k", "literal or chained or alon
     "runs are not connected": ("(np.arange(len(new)) % NEAR_RUN == 0)", "(keys % NEAR_RUN == 0)"),
     "the emptiest class decides": ("[:, counts[group] > 0].max(1)", "[:, counts[group] > 0].min(1)"),
     "groups alike for every seed": ("default_rng(seed).permutation(len(counts))",
-                                    "default_rng(42).permutation(len(counts))")})
+                                    "default_rng(42).permutation(len(counts))"),
+    "a few groups leave splits empty": ("empty | (n_left > empty.sum())", "empty | (n_left > 0)",
+                                        [UNIT["splits"], "-k", "few_groups"])})
 MUTANTS += mutants("data.py", [UNIT["splits"], "-k", "refused or obeyed"], {
     "train may lack a class": ("np.setdiff1d(classes_of(rows), classes_of(rows)[part == 0])", "[]"),
     "validation is test": ('"validation": 1', '"validation": 2'),

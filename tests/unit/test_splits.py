@@ -104,6 +104,16 @@ def test_groups_are_kept_whole_and_the_shares_met(seed, capsys):
     assert np.bincount(single * 2 + np.arange(100) % 2).tolist() == [40, 40, 5, 5, 5, 5]
 
 
+@pytest.mark.parametrize("n", [3, 4, 9, 10])
+def test_a_few_groups_leave_no_split_empty(n):
+    """Nine donors of about a ninth each are seven, one and one, not nine, none and none."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        groups = rng.permutation(np.arange(300) % n)
+        part = data.assign_groups(groups, rng.integers(2, size=300), (0.8, 0.1, 0.1), seed, "t")
+        assert np.bincount([part[groups == group][0] for group in range(n)]).tolist() == [n - 2, 1, 1]
+
+
 def write(path, **columns):
     path.write_text("\n".join(map(",".join, [columns, *zip(*columns.values())])))
     return str(path)
