@@ -1282,7 +1282,7 @@ def split_rows(rows, fractions, seed, names=()):
 
 def assign_groups(groups, classes, fractions, seed, where):
     """Return the part of each row, int (n,), with groups (n,) kept whole. In random order, but the largest
-    first, each goes where the fullest of its classes is the least full; the last ones go where nothing is yet.
+    first, each goes where the fullest of its classes is the least full, the last ones where nothing is yet.
     where: how messages begin."""
     counts = np.zeros((groups.max() + 1, classes.max() + 1))
     np.add.at(counts, (groups, classes), 1)

@@ -242,6 +242,9 @@ MUTANTS += mutants("data.py", [UNIT["splits"], "-k", "refused or obeyed"], {
     "an empty value is a value": ("if not text or name", "if name")})
 MUTANTS += mutants("finetune.py", [UNIT["splits"], "-k", "identity"], {
     "--split_by does not identify a run": (', "split_by"))', "))")})
+MUTANTS += mutants("finetune.py", ["tests/runs/test_finetune_runs.py", "-k", "wrong_line"], {
+    "a set of --tasks leaves --out": (r'r"[\w-][\w.-]*(/[\w-][\w.-]*)*"', r'r"[\w.-]+(/[\w.-]+)*"'),
+    "a missing file shows after hours": (" and all(map(os.path.isfile, files))", "")})
 MUTANTS += mutants("tools/report.py", [UNIT["splits"], "-k", "report"], {
     "rows of train like test": ("np.isin(groups[b], groups[a])", "np.isin(groups[a], groups[b])"),
     "GC of all letters": ("rows.bases // 2 == 1", "rows.bases // 2 >= 1"),
