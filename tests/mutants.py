@@ -246,6 +246,7 @@ MUTANTS += mutants("finetune.py", ["tests/runs/test_finetune_runs.py", "-k", "wr
     "a set of --tasks leaves --out": (r'r"[\w-][\w.-]*(/[\w-][\w.-]*)*"', r'r"[\w.-]+(/[\w.-]+)*"'),
     "a missing file shows after hours": (" and all(map(os.path.isfile, files))", "")})
 MUTANTS += mutants("tools/report.py", [UNIT["splits"], "-k", "report"], {
+    "all labels are the first one": ("rows.labels[:, i] if", "rows.labels[:, 0] if"),
     "rows of train like test": ("np.isin(groups[b], groups[a])", "np.isin(groups[a], groups[b])"),
     "GC of all letters": ("rows.bases // 2 == 1", "rows.bases // 2 >= 1"),
     "copies are near-duplicates": ("np.unique(different, return_index=True)[1]", "slice(None)",

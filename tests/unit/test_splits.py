@@ -259,4 +259,19 @@ def test_the_report_on_several_tables(table, tmp_path):
     for said in ("train, all: length 100.0", "5-mer counts: pcc", "by its column split", "(100.0%) have one"):
         assert said in out
     assert "task" in refused(report(str(table.path), "emp/H3"))
-    assert "--targets: belongs" in refused(report("emp/H3", "--targets", "y"))
+    assert "--targets, --multilabel: belong" in refused(report("emp/H3", "--targets", "y"))
+
+
+def test_the_report_on_labels(table):
+    """--multilabel: how many rows have each label, their GC, and the mean AUROC of the linear models."""
+    table.columns |= {"a": ["1" if text[0] in "GC" else "0" for text in table.columns["sequence"]],
+                      "b": ["1" if text.count("G") > 25 else "0" for text in table.columns["sequence"]]}
+    labels = ["--multilabel", "a", "b"]
+    out = report(write(table.path, **table.columns, split=["train", "test"] * 120), *labels).out
+    for name in "ab":
+        has = [text for text, x in zip(table.columns["sequence"][::2], table.columns[name][::2]) if x == "1"]
+        gc = [np.mean([base in "GC" for base in text]) for text in has]
+        assert f"train, {name}: length 100.0 (sd 0.0), GC {np.mean(gc):.1%} (sd {np.std(gc):.1%})\n" in out
+        assert f"{name} {len(has)}" in out
+    assert re.search(r"GC and length: auroc \d", out)
+    assert "--targets, --multilabel: belong" in refused(report("emp/H3", *labels))
