@@ -1380,15 +1380,16 @@ def split_rows(rows, fractions, seed, names=()):
 
 def assign_groups(groups, classes, fractions, seed, where):
     """Return the part of each row, int (n,), with groups (n,) kept whole. In random order, but the largest
-    first, each goes where the fullest of its classes is the least full. where: how messages begin."""
+    first, each goes where the fullest of its classes is the least full, the last ones where nothing is yet.
+    where: how messages begin."""
     counts = np.zeros((groups.max() + 1, classes.max() + 1))
     np.add.at(counts, (groups, classes), 1)
     sizes, want = counts.sum(1), np.outer(fractions, counts.sum(0))
     have, part = np.zeros(want.shape), np.zeros(len(counts), int)
     order = np.random.default_rng(seed).permutation(len(counts))
-    for group in order[np.argsort(-sizes[order], kind="stable")]:
-        full = (have + counts[group]) / want
-        part[group] = full[:, counts[group] > 0].max(1).argmin()
+    for n_left, group in zip(range(len(counts), 0, -1), order[np.argsort(-sizes[order], kind="stable")]):
+        full, empty = ((have + counts[group]) / want)[:, counts[group] > 0].max(1), ~have.any(1)
+        part[group] = np.where(empty | (n_left > empty.sum()), full, np.inf).argmin()
         have[part[group]] += counts[group]
     share, (small, *_, large) = sizes.max() / len(groups), sorted(fractions)
     said = f"{where}: {len(counts):,} groups, the largest with {share:.1%} of the rows"

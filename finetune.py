@@ -1055,16 +1055,18 @@ def read_benchmark(path):
         line = {"targets": "", "multilabel": "", "place": place} | dict(zip(columns, cells))
         name, targets, labels = line["name"], line["targets"].split(), line["multilabel"].split()
         metrics = OWN_METRICS["targets" if targets else "labels" if labels else "classes"]
-        taken = name in (*lines, *data.TASKS, *data.GROUPS) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)*", name)
+        files = [os.path.join(folder, file) for file in line["files"].split()]
+        there = len(files) in (1, 2, 3) and all(map(os.path.isfile, files))
+        wrong_name = name in (*lines, *data.TASKS, *data.GROUPS) or not re.fullmatch(
+            r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name)         # it becomes a folder in --out
         for wrong, what, advice in (
-                (taken, "name", "give each set a name of its own, of letters, digits, _ . - and /"),
-                (not line["files"], "files", "name one to three tables, with blanks between them"),
+                (wrong_name, "name", "give each set a name of its own, of letters, digits, _ . - and /"),
+                (not there, "files", f"name one to three tables in {folder or '.'}, blanks between them"),
                 (line["metric"] not in metrics, "metric", f"use one of {', '.join(metrics)}"),
                 (targets and labels, "targets", "give targets or multilabel, not both"),
                 (line["protocol"] not in ("", *PROTOCOLS), "protocol", f"use one of {', '.join(PROTOCOLS)}")):
             if wrong:
                 raise ValueError(f"{place}: {what} {data.quoted(line[what])}: {advice}")
-        files = [os.path.join(folder, file) for file in line["files"].split()]
         lines[name] = line | {"files": files, "targets": targets, "multilabel": labels}
     return lines
 

@@ -233,14 +233,20 @@ MUTANTS += mutants("data.py", [UNIT["splits"], "-k", "literal or chained or alon
     "runs are not connected": ("(np.arange(len(new)) % NEAR_RUN == 0)", "(keys % NEAR_RUN == 0)"),
     "the emptiest class decides": ("[:, counts[group] > 0].max(1)", "[:, counts[group] > 0].min(1)"),
     "groups alike for every seed": ("default_rng(seed).permutation(len(counts))",
-                                    "default_rng(42).permutation(len(counts))")})
+                                    "default_rng(42).permutation(len(counts))"),
+    "a few groups leave splits empty": ("empty | (n_left > empty.sum())", "empty | (n_left > 0)",
+                                        [UNIT["splits"], "-k", "few_groups"])})
 MUTANTS += mutants("data.py", [UNIT["splits"], "-k", "refused or obeyed"], {
     "train may lack a class": ("np.setdiff1d(classes_of(rows), classes_of(rows)[part == 0])", "[]"),
     "validation is test": ('"validation": 1', '"validation": 2'),
     "an empty value is a value": ("if not text or name", "if name")})
 MUTANTS += mutants("finetune.py", [UNIT["splits"], "-k", "identity"], {
     "--split_by does not identify a run": (', "split_by"))', "))")})
+MUTANTS += mutants("finetune.py", ["tests/runs/test_finetune_runs.py", "-k", "wrong_line"], {
+    "a set of --tasks leaves --out": (r'r"[\w-][\w.-]*(/[\w-][\w.-]*)*"', r'r"[\w.-]+(/[\w.-]+)*"'),
+    "a missing file shows after hours": (" and all(map(os.path.isfile, files))", "")})
 MUTANTS += mutants("tools/report.py", [UNIT["splits"], "-k", "report"], {
+    "all labels are the first one": ("rows.labels[:, i] if", "rows.labels[:, 0] if"),
     "rows of train like test": ("np.isin(groups[b], groups[a])", "np.isin(groups[a], groups[b])"),
     "GC of all letters": ("rows.bases // 2 == 1", "rows.bases // 2 >= 1"),
     "copies are near-duplicates": ("np.unique(different, return_index=True)[1]", "slice(None)",

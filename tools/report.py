@@ -108,7 +108,10 @@ def report_floors(task, splits, functions):
     """Print length and GC by class, and how well linear models do with only {name: function of Rows}."""
     split, rows = next(iter(splits.items()))
     for i, name in enumerate(["all"] if task.regression else task.classes):
-        x = gc_and_length(rows)[slice(None) if task.regression else rows.labels == i]
+        own = rows.labels[:, i] if task.multilabel else rows.labels == i
+        x = gc_and_length(rows)[slice(None) if task.regression else own]
+        if not len(x):                                       # a label that no row has
+            continue
         (gc, length), (gc_sd, length_sd) = x.mean(0), x.std(0)
         print(f"  {split}, {name}: length {length:.1f} (sd {length_sd:.1f}), GC {gc:.1%} (sd {gc_sd:.1%})")
     test = splits.get("test") or splits.get("dev")
@@ -155,7 +158,7 @@ def report_strands(args):
 def report_tables(args):
     """Print what an own table holds, or two or three that belong together, split as finetune.py does."""
     paths, flags = args.tasks, data.column_flags(args)
-    args = SimpleNamespace(**vars(args), csv=paths, multilabel=None, split=None, split_by=None, seed=42)
+    args = SimpleNamespace(**vars(args), csv=paths, split=None, split_by=None, seed=42)
     functions = {"GC and length": gc_and_length, "5-mer counts": data.kmer_counts}
     task, splits = finetune.read_csv(args)
     leaks = report_splits(task, splits, functions)
@@ -194,6 +197,7 @@ if __name__ == "__main__":
     add = parser.add_argument
     add("tasks", nargs="+", help=f"tasks (emp/H3), groups ({' '.join(data.GROUPS)}), or your tables")
     add("--targets", nargs="+", metavar="COLUMN", help="your tables: number columns of a regression")
+    add("--multilabel", nargs="+", metavar="COLUMN", help="your tables: columns of 0 and 1, a label each")
     data.add_column_flags(add, "sequence", "label")
     add("--init", type=file_name, help="strands: a fine-tuned model")
     add("--data_dir", type=folder_name, default="data", help="folder of the benchmark sets (%(default)s)")
@@ -205,8 +209,8 @@ if __name__ == "__main__":
             report_strands(args)
         elif all(name.endswith(TABLES) for name in args.tasks):
             report_tables(args)
-        elif args.targets:
-            raise ValueError("--targets: belongs to tables of your own; drop it")
+        elif args.targets or args.multilabel:
+            raise ValueError("--targets, --multilabel: belong to tables of your own; drop them")
         else:
             names = data.task_names(args.tasks)
     for name in names:

@@ -449,12 +449,15 @@ def test_a_benchmark_of_ones_own(here):
 
 @pytest.mark.parametrize("line, word", [
     ("emp/H3\tsmall.csv\tmcc\t", "line 2: name 'emp/H3'"), ("a b\tsmall.csv\tmcc\t", "line 2: name 'a b'"),
-    ("a\t\tmcc\t", "line 2: files ''"), ("a\tsmall.csv\tauc\t", "line 2: metric 'auc'"),
+    ("../a\tsmall.csv\tmcc\t", "line 2: name '../a'"), ("a/.b\tsmall.csv\tmcc\t", "line 2: name 'a/.b'"),
+    ("a\t\tmcc\t", "line 2: files ''"), ("a\tsmall.csv" + " small.csv" * 3 + "\tmcc\t", "line 2: files 's"),
+    ("a\tsmall.csv\tmcc\t\nb\tsmall.csv none.csv\tmcc\t", "line 3: files 'small.csv none.csv': name one"),
+    ("a\tsmall.csv\tauc\t", "line 2: metric 'auc'"),
     ("a\tsmall.csv\tmcc\tmine", "line 2: protocol 'mine'"), ("a\tnone.csv\tmcc\t", "none.csv"),
     ("a\tsmall.csv\tmcc", "3 fields"), ("a\tsmall.csv\tmcc\t\na\tsmall.csv\tmcc\t", "line 3: name 'a'")])
 def test_a_wrong_line_of_a_benchmark(here, line, word):
     Path("mine.tsv").write_text(f"name\tfiles\tmetric\tprotocol\n{line}\n")
-    assert word in refused(tune(tasks="mine.tsv"))
+    assert word in refused(tune(tasks="mine.tsv")) and not Path("out").exists()          # nothing has run
 
 
 def test_of_a_grid_dev_chooses(here):

@@ -104,6 +104,16 @@ def test_groups_are_kept_whole_and_the_shares_met(seed, capsys):
     assert np.bincount(single * 2 + np.arange(100) % 2).tolist() == [40, 40, 5, 5, 5, 5]
 
 
+@pytest.mark.parametrize("n", [3, 4, 9, 10])
+def test_a_few_groups_leave_no_split_empty(n):
+    """Nine donors of about a ninth each are seven, one and one, not nine, none and none."""
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        groups = rng.permutation(np.arange(300) % n)
+        part = data.assign_groups(groups, rng.integers(2, size=300), (0.8, 0.1, 0.1), seed, "t")
+        assert np.bincount([part[groups == group][0] for group in range(n)]).tolist() == [n - 2, 1, 1]
+
+
 def write(path, **columns):
     path.write_text("\n".join(map(",".join, [columns, *zip(*columns.values())])))
     return str(path)
@@ -249,4 +259,19 @@ def test_the_report_on_several_tables(table, tmp_path):
     for said in ("train, all: length 100.0", "5-mer counts: pcc", "by its column split", "(100.0%) have one"):
         assert said in out
     assert "task" in refused(report(str(table.path), "emp/H3"))
-    assert "--targets: belongs" in refused(report("emp/H3", "--targets", "y"))
+    assert "--targets, --multilabel: belong" in refused(report("emp/H3", "--targets", "y"))
+
+
+def test_the_report_on_labels(table):
+    """--multilabel: how many rows have each label, their GC, and the mean AUROC of the linear models."""
+    table.columns |= {"a": ["1" if text[0] in "GC" else "0" for text in table.columns["sequence"]],
+                      "b": ["1" if text.count("G") > 25 else "0" for text in table.columns["sequence"]]}
+    labels = ["--multilabel", "a", "b"]
+    out = report(write(table.path, **table.columns, split=["train", "test"] * 120), *labels).out
+    for name in "ab":
+        has = [text for text, x in zip(table.columns["sequence"][::2], table.columns[name][::2]) if x == "1"]
+        gc = [np.mean([base in "GC" for base in text]) for text in has]
+        assert f"train, {name}: length 100.0 (sd 0.0), GC {np.mean(gc):.1%} (sd {np.std(gc):.1%})\n" in out
+        assert f"{name} {len(has)}" in out
+    assert re.search(r"GC and length: auroc \d", out)
+    assert "--targets, --multilabel: belong" in refused(report("emp/H3", *labels))
