@@ -16,7 +16,7 @@ pretrain() {                                    # ARM SEED FLAGS
 evaluate() {                                    # ARM SEED
     init=${random}out/cm_gems/$1/$2/last.pt; seed=$2
     for shots in 10 50; do
-        python finetune.py --init $init --task prom_core splice_40 silencer --shots $shots --seed $seed --seeds 5 \
+        python finetune.py --init $init --task prom_core splice_40 silencer --shots $shots --seed $seed --seeds 3 \
             --out out/cm_gems/scores
     done
     python finetune.py --init $init --mode probe --task tf_m/0 tf_h/2 cpd/tata --seed $seed --seeds 1 \
