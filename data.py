@@ -6,7 +6,6 @@ Coordinates are 0-based and half-open, as in BED. Invalid input raises ValueErro
 """
 import argparse
 import base64
-import collections
 import contextlib
 import csv
 import errno
@@ -49,6 +48,7 @@ CODE[np.frombuffer(b"ATCGatcg", np.uint8)] = [0, 1, 2, 3] * 2
 FASTA_CODE = bytes(5 if code == 4 and chr(i) not in "Nn" else code for i, code in enumerate(CODE))
 IS_LOWER = bytes(chr(byte).islower() for byte in range(128)) + bytes(128)      # byte -> 1 or 0
 HG38_CONTIGS = [f"chr{c}" for c in (*range(1, 23), "X", "Y")]
+END = 24                                                     # bases of a contig's end: 5 ** 24 fits int64
 CHUNK = 1 << 20                                              # bytes of a FASTA or contig at a time
 HASHED = 200_000_000                                         # larger files are not always hashed whole
 CACHE_FORMAT = 3                                             # of the genome cache; 2 held lists of numbers
@@ -275,17 +275,22 @@ class Genome:
 
     def repeated(self, held_out):
         """Return a line in a list if contigs repeat others, on either strand: how many held-out bases of the
-        contigs are then also trained on. Only contigs of equal length are compared, by digests."""
-        n_of, groups = collections.Counter(self.contigs.values()), {}
-        for i, (name, n) in enumerate(self.contigs.items()):
-            if n_of[n] > 1:
-                codes = self.bases[self.offsets[name]:self.offsets[name] + n]
-                strands = [hashlib.sha256(x).digest() for x in (codes, reverse_complement(codes))]
-                groups.setdefault(min(strands), []).append((i, strands[0] <= strands[1]))
+        contigs are then also trained on. Contigs of equal length and ends are compared, by digests."""
+        ends, groups = self.index["ends"], {}
+        sizes = np.diff(ends, prepend=0)
+        at = np.minimum(np.arange(END), sizes[:, None] - 1)  # from either end: (contigs, END)
+        starts = [self.bases[(ends - sizes)[:, None] + at], self.bases[ends[:, None] - 1 - at]]
+        starts[1] ^= starts[1] < 4                           # of the other strand
+        starts = np.sort([codes @ 5 ** np.arange(END) for codes in starts], 0)
+        _, alike, n_of = np.unique([sizes, *starts], axis=1, return_inverse=True, return_counts=True)
+        names = [*self.contigs]
+        for i in np.flatnonzero(n_of[alike.ravel()] > 1).tolist():
+            codes = self.bases[ends[i] - sizes[i]:ends[i]]
+            strands = [hashlib.sha256(x).digest() for x in (codes, reverse_complement(codes))]
+            groups.setdefault(min(strands), []).append((i, strands[0] <= strands[1]))
         groups, n_leaked = [group for group in groups.values() if len(group) > 1], 0
         if not groups:
             return []
-        names, sizes = [*self.contigs], [*self.contigs.values()]
         for group in groups:
             for i, strand in group:                          # what is held out is the end of a contig
                 leaks = (held_out[i] - held_out[j] if strand == other else
