@@ -430,6 +430,12 @@ MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
     "observations of any step are one": ('row["arm"], row["step"]), []', 'row["arm"], 9), []'),
     "every run is looked into": ("[*kept, os.path.join(folder, \"last.pt\")] if kept else []",
                                  "[*kept, os.path.join(folder, \"last.pt\")]")})
+MUTANTS += mutants("data.py", [UNIT["messages"], "-k", "repeat_others"], {
+    "contigs of equal ends are taken for equal": ("hashlib.sha256(x).digest() for x in (codes",
+                                                  "hashlib.sha256(x[:END]).digest() for x in (codes"),
+    "ends of the other strand as they are": ("starts[1] ^= starts[1] < 4", "pass"),
+    "ends beyond a short contig": ("np.minimum(np.arange(END), sizes[:, None] - 1)",
+                                   "np.arange(END)[None] + 0 * sizes[:, None]")})
 MUTANTS += mutants("tools/report.py", [UNIT["messages"], "-k", "report"], {
     "intervals that are not in train": ("interval in train for", "interval not in train for"),
     "repeats are different intervals": ("len(intervals) - len(set(intervals))", "len(set(intervals))"),

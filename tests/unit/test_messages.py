@@ -74,7 +74,8 @@ def test_contigs_that_repeat_others(tmp_path, val_contigs):
     rng = np.random.default_rng(0)
     texts = {name: random_dna(n, rng) for name, n in (("a", 4000), ("c", 5000), ("d", 4000))}
     other = data.decode(data.reverse_complement(data.encode(texts["c"])))
-    texts |= {"b": texts["a"].lower(), "rc": other}
+    middle = random_dna(3900, rng)                           # "e" only ends as "a" does: no repeat
+    texts |= {"b": texts["a"].lower(), "rc": other, "e": texts["a"][:50] + middle + texts["a"][-50:]}
     genome, trained, held = data.Genome(write_fasta(tmp_path / "g.fa", texts)), set(), []
     for name, text in texts.items():
         n = len(text) * (name in val_contigs) if val_contigs else len(text) // 100
@@ -88,6 +89,9 @@ def test_contigs_that_repeat_others(tmp_path, val_contigs):
     assert f": {sum(place in trained for place in held):,} of {len(held):,} held-out bases are also" in line
     alone = data.Genome(write_fasta(tmp_path / "h.fa", {name: texts[name] for name in "acd"}))
     assert "repeat" not in " ".join(alone.reach(30)[1])
+    short = {"d": texts["d"], "x": "ACGT" * 4 + "A", "y": "T" + "ACGT" * 4, "z": "C" * 17}
+    [line] = data.Genome(write_fasta(tmp_path / "s.fa", short)).repeated(np.zeros(4, int))
+    assert line.startswith("note: 1 contigs repeat another one, on either strand (y is x, ...)")
 
 
 def test_steps_that_cannot_be_kept_any_more(tmp_path, capsys):
