@@ -26,7 +26,13 @@ evaluate() {                                    # ARM SEED
 pretrain cm_gems_free 31 --strategy cm_gems
 for seed in 31 32 33; do
     pretrain cm_gems $seed --strategy cm_gems --switch_after 600
-    for arm in genemask global cm_step random; do pretrain $arm $seed --strategy $arm; done
-    for arm in cm_gems genemask random global cm_step; do evaluate $arm $seed; done
+    for arm in genemask random; do pretrain $arm $seed --strategy $arm; done
+    for arm in cm_gems genemask random; do evaluate $arm $seed; done
     random=random: evaluate genemask $seed
+done
+for seed in 31 32 33; do
+    for arm in global cm_step; do
+        pretrain $arm $seed --strategy $arm
+        evaluate $arm $seed
+    done
 done
