@@ -24,25 +24,29 @@ worm, cohn = "data/constructed_human_or_worm", "data/GenomicBenchmarks/human_enh
 train, test = rows(f"{worm}/train.csv.gz"), rows(f"{worm}/test.csv.gz")
 enhancers = rows(f"{cohn}/test.csv.gz")
 enhancers = enhancers[np.random.default_rng(0).permutation(len(enhancers))]
-lines = ["name\tfiles\tmetric\tprotocol\n"]
+tables = {"few": [], "all": []}                 # the larger one last
 for name, train, test, sizes in (("worm", train, test, (100, 1000, len(train))),
                                  ("cohn", enhancers[1390:], enhancers[:1390], (100, 1000))):
     write(f"{name}_test", test)
     for n in sizes:
         write(f"{name}_{n}", draw(train, n))
-        lines.append(f"{name}/{n}\t{name}_{n}.csv {name}_test.csv\tf1_binary\tmartinek\n")
-with open("out/martinek/tasks.tsv", "w") as f:
-    f.writelines(lines)
+        tables["few" if n <= 1000 else "all"].append(
+            f"{name}/{n}\t{name}_{n}.csv {name}_test.csv\tf1_binary\tmartinek\n")
+for name, lines in tables.items():
+    with open(f"out/martinek/{name}.tsv", "w") as f:
+        f.writelines(["name\tfiles\tmetric\tprotocol\n", *lines])
 END
 
-evaluate() {                                    # INIT SEED FLAGS
-    init=$1; seed=$2; shift 2
-    python finetune.py --tasks out/martinek/tasks.tsv --init $init --seed $seed --seeds 1 --out out/martinek/scores "$@"
+evaluate() {                                    # TABLE INIT SEED FLAGS
+    table=out/martinek/$1.tsv; init=$2; seed=$3; shift 3
+    python finetune.py --tasks $table --init $init --seed $seed --seeds 1 --out out/martinek/scores "$@"
 }
-evaluate kmer 21
-for seed in 21 22 23; do
-    evaluate penguinn $seed
-    for init in out/randommask/dnabert/$seed/last.pt random:out/randommask/dnabert/$seed/last.pt; do
-        evaluate $init $seed --stride 4 --lr 1e-3
+for table in few all; do
+    evaluate $table kmer 21
+    for seed in 21 22 23; do
+        evaluate $table penguinn $seed
+        for init in out/randommask/dnabert/$seed/last.pt random:out/randommask/dnabert/$seed/last.pt; do
+            evaluate $table $init $seed --stride 4 --lr 1e-3
+        done
     done
 done
