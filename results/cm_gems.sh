@@ -13,12 +13,11 @@ pretrain() {                                    # ARM SEED FLAGS
         --micro_batch_size 32 --steps 1500 --lr 5e-3 --log_every 100 "$@"
 }
 
+few_shot() { python finetune.py --init $init --seed $seed --seeds 3 --out out/cm_gems/scores "$@"; }
 evaluate() {                                    # ARM SEED
     init=${random}out/cm_gems/$1/$2/last.pt; seed=$2
-    for shots in 10 50; do
-        python finetune.py --init $init --task prom_core splice_40 silencer --shots $shots --seed $seed --seeds 3 \
-            --out out/cm_gems/scores
-    done
+    few_shot --task prom_core splice_40 silencer --shots 10
+    few_shot --task prom_core splice_40 --shots 50
     python finetune.py --init $init --mode probe --task tf_m/0 tf_h/2 cpd/tata --seed $seed --seeds 1 \
         --out out/cm_gems/scores
 }
