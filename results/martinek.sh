@@ -38,8 +38,8 @@ for name, lines in tables.items():
 END
 
 evaluate() {                                    # TABLE INIT SEED FLAGS
-    table=out/martinek/$1.tsv; init=$2; seed=$3; shift 3
-    python finetune.py --tasks $table --init $init --seed $seed --seeds 1 --out out/martinek/scores "$@"
+    tasks=out/martinek/$1.tsv; init=$2; seed=$3; shift 3
+    python finetune.py --tasks $tasks --init $init --seed $seed --seeds 1 --out out/martinek/scores "$@"
 }
 for table in few all; do
     evaluate $table kmer 21
