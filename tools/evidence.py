@@ -3,11 +3,11 @@
     python -m tools.table --results                          the tables anew, from the rows that are there
     python -m tools.table --results out/findna               first collects the rows of this experiment
 
-An experiment NAME has results/NAME.jsonl (rows of finetune.py), results/NAME.pretraining.jsonl (last rows of
-log.jsonl), of a BERT results/NAME.observations.jsonl (its embeddings and attention over time), and its lines
-in results/comparisons.csv. Its checkpoints are out/NAME/ARM/SEED/last.pt. A document says which table stands
-where: "<!-- rows: NAME scores probe -->", the table, "<!-- end -->"; in a line, "<!-- rows: NAME primary -->"
-stands for the main result in words.
+An experiment NAME has results/NAME.jsonl (rows of finetune.py), results/NAME.pretraining.jsonl (the last
+values in log.jsonl), of a BERT results/NAME.observations.jsonl (its embeddings and attention over time), and
+its lines in results/comparisons.csv. Its checkpoints are out/NAME/ARM/SEED/last.pt. A document says which
+table stands where: "<!-- rows: NAME scores probe -->", the table, "<!-- end -->"; in a line, "<!-- rows: NAME
+primary -->" stands for the main result in words.
 """
 import csv
 import functools
@@ -89,8 +89,10 @@ def p_values(gaps):
         return over_tasks, stats.ttest_1samp(seeds, 0).pvalue if len(seeds) > 1 else np.nan
 
 
-def verdict(low, high, p):
-    """The rule of results/PLAN.md for the claim that an arm is better than another."""
+def verdict(gaps, low, high, p):
+    """The rule of results/PLAN.md for the claim that an arm is better than another; gaps (tasks, seeds)."""
+    if min(gaps.shape) < 2:
+        return "cannot tell"
     return "held" if low > 0 and p < 0.05 else "not held" if high < 1 else "cannot tell"
 
 
@@ -111,7 +113,7 @@ def comparison_rows(name, root=ROOT):
         (low, high), (p, p_seeds) = interval(gaps), p_values(gaps)
         rows.append([claim, line["mode"], str(gaps.shape[0]), str(gaps.shape[1]),
                      f"{gaps.mean():+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.2g}", f"{p_seeds:.2g}",
-                     verdict(low, high, p)])
+                     verdict(gaps, low, high, p)])
     return rows
 
 
@@ -209,7 +211,7 @@ def collect(out, root=ROOT):
     for log in sorted(glob.glob(os.path.join(glob.escape(out), "*", "*", "log.jsonl"))):
         folder, (arm, seed) = os.path.dirname(log), log.split(os.sep)[-3:-1]
         run = {"arm": arm, "seed": int(seed)}
-        ends.append(run | read_rows(log)[-1])
+        ends.append(run | {name: x for row in read_rows(log) for name, x in row.items()})
         kept = sorted(glob.glob(os.path.join(glob.escape(folder), "step_*.pt")))
         for path in [*kept, os.path.join(folder, "last.pt")] if kept else []:
             seen.append(run | {"step": training.load(path)["step"]} | observe(path))

@@ -231,13 +231,15 @@ def open_scorer(args):
     return model
 
 
-def window_size(net, wanted):
-    """Return the bases of a window: --window, or all that the model reads at once, up to its last k-mer."""
+def window_size(net, wanted, in_parts):
+    """Return the bases of a window: --window, or all that the model reads at once, up to its last k-mer.
+    in_parts: outputs or embeddings, for which a network cuts a longer window into parts, are wanted."""
     spec, k, stride = net.spec, net.spec.get("k", 1), net.spec.get("stride") or 1
     size = {"bert": lambda: (spec["bert"]["block_size"] - 3) * stride + k,
             "mixer": lambda: spec["mixer"]["length"] - spec["n_cls"],
             "hf": lambda: int(net.bases_in_room)}.get(spec["kind"], lambda: net.length)()
-    most = wanted if spec["kind"] == "mixer" and net.room is None else size    # a ChordMixer: any length
+    in_parts = in_parts and net.BODY and spec["long"] == "chunk"
+    most = wanted if in_parts or spec["kind"] == "mixer" and net.room is None else size    # ChordMixer: any
     if wanted and not k <= wanted <= most:
         raise ValueError(f"--window {wanted}: the model reads {k} to {size:,} bases; use one of these")
     return ((wanted or size) - k) // stride * stride + k
@@ -342,7 +344,8 @@ def main(args):
     if args.out and not args.out.endswith((".tsv", ".vcf", ".vcf.gz")):
         raise ValueError(f"--out {args.out}: name a .tsv, .vcf or .vcf.gz file")
     header, model = read_header(args.file), open_scorer(args)
-    score, args.window = choose_score(model, args.embedding), window_size(model.net, args.window)
+    score = choose_score(model, args.embedding)
+    args.window = window_size(model.net, args.window, in_parts="score" not in score[0])
     args.limit = min(args.window // 2, LONGEST if "score" in score[0] else args.window)
     genome = data.Genome(args.fasta, args.cache)
     genome.bases = np.asarray(genome.bases)                  # slices of a memmap are slow

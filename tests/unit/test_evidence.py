@@ -99,15 +99,17 @@ def test_p_values_are_scipys():
     (0.5, 3, 0.01, "held"), (0.5, 3, 0.06, "cannot tell"), (-1, 3, 0.01, "cannot tell"),
     (-2, 0.9, 0.5, "not held"), (-3, -1, 0.01, "not held")])
 def test_verdict(low, high, p, expected):
-    assert evidence.verdict(low, high, p) == expected
+    assert evidence.verdict(np.zeros((2, 2)), low, high, p) == expected
+    for few in (1, 5), (5, 1):                               # of sets, of seeds
+        assert evidence.verdict(np.zeros(few), low, high, p) == "cannot tell"
 
 
 def test_collect(tmp_path):
-    """The last row of each log, with its arm and seed; the rows of the scores as they are."""
+    """The last values of each log, with its arm and seed; the rows of the scores as they are."""
     out = tmp_path / "out/toy"
     for arm, seed, acc in ("long", 2, 0.5), ("long", 11, 0.25), ("short", 2, 0.75):
         (out / arm / str(seed)).mkdir(parents=True)
-        rows = f'{{"step": 1}}\n{{"step": 9000, "val_acc": {acc}}}\n'
+        rows = f'{{"step": 1, "val_acc": 0, "switch_step": 1}}\n{{"step": 9000, "val_acc": {acc}}}\n'
         (out / arm / str(seed) / "log.jsonl").write_text(rows)
     (out / "scores").mkdir()
     (out / "scores/results.jsonl").write_text('{"id": "1"}\n')
@@ -115,7 +117,7 @@ def test_collect(tmp_path):
     evidence.collect(str(out), tmp_path)
     assert evidence.read_rows(tmp_path / "results/toy.jsonl") == [{"id": "1"}]
     assert evidence.read_rows(tmp_path / "results/toy.pretraining.jsonl")[0] == {
-        "arm": "long", "seed": 11, "step": 9000, "val_acc": 0.25}
+        "arm": "long", "seed": 11, "step": 9000, "val_acc": 0.25, "switch_step": 1}
     assert evidence.run_rows("pretraining", "toy", "val_acc", root=tmp_path) == [
         ["arm", "steps", "val_acc"], ["long", "9,000", "0.375 ± 0.177 (2)"], ["short", "9,000", "0.750 (1)"]]
 

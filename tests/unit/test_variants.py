@@ -159,12 +159,13 @@ def test_alternatives_of_a_place_share_a_forward_pass(out, monkeypatch):
     assert sizes == [7, 7, 6]
 
 
-@pytest.mark.parametrize("regression", [False, True])
-def test_a_classifier_is_scored_by_its_outputs(out, regression):
+@pytest.mark.parametrize("regression, size", [(False, 15), (True, 15), (False, 33)])
+def test_a_classifier_is_scored_by_its_outputs(out, regression, size):
+    """Also in windows that are longer than its 20 bases, which it reads in parts."""
     model, found = classifier(regression), all_kinds(CONTIGS)
-    rows = score([record(*x) for x in found], "tuned.pt", window=15)
+    rows = score([record(*x) for x in found], "tuned.pt", window=size)
     for (name, start, ref, alt), row in zip(found, rows, strict=True):
-        after, before = (model.predict([x[0]])[0] for x in windows(CONTIGS[name], start, ref, alt, 15, 0))
+        after, before = (model.predict([x[0]])[0] for x in windows(CONTIGS[name], start, ref, alt, size, 0))
         want = after - before if regression else np.log(after) - np.log(before)
         assert [float(x or "nan") for x in row[5:8]] == pytest.approx(want, 1e-4, 1e-4, nan_ok=True)
         assert row[8] == ("no base read" if name == "chrT" else "")
@@ -327,6 +328,13 @@ def test_a_folder_of_transformers_gives_the_same(out):
     assert rows[0] == rows[1]
 
 
+@pytest.mark.parametrize("spec, more", [({"kind": "cnn"}, {"length": 12, "BODY": None}), (
+    {"kind": "bert", "bert": {"block_size": 12}, "k": 4, "stride": 1, "long": "truncate"}, {"BODY": "bert"})])
+def test_what_is_cut_is_no_window(spec, more):
+    with pytest.raises(ValueError, match="--window 14: the model reads [14] to 1[23] bases"):
+        variants.window_size(argparse.Namespace(spec=spec, **more), 14, in_parts=True)
+
+
 @pytest.mark.parametrize("spec, more, wanted, size", [
     ({"kind": "cnn"}, {"length": 12}, None, 12),
     ({"kind": "hf", "stride": None}, {"bases_in_room": 99.9}, None, 99),
@@ -334,4 +342,4 @@ def test_a_folder_of_transformers_gives_the_same(out):
     ({"kind": "bert", "bert": {"block_size": 12}, "k": 4, "stride": 4}, {}, None, 40),
     ({"kind": "bert", "bert": {"block_size": 12}, "k": 4, "stride": 4}, {}, 31, 28)])
 def test_a_window_is_what_the_model_reads(spec, more, wanted, size):
-    assert variants.window_size(argparse.Namespace(spec=spec, **more), wanted) == size
+    assert variants.window_size(argparse.Namespace(spec=spec, **more), wanted, in_parts=False) == size
