@@ -215,9 +215,9 @@ def collect(out, root=ROOT):
         kept = sorted(glob.glob(os.path.join(glob.escape(folder), "step_*.pt")))
         for path in [*kept, os.path.join(folder, "last.pt")] if kept else []:
             seen.append(run | {"step": training.load(path)["step"]} | observe(path))
-    write_rows(f"{target}.pretraining.jsonl", ends)
-    if seen:
-        write_rows(f"{target}.observations.jsonl", seen)
+    for kind, rows in ("pretraining", ends), ("observations", seen):
+        if rows:
+            write_rows(f"{target}.{kind}.jsonl", rows)
     print(f"{out}: {len(ends)} pretraining runs, {len(seen)} checkpoints looked into")
 
 
