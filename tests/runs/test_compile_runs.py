@@ -35,7 +35,7 @@ def losses(method, out):
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler, g++")
 @pytest.mark.parametrize("method", METHODS)
 def test_compiled_runs_have_the_same_losses(method):
-    """Two minutes of CPU each, which on a shared core were fifteen."""
+    """Two to four minutes each on a core of its own."""
     eager, compiled = Path("eager").absolute(), Path("compiled").absolute()
     for folder, flags in ((eager, {}), (compiled, {"compile": True})):
         folder.mkdir()
