@@ -450,7 +450,7 @@ class MixerHead(nn.Module):
         x, ends = self.states(one_hot, lengths, layer), lengths[:, None]
         at = torch.arange(x.shape[1], device=x.device)
         return models.summed(self.spec["pool"], x, {"mean": at < ends - self.n_cls,
-                                             "cls": (at < ends) & (at >= ends - self.n_cls)})
+                                                    "cls": (at < ends) & (at >= ends - self.n_cls)})
 
     def embed(self, one_hot, lengths=None, n_windows=None, layer=None):
         if lengths is None:                                  # one window a sequence, all equally long

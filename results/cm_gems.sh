@@ -1,27 +1,28 @@
 # Experiment B of results/PLAN.md. Run it in the repository's folder: bash results/cm_gems.sh
 # It needs data/human_regions.fa.gz, data/GUE and data/fewshot. Run it again to continue: finished runs are skipped.
 set -e
-export OMP_NUM_THREADS=1
+. results/pretrain.sh
 
 pretrain() {                                    # ARM SEED FLAGS
-    run=out/cm_gems/$1/$2; arm=$1; seed=$2; shift 2
-    grep -q '"step": 1500,' $run/log.jsonl 2> /dev/null && return
-    [ ! -e $run/last.pt ] || { python cm_gems.py --resume --out $run; return; }
-    rm -rf $run
-    python cm_gems.py --genome data/human_regions.fa.gz --cache out/cm_gems/cache --out $run --seed $seed \
+    arm=$1; seed=$2; shift 2
+    pretrain_run cm_gems.py 1500 out/cm_gems/$arm/$seed --seed $seed \
+        --genome data/human_regions.fa.gz --cache out/cm_gems/cache \
         --k 3 --block_size 34 --n_layer 2 --n_head 4 --n_embd 64 --n_inner 256 --dropout 0 --batch_size 64 \
-        --micro_batch_size 32 --steps 1500 --lr 5e-3 --log_every 100 "$@"
+        --micro_batch_size 32 --lr 5e-3 --log_every 100 "$@"
 }
 
 few_shot() { python finetune.py --init $init --seed $seed --seeds 3 --out out/cm_gems/scores "$@"; }
-evaluate() {                                    # ARM SEED
-    init=${random}out/cm_gems/$1/$2/last.pt; seed=$2
+score() {                                       # INIT SEED
+    init=$1; seed=$2
     few_shot --task prom_core splice_40 silencer --shots 10
     few_shot --task prom_core splice_40 --shots 50
     python finetune.py --init $init --mode probe --task tf_m/0 tf_h/2 cpd/tata --seed $seed --seeds 1 \
         --out out/cm_gems/scores
 }
 
+evaluate() { score ${random}out/cm_gems/$1/$2/last.pt $2; }     # ARM SEED
+
+score kmer 31
 pretrain cm_gems_free 31 --strategy cm_gems
 for seed in 31 32 33; do
     pretrain cm_gems $seed --strategy cm_gems --switch_after 600

@@ -1,17 +1,15 @@
 # Experiment C of results/PLAN.md. Run it in the repository's folder: bash results/findna.sh
 # It needs data/human_regions.fa.gz and data/GUE. Run it again to continue: finished runs are skipped.
 set -e
-export OMP_NUM_THREADS=1
+. results/pretrain.sh
 sets="tf_m/0 tf_m/1 tf_h/2 tf_h/4 cpd/tata cpd/all pd/all emp/H3 emp/H3K36me3 ssp/reconstructed"
 
 pretrain() {                                    # ARM SEED FLAGS
-    run=out/findna/$1/$2; arm=$1; seed=$2; shift 2
-    grep -q '"step": 6000,' $run/log.jsonl 2> /dev/null && return
-    [ ! -e $run/last.pt ] || { python findna.py --resume --out $run; return; }
-    rm -rf $run
-    python findna.py --genome data/human_regions.fa.gz --cache out/findna/cache --out $run --seed $seed \
+    arm=$1; seed=$2; shift 2
+    pretrain_run findna.py 6000 out/findna/$arm/$seed --seed $seed \
+        --genome data/human_regions.fa.gz --cache out/findna/cache \
         --length 64 --n_layer 1 --track_size 6 --hidden 96 --lr 5e-3 --batch_size 32 --micro_batch_size 32 \
-        --steps 6000 --log_every 500 --eval_every 2500 "$@"
+        --log_every 500 --eval_every 2500 "$@"
 }
 
 evaluate() {                                    # ARM SEED FLAGS

@@ -1,17 +1,15 @@
 # Experiment A of results/PLAN.md. Run it in the repository's folder: bash results/randommask.sh
 # It needs data/human_regions.fa.gz and data/GUE. Run it again to continue: finished runs are skipped.
 set -e
-export OMP_NUM_THREADS=1
+. results/pretrain.sh
 sets="tf_m/0 tf_m/1 tf_h/2 tf_h/4 cpd/tata pd/all emp/H3"
 
 pretrain() {                                    # ARM SEED FLAGS
-    run=out/randommask/$1/$2; arm=$1; seed=$2; shift 2
-    grep -q '"step": 2400,' $run/log.jsonl 2> /dev/null && return
-    [ ! -e $run/last.pt ] || { python randommask.py --resume --out $run; return; }
-    rm -rf $run
-    python randommask.py --genome data/human_regions.fa.gz --cache out/randommask/cache --out $run --seed $seed \
+    arm=$1; seed=$2; shift 2
+    pretrain_run randommask.py 2400 out/randommask/$arm/$seed --seed $seed \
+        --genome data/human_regions.fa.gz --cache out/randommask/cache \
         --k 4 --block_size 34 --n_layer 2 --n_head 4 --n_embd 64 --dropout 0 --batch_size 128 \
-        --micro_batch_size 128 --steps 2400 --lr 5e-3 --warmup 120 --log_every 200 --eval_every 800 "$@"
+        --micro_batch_size 128 --lr 5e-3 --warmup 120 --log_every 200 --eval_every 800 "$@"
 }
 
 evaluate() {                                    # ARM SEED FLAGS: with overlapping and non-overlapping tokens

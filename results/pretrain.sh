@@ -1,0 +1,9 @@
+# Sourced by the scripts of the experiments. A finished run is skipped, one that was stopped is continued.
+export OMP_NUM_THREADS=1
+pretrain_run() {                                # SCRIPT STEPS OUT FLAGS
+    script=$1; steps=$2; out=$3; shift 3
+    grep -q "\"step\": $steps," $out/log.jsonl 2> /dev/null && return
+    [ ! -e $out/last.pt ] || { python $script --resume --out $out; return; }
+    rm -rf $out
+    python $script --steps $steps --out $out "$@"
+}
