@@ -14,8 +14,9 @@ pretrain() {                                    # ARM SEED FLAGS
 few_shot() { python finetune.py --init $init --seed $seed --seeds 3 --out out/cm_gems/scores "$@"; }
 score() {                                       # INIT SEED
     init=$1; seed=$2
-    few_shot --task prom_core splice_40 silencer --shots 10
-    few_shot --task prom_core splice_40 --shots 50
+    few_shot --task prom_core splice_40 silencer prom_300 cohn_enh --shots 10
+    few_shot --task prom_core splice_40 prom_300 --shots 50
+    few_shot --task prom_core --shots 100
     python finetune.py --init $init --mode probe --task tf_m/0 tf_h/2 cpd/tata --seed $seed --seeds 1 \
         --out out/cm_gems/scores
 }
