@@ -143,7 +143,7 @@ def test_a_rank_dies(fresh, method, case):
     alone, start = fresh(method), time.monotonic()
     codes = go(method, {victim: at_call("training", "all_reduce", call, how)}, 2).codes
     assert codes[victim] == (-9 if how is die else 1) and codes[1 - victim] not in (0, 143)
-    assert time.monotonic() - start < 15
+    assert time.monotonic() - start < 60                     # torch would wait for 30 minutes
     check_sound()
     check_goes_on(method, alone, 1 + victim)
 
@@ -161,9 +161,8 @@ def test_a_rank_hangs(fresh, method, case):
     processes = begin(method, dict.fromkeys((0, 1), lambda: (short_timeout(), slow())), 2)
     wait_rows(processes[0], Path("out"), 6)
     os.kill(processes[case].pid, signal.SIGSTOP)
-    start = time.monotonic()
     processes[1 - case].join(60)
-    assert processes[1 - case].exitcode == 1 and time.monotonic() - start < 10
+    assert processes[1 - case].exitcode == 1
     processes[case].kill()
     wait(*processes)
     check_sound(4)
@@ -212,7 +211,7 @@ def test_full_disk(fresh, method, case):
     full = in_save(case, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999)))
     result = go(method, full, 2)
     assert result.code == 2 and result.err.startswith("error: cannot write") and result.codes[1], result
-    assert time.monotonic() - start < 15 and last_step() == case - 1
+    assert time.monotonic() - start < 60 and last_step() == case - 1
     check_goes_on(method, alone, 2)
 
 

@@ -57,7 +57,7 @@ def test_a_job_that_breaks_costs_no_other_job_its_row(call):
     assert rows["crashes"]["failed"].startswith("exit -9")
     assert rows["hangs"]["failed"] == "killed after 1 s: waiting for the device"
     assert rows["a"]["x"] == 0.3333 and "y" not in rows["a"] and "b" in rows
-    assert time.monotonic() - started < 20
+    assert time.monotonic() - started < 80              # the one that hangs would sleep for 100
     log = open(call.rows.replace(".jsonl", ".log")).read()
     assert [log.count(f"##### item: {name}\n") for name in ("raises", "crashes", "hangs", "works")] == [1] * 4
 
