@@ -10,7 +10,7 @@ import numpy as np
 
 def rows(path):
     with gzip.open(path, "rt") as f:
-        return np.array([line.strip().split(",") for line in f][1:])
+        return np.array([line.strip().replace("\t", ",").split(",") for line in f][1:])
 
 def write(name, part):
     with open(f"out/martinek/{name}.csv", "w") as f:
@@ -20,13 +20,17 @@ def draw(part, n):                              # n rows, half of each class
     order = np.random.default_rng(0).permutation(len(part))
     return part[np.concatenate([[i for i in order if part[i, 1] == label][:n // 2] for label in "01"])]
 
-worm, cohn = "data/constructed_human_or_worm", "data/GenomicBenchmarks/human_enhancers_cohn"
+def shuffled(part):
+    return part[np.random.default_rng(0).permutation(len(part))]
+
+worm, gb = "data/constructed_human_or_worm", "data/GenomicBenchmarks"
 train, test = rows(f"{worm}/train.csv.gz"), rows(f"{worm}/test.csv.gz")
-enhancers = rows(f"{cohn}/test.csv.gz")
-enhancers = enhancers[np.random.default_rng(0).permutation(len(enhancers))]
-tables = {"few": [], "all": []}                 # the larger one last
+cohn = shuffled(rows(f"{gb}/human_enhancers_cohn/test.csv.gz"))
+ocr = shuffled(rows(f"{gb}/human_ocr_ensembl/train_subset1000.tsv.gz"))
+tables = {"few": [], "all": []}                 # the larger ones last
 for name, train, test, sizes in (("worm", train, test, (100, 1000, len(train))),
-                                 ("cohn", enhancers[1390:], enhancers[:1390], (100, 1000))):
+                                 ("cohn", cohn[1390:], cohn[:1390], (100, 1000, len(cohn) - 1390)),
+                                 ("ocr", ocr[300:], ocr[:300], (100, 700))):
     write(f"{name}_test", test)
     for n in sizes:
         write(f"{name}_{n}", draw(train, n))
@@ -42,8 +46,8 @@ evaluate() {                                    # TABLE INIT SEED FLAGS
     python finetune.py --tasks $tasks --init $init --seed $seed --seeds 1 --out out/martinek/scores "$@"
 }
 for table in few all; do
-    evaluate $table kmer 21
-    for seed in 21 22 23; do
+    evaluate $table kmer 24
+    for seed in 24 25 26; do
         evaluate $table penguinn $seed
         for init in out/randommask/dnabert/$seed/last.pt random:out/randommask/dnabert/$seed/last.pt; do
             evaluate $table $init $seed --stride 4 --lr 1e-3
