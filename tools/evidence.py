@@ -1,7 +1,7 @@
 """The tables of our experiments: made from the rows in results/, written between marks in the documents.
 
     python -m tools.table --results                          the tables anew, from the rows that are there
-    python -m tools.table --results out/findna               first collects the rows of this experiment
+    python -m tools.table --results out/findna               first adds the rows of this experiment
 
 An experiment NAME has results/NAME.jsonl (rows of finetune.py), results/NAME.pretraining.jsonl (the last
 values in log.jsonl), of a BERT results/NAME.observations.jsonl (its embeddings and attention over time), and
@@ -37,25 +37,34 @@ def read_rows(path):
         return [json.loads(line) for line in f]
 
 
-def arm_of(row):
-    """(arm, seed of its pretraining) of a row of finetune.py; seed None where nothing was pretrained."""
+def arm_of(row, several=False):
+    """(arm, seed of its pretraining) of a row of finetune.py; seed None where nothing was pretrained.
+
+    several: the experiment has random weights of several networks, which are told apart.
+    """
     found = CHECKPOINT.fullmatch(row["init"])
     if not found:
         return {"kmer": "5-mers"}.get(row["init"], row["init"]), None
     random, arm, seed = found.groups()
-    arm = "random weights" if random else arm
-    network = row["overrides"].get("eval_network") if not random else None
-    return ", ".join(filter(None, [arm, network, "non-overlapping" if row["stride"] > 1 else ""])), int(seed)
+    words = [arm if several or not random else "", "random weights" if random else "",
+             "" if random else row["overrides"].get("eval_network"),
+             "non-overlapping" if row["stride"] > 1 else ""]
+    return ", ".join(filter(None, words)), int(seed)
 
 
-def read_scores(name, root=ROOT):
-    """{(mode, arm): {task: {seed of the pretraining: [100 x score, one per run]}}} of an experiment."""
-    scores = {}
-    for row in read_rows(os.path.join(root, "results", f"{name}.jsonl")):
-        arm, seed = arm_of(row)
+def read_scores(name, root=ROOT, metric=None):
+    """{(mode, arm): {task: {seed of the pretraining: [100 x score, one per run]}}} of an experiment.
+
+    metric: another one of the test rows, as "auroc".
+    """
+    rows, scores = read_rows(os.path.join(root, "results", f"{name}.jsonl")), {}
+    random = {found[2] for row in rows if (found := CHECKPOINT.fullmatch(row["init"])) and found[1]}
+    for row in rows:
+        arm, seed = arm_of(row, len(random) > 1)
         task = f"{row['task']} {row['shots']}-shot" if row["shots"] else row["task"]
         runs = scores.setdefault((row["mode"], arm), {}).setdefault(task, {}).setdefault(seed, [])
-        runs.append(np.nan if row["score"] is None else 100 * row["score"])
+        score = row["test"][metric] if metric else row["score"]
+        runs.append(np.nan if score is None else 100 * score)
     return scores
 
 
@@ -99,19 +108,20 @@ def verdict(gaps, low, high, p):
 def comparison_rows(name, root=ROOT):
     """Cells of the table of an experiment's comparisons; the primary one is bold."""
     rows = [["claim", "mode", "sets", "seeds", "difference [95 %]", "p, sets", "p, seeds", "verdict"]]
-    scores = read_scores(name, root)
     with open(os.path.join(root, "results", "comparisons.csv"), newline="", encoding="utf-8") as f:
         lines = [line for line in csv.DictReader(f) if line["experiment"] == name]
     for line in lines:
+        scores = read_scores(name, root, line["metric"])
         missing = [arm for arm in (line["a"], line["b"]) if (line["mode"], arm) not in scores]
         claim = f"{line['a']} > {line['b']}"
         claim = f"**{claim}**" if line["primary"] else claim
+        mode = ", ".join(filter(None, [line["mode"], line["metric"].upper()]))
         if missing:
-            rows.append([claim, line["mode"], *[""] * 5, "not run"])
+            rows.append([claim, mode, *[""] * 5, "not run"])
             continue
         tasks, gaps = differences(*[scores[line["mode"], line[arm]] for arm in "ab"])
         (low, high), (p, p_seeds) = interval(gaps), p_values(gaps)
-        rows.append([claim, line["mode"], str(gaps.shape[0]), str(gaps.shape[1]),
+        rows.append([claim, mode, str(gaps.shape[0]), str(gaps.shape[1]),
                      f"{gaps.mean():+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.2g}", f"{p_seeds:.2g}",
                      verdict(gaps, low, high, p)])
     return rows
@@ -130,9 +140,9 @@ def spread(values):
     return f"{np.mean(values):.1f}{sd} ({len(values)})"
 
 
-def score_rows(name, mode, root=ROOT):
+def score_rows(name, mode, metric=None, root=ROOT):
     """Cells of the table of scores in a mode: mean ± sd over pretraining seeds (their number)."""
-    arms = {arm: tasks for (of, arm), tasks in read_scores(name, root).items() if of == mode}
+    arms = {arm: tasks for (of, arm), tasks in read_scores(name, root, metric).items() if of == mode}
     tasks = dict.fromkeys(task for tasks in arms.values() for task in tasks)
     means = {arm: {t: [np.mean(runs) for runs in seeds.values()] for t, seeds in found.items()}
              for arm, found in arms.items()}
@@ -178,10 +188,12 @@ def fill(text, root=ROOT):
     return TABLE.sub(table, text)
 
 
-def write_rows(path, rows):
-    """Writes dicts as a JSON lines file, whole."""
+def add_rows(path, rows, *key):
+    """Adds dicts to a JSON lines file. A row replaces one of the same key: of a run that was done again."""
+    old = read_rows(path) if os.path.exists(path) else []
+    rows = {tuple(row[name] for name in key): row for row in [*old, *rows]}
     with data.new_path(path, replace=True) as f:
-        f.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+        f.write("".join(json.dumps(row) + "\n" for row in rows.values()).encode())
 
 
 def observe(path):
@@ -203,10 +215,10 @@ def observe(path):
 
 
 def collect(out, root=ROOT):
-    """Writes the rows of an experiment's folder into results/: its scores, how each pretraining ended, and
-    what is seen in the checkpoints of a run that kept some."""
+    """Adds the rows of an experiment's folder to results/: its scores, how each pretraining ended, and what is
+    seen in the checkpoints of a run that kept some."""
     target, ends = os.path.join(root, "results", os.path.basename(os.path.normpath(out))), []
-    write_rows(f"{target}.jsonl", read_rows(os.path.join(out, "scores", "results.jsonl")))
+    add_rows(f"{target}.jsonl", read_rows(os.path.join(out, "scores", "results.jsonl")), "id")
     seen = []
     for log in sorted(glob.glob(os.path.join(glob.escape(out), "*", "*", "log.jsonl"))):
         folder, (arm, seed) = os.path.dirname(log), log.split(os.sep)[-3:-1]
@@ -215,9 +227,10 @@ def collect(out, root=ROOT):
         kept = sorted(glob.glob(os.path.join(glob.escape(folder), "step_*.pt")))
         for path in [*kept, os.path.join(folder, "last.pt")] if kept else []:
             seen.append(run | {"step": training.load(path)["step"]} | observe(path))
-    for kind, rows in ("pretraining", ends), ("observations", seen):
-        if rows:
-            write_rows(f"{target}.{kind}.jsonl", rows)
+    if ends:
+        add_rows(f"{target}.pretraining.jsonl", ends, "arm", "seed")
+    if seen:
+        add_rows(f"{target}.observations.jsonl", seen, "arm", "seed", "step")
     print(f"{out}: {len(ends)} pretraining runs, {len(seen)} checkpoints looked into")
 
 

@@ -2,6 +2,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ def write_experiment(root, scores):
     (root / "results").mkdir()
     (root / "results/toy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (root / "results/comparisons.csv").write_text(
-        "experiment,mode,a,b,primary\ntoy,probe,\"long, teacher\",short,1\ntoy,probe,short,5-mers,\n")
+        "experiment,mode,metric,a,b,primary\n"
+        "toy,probe,,\"long, teacher\",short,1\ntoy,probe,,short,5-mers,\n")
 
 
 def checkpoint(arm, seed):
@@ -47,10 +49,36 @@ def test_scores_and_differences_by_hand(tmp_path):
     tasks, gaps = evidence.differences(scores["probe", "short"], scores["probe", "5-mers"])
     assert tasks == ["emp/H4"]
     np.testing.assert_allclose(gaps, [[-10, -25]])
-    table = {row[0]: row[1:] for row in evidence.score_rows("toy", "probe", tmp_path)}
+    table = {row[0]: row[1:] for row in evidence.score_rows("toy", "probe", root=tmp_path)}
     assert table["set"] == ["long, teacher", "short", "random weights", "5-mers"]
     assert table["emp/H3"] == ["70.0 ± 14.1 (2)", "46.7 ± 40.4 (3)", "", ""]
     assert table["mean of the 1 in all"] == ["25.0", "17.5", "0.0", "35.0"]
+
+
+def test_random_weights_of_several_networks_are_told_apart(tmp_path):
+    write_experiment(tmp_path, {("random:" + checkpoint(arm, 1), "emp/H3", "teacher"): [score]
+                                for arm, score in (("long", 0.5), ("short", 0.25))})
+    scores = evidence.read_scores("toy", tmp_path)
+    assert scores == {("probe", "long, random weights"): {"emp/H3": {1: [50]}},
+                      ("probe", "short, random weights"): {"emp/H3": {1: [25]}}}
+
+
+def test_another_metric(tmp_path):
+    """A comparison, and a table of scores, by a metric that is not the set's own."""
+    write_experiment(tmp_path, {(checkpoint(arm, seed), "emp/H3", None): [0.5]
+                                for arm in ("a", "b") for seed in (1, 2)})
+    path = tmp_path / "results/toy.jsonl"
+    rows = [row | {"test": {"auroc": 0.75 if "/a/" in row["init"] else 0.5}}
+            for row in evidence.read_rows(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "results/comparisons.csv").write_text(
+        "experiment,mode,metric,a,b,primary\ntoy,probe,,a,b,1\ntoy,probe,auroc,a,b,\ntoy,probe,auroc,a,c,\n")
+    _, own, auroc, missing = evidence.comparison_rows("toy", tmp_path)
+    assert own[:5] == ["**a > b**", "probe", "1", "2", "+0.0 [+0.0, +0.0]"]
+    assert auroc[:5] == ["a > b", "probe, AUROC", "1", "2", "+25.0 [+25.0, +25.0]"]
+    assert missing == ["a > c", "probe, AUROC", *[""] * 5, "not run"]
+    assert evidence.score_rows("toy", "probe", "auroc", root=tmp_path)[1] == ["emp/H3", "75.0 ± 0.0 (2)",
+                                                                              "50.0 ± 0.0 (2)"]
 
 
 def test_documents_are_filled(tmp_path):
@@ -118,6 +146,17 @@ def test_collect(tmp_path):
     assert evidence.read_rows(tmp_path / "results/toy.jsonl") == [{"id": "1"}]
     assert evidence.read_rows(tmp_path / "results/toy.pretraining.jsonl")[0] == {
         "arm": "long", "seed": 11, "step": 9000, "val_acc": 0.25, "switch_step": 1}
+    log = out / "long/2/log.jsonl"                           # done again on another machine: 11 is not there
+    log.write_text('{"step": 9000, "val_acc": 0.75}\n')
+    shutil.rmtree(out / "long/11")
+    (out / "scores/results.jsonl").write_text('{"id": "2"}\n{"id": "1", "score": 0.5}\n')
+    evidence.collect(str(out), tmp_path)
+    assert evidence.read_rows(tmp_path / "results/toy.jsonl") == [{"id": "1", "score": 0.5}, {"id": "2"}]
+    rows = evidence.read_rows(tmp_path / "results/toy.pretraining.jsonl")
+    assert [(row["arm"], row["seed"], row["val_acc"]) for row in rows] == [
+        ("long", 11, 0.25), ("long", 2, 0.75), ("short", 2, 0.75)]
+    log.write_text('{"step": 9000, "val_acc": 0.5}\n')
+    evidence.collect(str(out), tmp_path)
     assert evidence.run_rows("pretraining", "toy", "val_acc", root=tmp_path) == [
         ["arm", "steps", "val_acc"], ["long", "9,000", "0.375 ± 0.177 (2)"], ["short", "9,000", "0.750 (1)"]]
 
