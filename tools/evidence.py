@@ -215,8 +215,8 @@ def observe(path):
 
 
 def collect(out, root=ROOT):
-    """Adds the rows of an experiment's folder to results/: its scores, how each pretraining ended, and what is
-    seen in the checkpoints of a run that kept some."""
+    """Adds the rows of an experiment's folder to results/: its scores, how each pretraining ended, and what
+    is seen in the checkpoints of a run that kept some."""
     target, ends = os.path.join(root, "results", os.path.basename(os.path.normpath(out))), []
     add_rows(f"{target}.jsonl", read_rows(os.path.join(out, "scores", "results.jsonl")), "id")
     seen = []
