@@ -432,6 +432,9 @@ MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
     "verdicts on one seed or set": ("min(gaps.shape) < 2", "min(gaps.shape) < 1"),
     "shares that depend on the length": ('seen["numbers"][row] / seen["uniform"]', 'seen["numbers"][row]'),
     "observations of any step are one": ('row["arm"], row["step"]), []', 'row["arm"], 9), []'),
+    "random weights of several networks are one arm": ("arm_of(row, len(random) > 1)", "arm_of(row)"),
+    "any metric is the score": ('row["test"][metric] if metric else row["score"]', 'row["score"]'),
+    "rows of other machines are lost": ("for row in [*old, *rows]}", "for row in rows}"),
     "every run is looked into": ("[*kept, os.path.join(folder, \"last.pt\")] if kept else []",
                                  "[*kept, os.path.join(folder, \"last.pt\")]")})
 MUTANTS += mutants("data.py", [UNIT["messages"], "-k", "repeat_others"], {

@@ -44,9 +44,10 @@ Allele = namedtuple("Allele", "contig start end pad length bases")
 
 
 def read_lines(path):
-    """Yield (number, text) of the lines of a plain or gzip file, without line ends."""
+    """Yield (number, text) of the lines of a plain or gzip file, without line ends and byte-order mark."""
     with data.opened(path) as f:
         for n, line in enumerate(f, 1):
+            line = line if n > 1 else line.removeprefix(b"\xef\xbb\xbf")
             yield n, line.rstrip(b"\r\n").decode("utf-8", "surrogateescape")
 
 
