@@ -312,7 +312,7 @@ class Genome:
         at = np.searchsorted(self.index["ends"], self.intervals[:, 0], side="right")
         fit = np.unique(at[np.diff(self.intervals)[:, 0] >= length])           # contigs with a window
         names = [*self.contigs]
-        order = np.array(sorted(fit.tolist(), key=lambda i: (zlib.crc32(names[i].encode()), i)), np.int64)
+        order = fit[np.argsort([zlib.crc32(names[i].encode()) for i in fit.tolist()], kind="stable")]
         n_before = np.cumsum(sizes[order]) - sizes[order]
         order = order[n_before < sizes[order].sum() / 100][:max(0, len(fit) - 1)]         # one is to train on
         held_out[:] = 0
@@ -347,13 +347,13 @@ class Genome:
 
     def reach(self, length, val_contigs=()):
         """Return the number of bases in training windows, and lines that say what windows reach and miss."""
-        ends, parts = self.index["ends"], self.split(length, val_contigs)
+        ends, held_out = self.index["ends"], self.held_out(length, val_contigs)
+        parts = self.cut(held_out, length)
         n_bases = [int(np.diff(part).sum()) for part in parts]
         n_contigs = [len(np.unique(np.searchsorted(ends, part[:, 0], side="right"))) for part in parts]
         lines = [f"reached  by training windows {n_contigs[0]:,} of {len(ends):,} contigs, {n_bases[0]:,} "
                  f"bases; by validation windows {n_contigs[1]:,}, {n_bases[1]:,} bases"]
-        sizes, held_out = np.diff(ends, prepend=0), self.held_out(length, val_contigs)
-        lines += self.repeated(held_out)
+        sizes, lines = np.diff(ends, prepend=0), lines + self.repeated(held_out)
         if not val_contigs and (held_out[held_out > 0] == sizes[held_out > 0]).all():
             lines.append(f"held out {np.count_nonzero(held_out):,} whole contigs, by a hash of names: no "
                          f"contig's last 1 % holds a window of {length} bases (--val_contigs takes others)")
