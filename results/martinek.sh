@@ -46,8 +46,8 @@ evaluate() {                                    # TABLE INIT SEED FLAGS
     python finetune.py --tasks $tasks --init $init --seed $seed --seeds 1 --out out/martinek/scores "$@"
 }
 for table in few all; do
-    evaluate $table kmer 24
-    for seed in 24 25 26; do
+    evaluate $table kmer 41
+    for seed in 41 42 43; do
         evaluate $table penguinn $seed
         for init in out/randommask/dnabert/$seed/last.pt random:out/randommask/dnabert/$seed/last.pt; do
             evaluate $table $init $seed --stride 4 --lr 1e-3

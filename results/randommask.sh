@@ -20,14 +20,14 @@ evaluate() {                                    # ARM SEED FLAGS: with overlappi
 }
 
 python finetune.py --init kmer --mode probe --task $sets --seed 21 --seeds 1 --out out/randommask/scores
-for seed in 21 22 23 24 25 26; do
+for seed in 21 22 23 41 42 43; do
     pretrain randommask $seed
     pretrain dnabert $seed --mask dnabert
     pretrain single $seed --mask single --stride 4
     for arm in randommask dnabert single; do evaluate $arm $seed --mode probe --task $sets; done
     random=random: evaluate dnabert $seed --mode probe --task $sets
 done
-for seed in 24 25 26; do
+for seed in 41 42 43; do
     for arm in randommask dnabert single; do evaluate $arm $seed --task $sets --epochs 2 --lr 1e-3; done
     random=random: evaluate dnabert $seed --task $sets --epochs 2 --lr 1e-3
 done
