@@ -1654,7 +1654,7 @@ def read_own_tables(paths, columns, multilabel, flags):
     if columns:
         describe_targets(rows[0].labels, columns)
     else:
-        say_alike(classes)
+        say_confusing(classes)
     for path in paths[1:]:
         rows.append(rows_from(*read_table(path, classes, columns, True, multilabel, flags)))
         if pairs != (rows[-1].first is not None):
@@ -1663,14 +1663,18 @@ def read_own_tables(paths, columns, multilabel, flags):
     return rows, classes
 
 
-def say_alike(names):
-    """Name the classes that a reader would take for one."""
+def say_confusing(names):
+    """Name the classes that a reader would take for one, and those that list others."""
     alike = {}
     for name in names:
         alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(ascii(name))
     for group in alike.values():
         if len(group) > 1:
             print(f"  note: the classes {', '.join(group)} differ only in case or Unicode form", flush=True)
+    several = [name for name in names if set(re.split("[;,|] *", name)) & {*names} - {name}]
+    if several:
+        print(f"  note: lists of labels ({len(several)}, such as {ascii(several[0])}) are classes of their own; "
+              f"to learn each label, give 0/1 columns and --multilabel", flush=True)
 
 
 def describe_targets(labels, names):

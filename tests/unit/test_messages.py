@@ -156,9 +156,16 @@ def test_a_cnn_is_not_continued(monkeypatch, mode, said):
 
 
 def test_classes_that_look_alike_are_said(capsys):
-    data.say_alike(("Pos", "neg", "pos", "caf\u00e9", "cafe\u0301"))
+    data.say_confusing(("Pos", "neg", "pos", "caf\u00e9", "cafe\u0301"))
     said = capsys.readouterr().out
     assert "'Pos', 'pos' differ" in said and r"'caf\xe9', 'cafe\u0301' differ" in said and "neg" not in said
+
+
+def test_lists_of_labels_are_said(capsys):
+    data.say_confusing(("brain", "brain, liver", "brain;heart", "heart|liver"))
+    assert "lists of labels (2, such as 'brain, liver') are classes of their own" in capsys.readouterr().out
+    data.say_confusing(("brain", "brain-1", "a;b", "|", "c,d"))
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize("size, refused", [(1e-160, True), (1e-40, True), (1e-28, False), (1, False),
