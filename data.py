@@ -1673,8 +1673,8 @@ def say_confusing(names):
             print(f"  note: the classes {', '.join(group)} differ only in case or Unicode form", flush=True)
     several = [name for name in names if set(re.split("[;,|] *", name)) & {*names} - {name}]
     if several:
-        print(f"  note: lists of labels ({len(several)}, such as {ascii(several[0])}) are classes of their own; "
-              f"to learn each label, give 0/1 columns and --multilabel", flush=True)
+        print(f"  note: lists of labels ({len(several)}, such as {ascii(several[0])}) are classes of their "
+              f"own; to learn each label, give 0/1 columns and --multilabel", flush=True)
 
 
 def describe_targets(labels, names):
