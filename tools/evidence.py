@@ -16,6 +16,7 @@ import json
 import os
 import re
 import warnings
+from collections import namedtuple
 
 import numpy as np
 from scipy import stats
@@ -29,6 +30,8 @@ TABLE = re.compile(r"(<!-- rows: ([^>]+) -->\n?).*?(<!-- end -->)", re.S)
 CHECKPOINT = re.compile(r"(random:)?out/[^/]+/([^/]+)/(\d+)/last\.pt")
 DRAWS = 10_000                                               # of the bootstrap
 WINDOWS = 128                                                # whose attention is averaged
+# That an arm is better than another. gaps: (tasks, seeds), None where not run; p over the tasks, the seeds
+Comparison = namedtuple("Comparison", "claim mode primary gaps interval p verdict")
 
 
 def read_rows(path):
@@ -105,25 +108,37 @@ def verdict(gaps, low, high, p):
     return "held" if low > 0 and p < 0.05 else "not held" if high < 1 else "cannot tell"
 
 
+def compare(line, root=ROOT):
+    """A line of comparisons.csv -> Comparison."""
+    scores, arms = read_scores(line["experiment"], root, line["metric"]), [line["a"], line["b"]]
+    mode = ", ".join(filter(None, [line["mode"], line["metric"].upper()]))
+    x = Comparison(" > ".join(arms), mode, bool(line["primary"]), None, None, None, "not run")
+    if any((line["mode"], arm) not in scores for arm in arms):
+        return x
+    _, gaps = differences(*[scores[line["mode"], arm] for arm in arms])
+    (low, high), p = interval(gaps), p_values(gaps)
+    return x._replace(gaps=gaps, interval=(low, high), p=p, verdict=verdict(gaps, low, high, p[0]))
+
+
+def comparisons(root=ROOT):
+    """{experiment: [Comparison]} of those that have rows, in the order of comparisons.csv."""
+    found = {}
+    with open(os.path.join(root, "results", "comparisons.csv"), newline="", encoding="utf-8") as f:
+        for line in csv.DictReader(f):
+            if os.path.exists(os.path.join(root, "results", f"{line['experiment']}.jsonl")):
+                found.setdefault(line["experiment"], []).append(compare(line, root))
+    return found
+
+
 def comparison_rows(name, root=ROOT):
     """Cells of the table of an experiment's comparisons; the primary one is bold."""
     rows = [["claim", "mode", "sets", "seeds", "difference [95 %]", "p, sets", "p, seeds", "verdict"]]
-    with open(os.path.join(root, "results", "comparisons.csv"), newline="", encoding="utf-8") as f:
-        lines = [line for line in csv.DictReader(f) if line["experiment"] == name]
-    for line in lines:
-        scores = read_scores(name, root, line["metric"])
-        missing = [arm for arm in (line["a"], line["b"]) if (line["mode"], arm) not in scores]
-        claim = f"{line['a']} > {line['b']}"
-        claim = f"**{claim}**" if line["primary"] else claim
-        mode = ", ".join(filter(None, [line["mode"], line["metric"].upper()]))
-        if missing:
-            rows.append([claim, mode, *[""] * 5, "not run"])
-            continue
-        tasks, gaps = differences(*[scores[line["mode"], line[arm]] for arm in "ab"])
-        (low, high), (p, p_seeds) = interval(gaps), p_values(gaps)
-        rows.append([claim, mode, str(gaps.shape[0]), str(gaps.shape[1]),
-                     f"{gaps.mean():+.1f} [{low:+.1f}, {high:+.1f}]", f"{p:.2g}", f"{p_seeds:.2g}",
-                     verdict(gaps, low, high, p)])
+    for x in comparisons(root)[name]:
+        claim = f"**{x.claim}**" if x.primary else x.claim
+        numbers = [""] * 5 if x.gaps is None else [
+            *map(str, x.gaps.shape), f"{x.gaps.mean():+.1f} [{x.interval[0]:+.1f}, {x.interval[1]:+.1f}]",
+            *[f"{p:.2g}" for p in x.p]]
+        rows.append([claim, x.mode, *numbers, x.verdict])
     return rows
 
 

@@ -5,6 +5,7 @@
     python -m tools.figures attention out/randommask/last.pt --fasta my.fa
     python -m tools.figures masks                                  what each method masks
     python -m tools.figures results out/finetune                   results.jsonl and the papers' numbers
+    python -m tools.figures comparisons                            our experiments: differences, intervals
 
 Drawing needs matplotlib (tools/requirements.txt).
 """
@@ -30,7 +31,7 @@ import findna
 import finetune
 import models
 import randommask
-from tools import table
+from tools import evidence, table
 
 COLORS = np.array([[*bytes.fromhex(rgb)] for rgb in (        # Okabe and Ito's palette: (8, 3), 0..1
     "0072B2", "D55E00", "009E73", "CC79A7", "E69F00", "56B4E9", "000000", "999999")]) / 255
@@ -350,6 +351,28 @@ def draw_shots(ours):
     return fig
 
 
+def draw_comparisons(found):
+    """{experiment: [Comparison]}: differences with their intervals, a row each, colored by verdict."""
+    rows = [(name, x) for name, comparisons in found.items() for x in comparisons]
+    fig, [ax] = new_figure(1, 1, 8, 0.15 * len(rows) + 0.8)
+    for color, verdict in zip(COLORS[[2, 1, 7]], ("held", "not held", "cannot tell")):
+        at = [(x.gaps.mean(), y, *x.interval) for y, (_, x) in enumerate(rows) if x.verdict == verdict]
+        mean, y, low, high = np.array(at).reshape(-1, 4).T
+        ax.plot([low, high], [y, y], lw=1.2, color=color)
+        ax.plot(mean, y, "o", ms=4, color=color, label=verdict)
+    ax.set_yticks(range(len(rows)), [f"{x.claim} ({x.mode})" for _, x in rows])
+    for label, (_, x) in zip(ax.get_yticklabels(), rows):
+        label.set_weight("bold" if x.primary else "normal")
+    for y, (name, _) in enumerate(rows):
+        if not y or name != rows[y - 1][0]:
+            ax.axhline(y - 0.5, lw=0.5, color=COLORS[7])
+            ax.text(0.01, y, name, transform=ax.get_yaxis_transform(), va="center")
+    ax.axvline(0, lw=0.5, color=COLORS[6])
+    ax.set(xlabel="difference in points, 95 % interval", ylim=(len(rows) - 0.5, -0.5))
+    ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3)
+    return fig
+
+
 def write_figure(fig, stem, dpi):
     """Writes stem.png and stem.pdf, each whole, in place of earlier ones."""
     os.makedirs(os.path.dirname(stem) or ".", exist_ok=True)
@@ -497,11 +520,20 @@ def plot_results(args):
     return figures
 
 
+def plot_comparisons(args):
+    found = {name: [x for x in comparisons if x.gaps is not None]
+             for name, comparisons in evidence.comparisons().items()}
+    print_table(["experiment", "claim", "mode", "difference", "low", "high", "verdict"], [
+        (name, x.claim, x.mode, float(x.gaps.mean()), *map(float, x.interval), x.verdict)
+        for name, comparisons in found.items() for x in comparisons])
+    return {"": draw_comparisons(found)}
+
+
 def parse_args():
     layout = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = argparse.ArgumentParser(description=__doc__, **layout)
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
-    for plot in (plot_loss, plot_embeddings, plot_attention, plot_masks, plot_results):
+    for plot in (plot_loss, plot_embeddings, plot_attention, plot_masks, plot_results, plot_comparisons):
         name = plot.__name__.removeprefix("plot_")
         figure = figures.add_parser(name, **layout)
         figure.set_defaults(plot=plot)

@@ -11,7 +11,7 @@ import torch
 from harness import equal, log_rows, random_dna, refused, run, write_fasta
 
 import data
-from tools import figures
+from tools import evidence, figures
 import models
 import randommask
 import training
@@ -184,6 +184,20 @@ def test_every_curve_is_in_the_picture():
         assert all(low <= y <= high for line in ax.lines for y in np.asarray(line.get_ydata(), float)), ax
 
 
+def test_comparisons_are_in_the_picture():
+    """Each at its difference, with its interval, in the color of its verdict; the primary one is bold."""
+    made = [evidence.Comparison(f"a > {b}", "probe", b == "b", np.array([[x]]), (x - 1, x + 2), (1, 1), what)
+            for b, x, what in (("b", 3, "held"), ("c", -4, "not held"), ("d", 0, "cannot tell"))]
+    [ax] = figures.draw_comparisons({"one": made[:2], "two": made[2:]}).axes
+    points = {line.get_label(): line for line in ax.lines if line.get_marker() == "o"}
+    assert {name: [*line.get_xdata(), *line.get_ydata()] for name, line in points.items()} == {
+        "held": [3, 0], "not held": [-4, 1], "cannot tell": [0, 2]}
+    color = points["held"].get_color()
+    assert [2, 5, 0, 0] in [[*x.get_xdata(), *x.get_ydata()] for x in ax.lines if x.get_color() is color]
+    assert [(x.get_text(), x.get_weight()) for x in ax.get_yticklabels()] == [
+        ("a > b (probe)", "bold"), ("a > c (probe)", "normal"), ("a > d (probe)", "normal")]
+
+
 def figure(*args, patches={}):
     return run(args, patches, script="tools.figures")
 
@@ -222,8 +236,11 @@ def test_commands_on_real_runs(tmp_path, monkeypatch):
     assert figure("masks", "--fasta", fasta, "--k", 3, "--dpi", 50, "--out", "f/masks").code == 0
     result = figure("results", results(tmp_path), "--dpi", 50, "--out", "f/results")
     assert result.code == 0 and "| x.pt | prom_core | 50 | acc | 80.000 | nan | 1 |" in result.out, result
+    result = figure("comparisons", "--dpi", 50, "--out", "f/comparisons")
+    assert result.code == 0 and "| findna | findna, teacher > mnm | probe | " in result.out, result
     assert pictures(tmp_path / "f") == [f"{name}.png" for name in (
-        "att1", "att1_maps", "att2", "att2_maps", "loss", "masks", "one", "results", "results_shots", "two")]
+        "att1", "att1_maps", "att2", "att2_maps", "comparisons", "loss", "masks", "one", "results",
+        "results_shots", "two")]
 
 
 def test_strides_side_by_side(tmp_path, monkeypatch):

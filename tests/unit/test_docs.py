@@ -15,7 +15,7 @@ GROUND = {"data", "models", "training"}
 METHODS = {"randommask", "findna", "cm_gems"}
 TOOLS = {"download", "report", "predict", "embed", "variants", "mutagenesis", "export", "table", "figures",
          "bench"}
-FIGURES = {"loss", "embeddings", "attention", "masks", "results"}              # subcommands of tools.figures
+FIGURES = {"loss", "embeddings", "attention", "masks", "results", "comparisons"}       # of tools.figures
 BY_HAND = {"tests/mutants.py", "tests/faults/soak.py"}
 OTHER = {"--help", "--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint"}        # torchrun's
 FENCE = re.compile(r"^```.*?^```$", re.M | re.S)
