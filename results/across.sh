@@ -10,10 +10,11 @@ pretrain() {                                    # ARM SEED STEPS FLAGS
 }
 
 evaluate() {                                    # INIT SEED FLAGS
-    init=$1; seed=$2; shift 2
+    init=$1; seed=$2; first=$seed; shift 2
+    [[ $init != random:* ]] || first=${seed}0   # --seed draws random weights: no two seeds share a network
     python finetune.py --init $init --mode probe --seed $seed --seeds 1 --out out/across/scores "$@" --task \
         tf_m/0 tf_m/1 tf_h/2 tf_h/4 cpd/tata cpd/all pd/all emp/H3 emp/H3K36me3 ssp/reconstructed
-    python finetune.py --init $init --seed $seed --seeds 3 --out out/across/scores "$@" --shots 10 --task \
+    python finetune.py --init $init --seed $first --seeds 3 --out out/across/scores "$@" --shots 10 --task \
         prom_core splice_40 silencer prom_300 cohn_enh
 }
 

@@ -11,9 +11,10 @@ pretrain() {                                    # ARM SEED FLAGS
         --micro_batch_size 32 --lr 5e-3 --log_every 100 "$@"
 }
 
-few_shot() { python finetune.py --init $init --seed $seed --seeds 3 --out out/cm_gems/scores "$@"; }
+few_shot() { python finetune.py --init $init --seed $first --seeds 3 --out out/cm_gems/scores "$@"; }
 score() {                                       # INIT SEED
-    init=$1; seed=$2
+    init=$1; seed=$2; first=$seed
+    [[ $init != random:* ]] || first=${seed}0   # --seed draws random weights: no two seeds share a network
     few_shot --task prom_core splice_40 silencer prom_300 cohn_enh --shots 10
     few_shot --task prom_core splice_40 prom_300 --shots 50
     few_shot --task prom_core --shots 100

@@ -33,7 +33,7 @@ for name, train, test, sizes in (("worm", train, test, (100, 1000, len(train))),
                                  ("ocr", ocr[300:], ocr[:300], (100, 700))):
     write(f"{name}_test", test)
     for n in sizes:
-        write(f"{name}_{n}", draw(train, n))
+        write(f"{name}_{n}", draw(train, n) if n < len(train) else train)
         tables["few" if n <= 1000 else "all"].append(
             f"{name}/{n}\t{name}_{n}.csv {name}_test.csv\tf1_binary\tmartinek\n")
 for name, lines in tables.items():
