@@ -815,13 +815,14 @@ def regression_scores(outputs, labels, names):
 
 def label_scores(outputs, labels, names):
     """Of each label and, where it has both values, their means: AUROC, AUPRC; F1 and accuracy at p = 0.5."""
-    found = {"auroc": metrics.roc_auc_score, "auprc": metrics.average_precision_score}
+    found = {"auroc": metrics.roc_auc_score, "auprc": metrics.average_precision_score,
+             "f1": lambda y, x: metrics.f1_score(y, x > 0)}
     found = {metric: [score(y, x) if vary(y) else math.nan for x, y in zip(outputs.T, labels.T)]
              for metric, score in found.items()}
     row = {metric: np.nanmean(values) for metric, values in found.items()}
-    row |= {"f1_macro": metrics.f1_score(labels, outputs > 0, average="macro", zero_division=math.nan),
-            "acc": np.mean((outputs > 0) == labels)}
-    return row | {f"{metric}_{name}": x for metric in found for name, x in zip(names, found[metric])}
+    row |= {"f1_macro": row.pop("f1"), "acc": np.mean((outputs > 0) == labels)}
+    return row | {f"{metric}_{name}": x for metric in ("auroc", "auprc")
+                  for name, x in zip(names, found[metric])}
 
 
 def class_scores(outputs, labels, n_classes):
@@ -834,8 +835,9 @@ def class_scores(outputs, labels, n_classes):
         row |= {"f1_binary": metrics.f1_score(labels, predicted, zero_division=math.nan),
                 "auroc": metrics.roc_auc_score(labels, outputs[:, 1] - outputs[:, 0])}
     known = labels[:, None] == np.arange(n_classes)          # AUPRC of class 1; of more classes, the mean
-    p = special.softmax(outputs, 1)
-    auprc = [metrics.average_precision_score(known[:, i], p[:, i]) if vary(known[:, i]) else math.nan
+    log_odds = np.stack([x - special.logsumexp(np.delete(outputs, i, 1).astype(float), 1)        # p has ties
+                         for i, x in enumerate(outputs.T)], 1)
+    auprc = [metrics.average_precision_score(known[:, i], log_odds[:, i]) if vary(known[:, i]) else math.nan
              for i in ([1] if n_classes == 2 else range(n_classes))]
     return row | {"auprc": np.mean(auprc)}
 
@@ -925,24 +927,26 @@ def take_step(trained, scaler, clip):
     optimizer.zero_grad()
 
 
-def evaluate(net, dev, task, micro_batch_size):
-    """{"loss", and the scores} on dev."""
+def evaluate(net, dev, task, micro_batch_size, weights=None):
+    """{"loss" (with the weights of --class_weights), and the scores} on dev."""
     net.eval()
     outputs = apply(net, dev, micro_batch_size)
     net.train()
-    loss = loss_of(torch.from_numpy(outputs), torch.from_numpy(dev.labels), "mean").item()
+    weights = weights if weights is None else weights.cpu()
+    loss = loss_of(torch.from_numpy(outputs), torch.from_numpy(dev.labels), "mean", weights).item()
     return {"loss": loss} | scores(outputs, dev.labels, task)
 
 
 def keep_best(best, net, step, found, key):
-    """Keeps in best the weights if their score (None: undefined), or loss, is better than before; found."""
+    """Keeps in best the weights if their score (None: undefined), or loss, is better than before; returns
+    what the log says of them."""
     value = -found["loss"] if key["numbers"]["select"] == "loss" else found[key["metric"]]
     best["worse"] += 1                                       # evaluations since the best one
     if not best["weights"] or value is not None and value > best["value"]:
         weights = {name: tensor.clone() for name, tensor in net.state_dict().items()}
         best |= {"value": -math.inf if value is None else value, "step": step, "worse": 0, "scores": found,
                  "weights": weights}
-    return found
+    return {"dev_loss": found["loss"], f"dev_{key['metric']}": found[key["metric"]]}
 
 
 def get_schedule(p, n_train):
@@ -994,8 +998,8 @@ def fine_tune(net, parts, task, run, folder, args):
             if (done % every == 0 or done == steps) and total[1]:
                 row = {"step": done, "epoch": done / per_epoch, "loss": mean_loss(total, key["task"], done)}
                 if dev:
-                    found = keep_best(best, net, done, evaluate(net, dev, task, args.micro_batch_size), key)
-                    row |= {"dev_loss": found["loss"], f"dev_{key['metric']}": found[key["metric"]]}
+                    found = evaluate(net, dev, task, args.micro_batch_size, weights)
+                    row |= keep_best(best, net, done, found, key)
                 total.zero_()
                 row |= {"skipped": int(trained["skipped"])} if "skipped" in trained else {}
                 training.log(folder, row)

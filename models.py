@@ -793,7 +793,7 @@ def read_outputs(tensors, found, path):
     n, names = len(weights["out.bias"]), found.get("id2label")
     names = names if isinstance(names, dict) else {}
     classes = [str(names.get(str(i), f"LABEL_{i}")) for i in range(n)]
-    return weights, classes, "regression" if n == 1 else found.get("problem_type")
+    return weights, classes, found.get("problem_type") or ("regression" if n == 1 else None)
 
 
 def read_hf(folder, needs_head=True):

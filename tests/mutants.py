@@ -364,7 +364,7 @@ MUTANTS += mutants("tools/variants.py", [UNIT["variants"], "-x"], {
     "what is cut may be a window": ('and net.BODY and spec["long"] == "chunk"', ""),
     "language models read parts": ('in_parts="score" not in score[0]', "in_parts=True"),
     "windows end with the contig": (", size - allele.length - after), before)", ", 0), before)"),
-    "probabilities as they are": ('("log P", special.log_softmax)', '("log P", special.softmax)'),
+    "probabilities as they are": ("special.log_softmax, axis=1", "special.softmax, axis=1"),
     "an empty ALT is scored": ("DNA.fullmatch(ref) and DNA.fullmatch(alt)", "DNA.fullmatch(ref + alt)"),
     "REF is not compared": ("!= data.decode(data.encode(ref))", "is None"),
     "two contigs of one spelling": ("if len(alike) == 1", "if alike"),
@@ -410,10 +410,18 @@ MUTANTS += mutants("finetune.py", ["tests/unit/test_labels.py"], {
                                       "torch.where(labels, weights[0], weights[1])"),
     "weights of a batch are not used": ('device)], "sum", weights)', 'device)], "sum")'),
     "AUPRC of class 0": ("in ([1] if n_classes == 2", "in ([0] if n_classes == 2"),
-    "means over labels without a score": ("np.nanmean(values)", "np.mean(values)")})
+    "means over labels without a score": ("np.nanmean(values)", "np.mean(values)"),
+    "F1 of 0, too": ("metrics.f1_score(y, x > 0)}", "metrics.f1_score(y, x > 0, average='macro')}"),
+    "ties of p are ties": ("log_odds = np.stack([x -", "log_odds = np.stack([0 * x -"),
+    "weights do not reach dev": ('"mean", weights).item()', '"mean").item()')})
+MUTANTS += mutants("models.py", [UNIT["models"], "-k", "single_label"], {
+    "one output is a regression": ('found.get("problem_type") or (', '"" or (')})
+MUTANTS += mutants("tools/variants.py", ["tests/unit/test_variants.py", "-k", "sigmoid"], {
+    "labels share a softmax": ('if spec["multilabel"] else', 'if spec["regression"] else')})
 MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "grid"], {
     "test chooses of a grid": ('run["dev"].get("loss" if run["by_loss"] else run["metric"])',
                                'run["test"].get(run["metric"], run["score"])'),
+    "each few-shot draw chooses": ('"data" if run["key"].shots else ""', '""'),
     "the highest loss is chosen": ('-value if run["by_loss"]', 'value if run["by_loss"]'),
     "of a grid, all settings are columns": ("kept += settings[best]", "kept += sum(settings.values(), [])")})
 MUTANTS += mutants("data.py", ["tests/unit/test_columns.py"], {

@@ -94,7 +94,8 @@ def choose(runs):
     for run in runs:
         numbers = {name: value for name, value in run["flags"].items() if name in finetune.FLAGS}
         others = {name: value for name, value in run["flags"].items() if name not in numbers}
-        key = str([*(run[part] for part in PARTS if part not in ("overrides", "seed")), others])
+        varying = {"overrides", "seed", "data" if run["key"].shots else ""}    # few-shot draws are other rows
+        key = str([*(run[part] for part in PARTS if part not in varying), others])
         key = key if run["dev"] else key + str(numbers)  # no dev: nothing to choose by
         groups.setdefault(key, {}).setdefault(in_text(numbers), []).append(run)
     for settings in groups.values():

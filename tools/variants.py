@@ -205,9 +205,11 @@ def choose_score(model, embedding):
         columns = {"cosine": "cosine distance of embeddings", "l2": "Euclidean distance of embeddings"}
         return columns, lambda rows, *_: model.embed(rows), distances
     if "classes" in spec:
-        what, scale = ("value", lambda x, _: x) if spec["regression"] else ("log P", special.log_softmax)
+        what, scale = (("value", lambda x: x) if spec["regression"] else
+                       ("log P", special.log_expit) if spec["multilabel"] else
+                       ("log P", functools.partial(special.log_softmax, axis=1)))
         columns = {f"d_{name}": f"change of the {what} of {name}" for name in model.classes()}
-        return columns, lambda rows, *_: scale(model.apply(rows), 1), np.subtract
+        return columns, lambda rows, *_: scale(model.apply(rows)), np.subtract
     if spec["kind"] not in LM or spec["kind"] == "bert" and not model.net.bert.ln_head.weight.any():
         raise ValueError(f"--init {model.init}: has no masked-LM head that is read; use --embedding, or "
                          f"fine-tune it")

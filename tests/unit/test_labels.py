@@ -36,6 +36,10 @@ def test_scores_of_labels():
     got = finetune.scores(outputs, labels, LABELS)
     assert got["auroc_b"] is None and got["auprc_b"] is None
     assert got["auroc"] == pytest.approx((each["auroc_a"] + each["auroc_c"]) / 2)
+    each_f1 = 2 * hits.sum(0) / ((outputs > 0).sum(0) + hits.sum(0) + (~(outputs > 0) & labels).sum(0))
+    assert got["f1_macro"] == pytest.approx((each_f1[0] + each_f1[2]) / 2)
+    one = finetune.scores(outputs[:, :1], labels[:, :1], LABELS._replace(classes=("a",)))
+    assert one["f1_macro"] == pytest.approx(each_f1[0])      # of 1; not the mean of those of 0 and 1
 
 
 def test_auprc_of_classes():
@@ -49,6 +53,10 @@ def test_auprc_of_classes():
     want = np.mean([average_precision(labels == i, p[:, i]) for i in range(3)])
     assert finetune.class_scores(outputs, labels, 3)["auprc"] == pytest.approx(want)
     assert math.isnan(finetune.class_scores(outputs, labels % 2, 3)["auprc"])  # no row of class 2: undefined
+    labels, log_odds = rng.integers(2, size=30), rng.normal(size=30) * 9 + 50  # of which p is 1 in 32 bits
+    outputs = np.stack([0 * log_odds, log_odds], 1).astype(np.float32)
+    got = finetune.class_scores(outputs, labels, 2)["auprc"]
+    assert got == pytest.approx(average_precision(labels == 1, outputs[:, 1]))
 
 
 def test_losses_of_labels_and_weights():
@@ -87,6 +95,18 @@ def test_a_batch_with_weights_is_one_gradient():
     (losses * torch.tensor([8 / 12] * 6 + [2.0] * 2)).mean().backward()
     for gradient in gradients:
         torch.testing.assert_close(gradient, net.out.weight.grad)
+
+
+def test_the_loss_on_dev_has_the_weights():
+    """What chooses the network is what training minimises."""
+    rows = data.rows_from(texts_of(8, 3), [0, 0, 0, 0, 0, 0, 1, 1])
+    net, weights = finetune.build_net(SPEC), torch.tensor([0.5, 3.0])
+    on_cpu = data.on_device(rows, torch.device("cpu"), rows.labels)
+    outputs = net.eval()(*net.inputs(on_cpu, np.arange(8)))
+    losses = torch.nn.functional.cross_entropy(outputs, torch.from_numpy(rows.labels), reduction="none")
+    want = (0.5 * losses[:6].sum() + 3 * losses[6:].sum()) / 9
+    assert finetune.evaluate(net, on_cpu, CLASSES, 99, weights)["loss"] == pytest.approx(want.item())
+    assert finetune.evaluate(net, on_cpu, CLASSES, 99)["loss"] == pytest.approx(losses.mean().item())
 
 
 def test_linear_models_of_labels():

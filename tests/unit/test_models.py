@@ -130,6 +130,14 @@ def test_export_of_a_regression(hf, tmp_path):
         models.load_hf(tmp_path / "hf")
 
 
+def test_a_single_label_stays_a_label(hf, tmp_path):
+    """transformers takes one output for a regression unless the folder says otherwise; ours does."""
+    net = classifier(models.load_hf(hf[2]), 1)
+    for problem in ("multi_label_classification", "regression"):
+        models.save_hf(net, tmp_path / problem, ["liver"], problem)
+        assert models.read_hf(tmp_path / problem, needs_head=False)[2][1:] == (["liver"], problem)
+
+
 def test_cnn_equals_its_formula():
     torch.manual_seed(0)
     cnn, bases = models.Cnn(75, 3), torch.randint(5, (6, 75), dtype=torch.uint8)

@@ -93,6 +93,10 @@ def test_of_a_grid_dev_chooses(table):
     assert cells(text, "emp/H3")["a"].startswith("20.00") and "dev loss 0.55, test 20.00" in text
     text = table([grid(1e-4, 0.5, 0.9, 42), grid(3e-4, 0.6, 0.2, 42, overrides={"pool": "cls"})])
     assert "Settings" not in text                            # they differ in more than a number
+    draw = {"task": "prom_core", "shots": 10, "metric": "mcc"}
+    text = table([grid(lr, dev, score, seed, data=f"d{seed}") | draw for lr, seed, dev, score in (
+        (1e-4, 42, 0.7, 0.9), (1e-4, 43, 0.5, 0.9), (3e-4, 42, 0.65, 0.2), (3e-4, 43, 0.75, 0.3))])
+    assert cells(text, "prom_core 10-shot")["a"] == last and text.count("chosen**") == 1
 
 
 def test_changed_weights_and_tables_are_columns_of_their_own(table):

@@ -230,6 +230,17 @@ def test_every_alternative_has_a_row_in_the_order_of_the_file(out, capsys):
     assert all(x in said for x in ("records 10", "scored 2", "breakend 4", "position outside contig 2"))
 
 
+def test_labels_have_a_sigmoid_each():
+    """A label that does not change has no effect, whatever the others do."""
+    spec = {"kind": "bert", "classes": ["a", "b"], "regression": False, "multilabel": True}
+    model = argparse.Namespace(net=argparse.Namespace(spec=spec), classes=lambda: spec["classes"],
+                               apply=lambda rows: np.array(rows, float))
+    columns, outputs, combine = variants.choose_score(model, embedding=False)
+    assert [*columns] == ["d_a", "d_b"]
+    alt, ref = outputs([[0, 3]]), outputs([[0, -3]])
+    np.testing.assert_allclose(combine(alt, ref), [[0, np.log((1 + np.exp(3)) / (1 + np.exp(-3)))]])
+
+
 @pytest.mark.parametrize("name", ["s.vcf", "s.vcf.gz"])
 def test_a_vcf_keeps_all_but_our_fields(out, name):
     classifier()
