@@ -123,12 +123,17 @@ def read_npmi(path, k):
     return np.array([values.get(kmer, -np.inf) for kmer in models.vocabulary(k)[5:]])
 
 
+def npmi_contigs(args, genome):
+    """Returns the contigs whose k-mers are counted."""
+    return genome.named(args.npmi_contigs or (), "--npmi_contigs") or (
+        HG38_NPMI_CONTIGS if args.genome == ["hg38"] else list(genome.contigs))
+
+
 def npmi_table(args, genome):
     """Returns NPMI, counts ('' if not counted now), file: --npmi_table or that in the genome's cache."""
     if args.npmi_table:
         return read_npmi(args.npmi_table, args.k), [""] * 4 ** args.k, args.npmi_table
-    contigs = genome.named(args.npmi_contigs or (), "--npmi_contigs") or (
-        HG38_NPMI_CONTIGS if args.genome == ["hg38"] else list(genome.contigs))
+    contigs = npmi_contigs(args, genome)
     key = f"{genome.fingerprint}_{zlib.crc32(repr(sorted(set(contigs))).encode()):08x}"
     path = os.path.join(os.path.dirname(genome.bases.filename), f"npmi_{args.k}_{args.npmi}_{key}.csv")
     if os.path.exists(path) and not args.npmi_only:
@@ -342,7 +347,9 @@ if __name__ == "__main__":
         repeats = genome.repeats(args.repeat_weight, device)
         values, counts, npmi_path = npmi_table(args, genome)
         ranks, (header, *lines) = npmi_rank(values), npmi_lines(values, counts, args.k)
-        about_npmi = f"npmi     of {len(lines)} of {4 ** args.k} {args.k}-mers: {npmi_path}"
+        contigs = [] if args.npmi_table else npmi_contigs(args, genome)
+        corpus = f", counted on {', '.join(contigs)}" if 0 < len(contigs) < len(genome.contigs) else ""
+        about_npmi = f"npmi     of {len(lines)} of {4 ** args.k} {args.k}-mers{corpus}: {npmi_path}"
         if args.npmi_only:
             run.say(header, *lines[:20], "...", *lines[20:][-20:], about_npmi, sep="\n")
             training.finish()
@@ -442,9 +449,11 @@ if __name__ == "__main__":
         strategy, row = curriculum["strategy"], {}
         row["val_loss"], row["val_ppl"] = evaluate(strategy, step)
         row[f"val_loss_span{args.k}"], _ = evaluate("random", step)
-        perplexities = [*curriculum["perplexities"], row["val_ppl"]]           # the same on all ranks
+        due, perplexities = step % args.eval_every == 0, curriculum["perplexities"]
+        if due:                                              # the last evaluation of a run may not be
+            perplexities = [*perplexities, row["val_ppl"]]   # the same on all ranks
         may_switch = (args.strategy, strategy) == ("cm_gems", "genemask") and step >= args.switch_after
-        if may_switch and settled(perplexities, args.switch_drop):
+        if due and may_switch and settled(perplexities, args.switch_drop):
             row |= {"switch_step": step, "val_ppl_global": evaluate("global", step)[1]}
             curriculum.update(strategy="global", switch_step=step)
         curriculum["perplexities"] = perplexities            # now: a stop signal can end any evaluate

@@ -306,9 +306,10 @@ class Encoder(nn.Module):
         self.config = config
         C = config.n_embd
         self.proj, self.pos_emb = nn.Linear(5, C), nn.Embedding(config.length, C)
-        layer = nn.TransformerEncoderLayer(C, config.n_head, 4 * C, config.dropout, "gelu", batch_first=True,
-                                           norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, config.n_layer, nn.LayerNorm(C), False)     # not nested
+        make = functools.partial(nn.TransformerEncoderLayer, C, config.n_head, 4 * C, config.dropout, "gelu",
+                                 batch_first=True, norm_first=True)
+        self.layers = nn.TransformerEncoder(make(), config.n_layer, nn.LayerNorm(C), False)    # not nested
+        self.layers.layers = nn.ModuleList(make() for _ in range(config.n_layer))    # not copies of one
         nn.init.normal_(self.pos_emb.weight, std=0.02)
 
     def forward(self, one_hot, lengths=None, layer=None):

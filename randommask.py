@@ -218,7 +218,7 @@ if __name__ == "__main__":
         row = {"val_loss": evaluate(phase)}
         if args.mask != "single":
             row[f"val_loss_span{span}"] = evaluate(1) if phase > 1 else row["val_loss"]
-        return row | ({"val_loss_next_phase": evaluate(phase + 1)} if step in edges else {})
+        return row | ({"val_loss_next_phase": evaluate(phase_at(step + 1, edges))} if step in edges else {})
 
     with training.user_errors(OSError, MemoryError, torch.OutOfMemoryError):
         for step in run.steps(validate):

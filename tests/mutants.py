@@ -27,7 +27,7 @@ UNIT = {name: f"tests/unit/test_{name}.py" for name in (
     "before", "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules",
     "layers", "messages", "models", "mutagenesis", "pairs", "randommask", "repeats", "splits", "strands",
     "table", "tools", "training", "variants")}
-PRECISION = "tests/runs/test_precision_runs.py"
+PRECISION, DUE = "tests/runs/test_precision_runs.py", "tests/runs/test_cm_gems_runs.py"
 Mutant = namedtuple("Mutant", "file what old new tests")
 
 
@@ -123,6 +123,9 @@ MUTANTS += mutants("cm_gems.py", [GOLDEN, "-k", "cm_gems"], {
                                            "forward(model, (*held_out[:2], step), strategy",
                                            [HELD_OUT, "-k", "cm_gems"]),
     "short pieces only": ("2 * (L - k) * quantile", "(L - k) * quantile", [UNIT["cm_gems"]]),
+    "switches at an evaluation that is not due": ("if due and may_switch", "if may_switch",
+                                                  [DUE, "-k", "due"]),
+    "what is not due is remembered": ("        if due:  ", "        if True:  ", [DUE, "-k", "due"]),
     "switches at a drop only": ("abs(perplexities[-1] - perplexities[-2])",
                                 "(perplexities[-2] - perplexities[-1])", [UNIT["cm_gems"]]),
     "a stage too early": ("stages * (step - 1) // steps", "stages * step // steps", [UNIT["cm_gems"]]),
@@ -414,6 +417,11 @@ MUTANTS += mutants("finetune.py", ["tests/unit/test_labels.py"], {
     "F1 of 0, too": ("metrics.f1_score(y, x > 0)}", "metrics.f1_score(y, x > 0, average='macro')}"),
     "ties of p are ties": ("log_odds = np.stack([x -", "log_odds = np.stack([0 * x -"),
     "weights do not reach dev": ('"mean", weights).item()', '"mean").item()')})
+MUTANTS += mutants("models.py", [UNIT["findna"], "-k", "start_apart"], {
+    "layers are copies": ("nn.ModuleList(make() for", "nn.ModuleList(self.layers.layers[0] for")})
+MUTANTS += mutants("findna.py", [UNIT["findna"], "-k", "guesses"], {
+    "guesses from the start of the genome": ("np.linspace(0, len(bases) - length, n)",
+                                             "np.arange(n) * length")})
 MUTANTS += mutants("models.py", [UNIT["models"], "-k", "single_label"], {
     "one output is a regression": ('found.get("problem_type") or (', '"" or (')})
 MUTANTS += mutants("tools/variants.py", ["tests/unit/test_variants.py", "-k", "sigmoid"], {

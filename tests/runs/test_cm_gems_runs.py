@@ -72,6 +72,16 @@ def test_golden_switch_in_a_run(fresh, which):
         assert curriculum() == [strategy, switch_step, perplexities]
 
 
+def test_the_last_evaluation_counts_only_where_it_is_due(fresh):
+    """After steps 3, 6 and 7: the last one comes too soon after the other to show that all has settled."""
+    fresh("cm_gems")
+    assert go("cm_gems", steps=7, eval_every=3, switch_drop=1e9, switch_after=7).code == 0
+    rows = log_rows(Path("out"))
+    seen = {row["step"]: row["val_ppl"] for row in rows if "val_ppl" in row}
+    assert [*seen] == [3, 6, 7] and not any("switch_step" in row for row in rows)
+    assert curriculum() == ["genemask", None, [seen[3], seen[6]]]
+
+
 @pytest.mark.parametrize("strategy, share", {"genemask": 0.16, "global": 0.145, "random": 0.13,
                                              "cm_step": 0.15}.items())
 def test_strategies(fresh, strategy, share):

@@ -88,6 +88,13 @@ def test_padding_does_not_leak(config, n_cls, n_blocks):
     assert n_blocks is None or not torch.allclose(net.backbone(alone), x)
 
 
+def test_layers_start_apart():
+    """nn.TransformerEncoder copies one layer, weights and all; a network of ours draws each."""
+    for config in models.ChordMixerConfig(40, 3, 3), models.EncoderConfig(40, 3, 2, 16):
+        weights = [p for p in models.make_backbone(vars(config)).parameters() if p.dim() == 2]
+        assert len({p.flatten()[0].item() for p in weights}) == len(weights) > 6
+
+
 def test_dropout_and_unused_blocks():
     torch.manual_seed(0)
     config = models.ChordMixerConfig(16, 2, 4, 8, dropout=0.2)
@@ -242,3 +249,5 @@ def test_windows_and_guesses():
     one = joint.sum(0)
     want = [one.max(), -(one * np.log(one)).sum()], [joint.max(1).sum(), order1]
     np.testing.assert_allclose(findna.guesses(data.encode(text)), want)
+    few = "N".join(text[start:start + 50] for start in (0, (len(text) - 50) // 2, len(text) - 50))
+    np.testing.assert_allclose(findna.guesses(data.encode(text), 3, 50), findna.guesses(data.encode(few)))
