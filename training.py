@@ -529,13 +529,15 @@ def make_optimizer(model, lr, weight_decay, betas, eps):
 
 def linear(step, steps, warmup):
     """Share of the peak lr at step 1..steps: linear warm-up to 1, then linear decay towards 0."""
-    return min(step / max(warmup, 1), (steps - step + 1) / (steps - warmup + 1))
+    warmup = max(warmup, 1)                                  # step 1 is then the peak
+    return min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
 
 
 def cosine(step, steps, warmup):
     """Share of the peak lr at step 1..steps: linear warm-up to 1, then half a cosine towards 0."""
+    warmup = max(warmup, 1)
     done = max(step - warmup, 0) / (steps - warmup + 1)
-    return min(step / max(warmup, 1), 0.5 + 0.5 * math.cos(math.pi * done))
+    return min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * done))
 
 
 def set_lr(optimizer, lr):

@@ -417,6 +417,8 @@ MUTANTS += mutants("finetune.py", ["tests/unit/test_labels.py"], {
     "F1 of 0, too": ("metrics.f1_score(y, x > 0)}", "metrics.f1_score(y, x > 0, average='macro')}"),
     "ties of p are ties": ("log_odds = np.stack([x -", "log_odds = np.stack([0 * x -"),
     "weights do not reach dev": ('"mean", weights).item()', '"mean").item()')})
+MUTANTS += mutants("training.py", [UNIT["training"], "-k", "warm_up"], {
+    "no peak without warm-up": ("warmup = max(warmup, 1)       ", "pass  #")})
 MUTANTS += mutants("models.py", [UNIT["findna"], "-k", "start_apart"], {
     "layers are copies": ("nn.ModuleList(make() for", "nn.ModuleList(self.layers.layers[0] for")})
 MUTANTS += mutants("findna.py", [UNIT["findna"], "-k", "guesses"], {

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 
 import models
 import training
@@ -201,3 +202,12 @@ def test_sums_over_the_windows_of_a_sequence():
     close(models.by_sequence(x, n_windows), torch.stack([part.sum(0) for part in parts]))
     close(models.over_windows(x, n_windows), torch.stack([part.mean(0) for part in parts]))
     assert models.over_windows(x, None) is x
+
+
+def test_a_schedule_without_warm_up_starts_at_the_peak():
+    """As transformers' schedules do, whose step 0 is our step 1."""
+    for ours, theirs in ((training.linear, transformers.get_linear_schedule_with_warmup),
+                         (training.cosine, transformers.get_cosine_schedule_with_warmup)):
+        schedule = theirs(torch.optim.SGD([torch.zeros(1)], 1.0), 0, 10).lr_lambdas[0]
+        assert [ours(step, 10, 0) for step in range(1, 11)] == pytest.approx([schedule(i) for i in range(10)])
+        assert max(ours(step, 10, 4) for step in range(1, 11)) == ours(4, 10, 4) == 1
