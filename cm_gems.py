@@ -316,8 +316,11 @@ def complete_args(args):
     """Fills in the defaults that depend on other flags. ValueError for flags that contradict each other."""
     if args.block_size < args.k + 2:
         raise ValueError(f"--block_size {args.block_size}: give {args.k + 2} or more for k = {args.k}")
-    if args.npmi_table and args.npmi_contigs:
-        raise ValueError("--npmi_table and --npmi_contigs: a table needs no counting; drop one of them")
+    if args.npmi_table and (args.npmi_contigs or args.npmi != "published"):
+        flag = "--npmi_contigs" if args.npmi_contigs else "--npmi"
+        raise ValueError(f"--npmi_table and {flag}: a table needs no counting; drop one of them")
+    if args.demo and args.model != "dnabert":
+        raise ValueError(f"--model {args.model}: the demo has a size of its own; drop one of them")
     if args.size not in (None, "base") and args.model != "dnabert":
         raise ValueError(f"--size {args.size}: sets what --model {args.model} sets; drop one of them")
     training.complete_warmup(args, 0.05)                     # 500 of 10,000

@@ -96,7 +96,7 @@ def complete_args(args, reached=None):
     if args.p is None:
         args.p = MASK_RATE / first_span(args.k, args.stride)
     if args.steps is None:
-        if reached is None and args.genome != ["hg38"] and args.size not in STEPS:
+        if reached is None and (args.genome != ["hg38"] or args.bed) and args.size not in STEPS:
             return                                           # until the genome is open
         windows = (reached or 0) / ((args.block_size - 3) * args.stride + args.k)
         args.steps = math.ceil(PAPER_PASSES * windows / args.batch_size) or STEPS.get(args.size, PAPER_STEPS)
@@ -142,6 +142,8 @@ if __name__ == "__main__":
         device, length = run.device, (args.block_size - 3) * args.stride + args.k     # bases of a window
         genome = data.open_genome(args.genome, args.data_dir, args.cache, args.ambiguous, args.verify)
         genome.restrict(args.bed)
+        repeats = genome.repeats(args.repeat_weight, device)
+        train, val = (data.window_table(part, length) for part in genome.split(length, args.val_contigs))
         reached, lines = genome.reach(length, args.val_contigs)
         if args.steps is None:
             complete_args(args, reached)
@@ -153,8 +155,6 @@ if __name__ == "__main__":
 
         span = first_span(args.k, args.stride)               # 1 for non-overlapping k-mers
         edges = phase_edges(args.steps) if args.mask == "randommask" else []
-        repeats = genome.repeats(args.repeat_weight, device)
-        train, val = (data.window_table(part, length) for part in genome.split(length, args.val_contigs))
         bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
         if run.writes:
             run.open("randommask", model.config, genome.fingerprint, parts)

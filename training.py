@@ -66,7 +66,8 @@ from tqdm import tqdm
 FORMAT = 1                                                   # of the checkpoint
 KEYS = {"format": int, "method": str, "step": int, "model": dict, "optimizer": dict, "config": dict,
         "args": dict, "data": str}                           # what every checkpoint holds
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16, NVIDIA's data sheets
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12,
+              "H200": 989e12}                                # dense bf16, NVIDIA's data sheets
 MAY_CHANGE = ("out", "resume", "init", "genome", "data_dir", "cache", "device", "compile", "log_every",
               "eval_every", "save_every", "keep", "show_masks", "dry_run", "track",  # at a resume: no effect
               "verify", "ambiguous", "bed")                          # nor these, if "data" is the same
@@ -572,7 +573,7 @@ class Run:
     """
 
     def __init__(self, args, writes):
-        if writes:
+        if writes and not args.dry_run:
             check_out(args.out, args.resume)
         self.device, args.dtype, self.rank, self.world = set_up(args.device, args.dtype)
         if args.demo:
@@ -614,6 +615,10 @@ class Run:
             if type(state.get(name, state)) not in (type(first), int if first is None else None):
                 raise ValueError(f"--resume: the checkpoint in {self.args.out} has no {name}; use another")
             values[name] = state[name]
+        before, here = state.get("device"), self.device.type
+        if isinstance(before, str) and before != here:
+            self.say(f"resume   of a run on {plain(before)}: on {here} masks and dropout are others from "
+                     f"here on, also in evaluations")
         self.start, self.row = state.get("step", 0), state.get("row", {})
         here = torch.tensor([self.start], device=self.device)
         if self.args.resume and all_reduce(here).item() != self.start * self.world:
@@ -808,8 +813,8 @@ class Run:
     def mfu(self, flops_per_token):
         """Returns {"mfu": share of the GPU's data-sheet FLOP/s}, {} where that is unknown."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        peaks = [peak for gpu, peak in PEAK_FLOPS.items() if gpu in name]
-        return {"mfu": self.speed * flops_per_token / self.world / peaks[0]} if peaks else {}
+        known = max((gpu for gpu in PEAK_FLOPS if gpu in name), key=len, default=None)
+        return {"mfu": self.speed * flops_per_token / self.world / PEAK_FLOPS[known]} if known else {}
 
     def log(self, row, validate):
         """Writes a row of the log, on rank 0, with what validate(step) adds where an evaluation is due.
@@ -825,7 +830,7 @@ class Run:
                 self.row = {}
         if self.rank == 0:
             log(self.args.out, {"step": self.step} | row)
-            if self.track:
+            if self.track and not self.row:                  # a tracker takes a step once: when it is whole
                 self.track({name: x for name, x in row.items() if isinstance(x, (int, float))}, self.step)
         return row
 
@@ -833,7 +838,7 @@ class Run:
         """Writes the checkpoint of this step, on rank 0."""
         self.saved = time.monotonic()
         if self.rank == 0:
-            state = states(self.parts) | self.values
+            state = states(self.parts) | self.values | {"device": self.device.type}
             if self.row:
                 state["row"] = self.row
             milestone = f"step_{self.step}.pt" if self.step in self.args.keep else None

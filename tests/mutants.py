@@ -298,7 +298,7 @@ MUTANTS += mutants("training.py", [UNIT["before"]], {
 MUTANTS += mutants("training.py", [UNIT["defaults"]], {
     "--size does nothing": ("SIZES[args.size].items() if name in names", "SIZES[args.size].items() if 0")})
 MUTANTS += mutants("randommask.py", [UNIT["before"]], {
-    "480,000 steps of every genome": ("if reached is None and args.genome", "if args.genome"),
+    "480,000 steps of every genome": ("if reached is None and (args.genome", "if (args.genome"),
     "passes over another genome": ("/ 2_937_639_113", "/ 3_088_269_832")})
 MUTANTS += mutants("models.py", [UNIT["before"]], {
     "attention weights cost nothing": ("3 * c.n_head * T))", "0 * T))")})

@@ -305,6 +305,16 @@ def test_another_torch_is_named(fresh):
     torch.save(state | {"made_with": "torch 1.0, 96 threads\x1b[2J"}, "out/last.pt")
     printed = go("randommask").out
     assert "96 threads\\x1b" in printed and f"now torch {torch.__version__}, 1 threads" in printed
+    assert "masks and dropout" not in printed
+
+
+def test_another_device_is_named(fresh):
+    """Its random numbers are others, so that the run is not the one that it would have been."""
+    fresh("randommask", 9)
+    state = training.load("out/last.pt")
+    assert state["device"] == "cpu"
+    torch.save(state | {"device": "cuda\x1b[2J"}, "out/last.pt")
+    assert "resume   of a run on cuda\\x1b[2J: on cpu masks and dropout are others" in go("randommask").out
 
 
 @each("kill -9 of a run of two threads", [2], {})
@@ -343,7 +353,7 @@ def test_lost_state_shows(fresh, method, case):
     how, key, _, step = case.replace("moments' ", "moments'").split()
     whole = fresh(method, int(step))
     state, first = (training.load(whole / f"steps/{n}.pt") for n in (step, 1))
-    assert state.keys() == {"made_with", *MUST, *OWN[method]}
+    assert state.keys() - {"device"} == {"made_with", *MUST, *OWN[method]}
     owner, _, name = key.rpartition(".")
     if how == "drop" and "moments" in key:
         moments, name = state["optimizer"]["state"], key.removeprefix("moments'")

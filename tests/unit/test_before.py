@@ -65,8 +65,8 @@ def test_16_bits_that_a_cpu_only_emulates(tmp_path, monkeypatch, capsys, dtype, 
 
 def test_the_papers_passes_over_another_genome():
     """480,000 steps of 512 windows are 43 passes over hg38; so many over a yeast of 12 Mb are 1,961 steps."""
-    flags = dict(stride=1, k=6, mask="randommask", p=None, size=None, genome=["x.fa"], batch_size=512,
-                 block_size=512, steps=None, warmup=None, keep=[])
+    flags = dict(stride=1, k=6, mask="randommask", p=None, size=None, genome=["x.fa"], bed=None,
+                 batch_size=512, block_size=512, steps=None, warmup=None, keep=[])
     args = argparse.Namespace(**flags)
     assert round(randommask.PAPER_PASSES) == 43
     randommask.complete_args(args, 12_000_000)
@@ -75,6 +75,10 @@ def test_the_papers_passes_over_another_genome():
     other = argparse.Namespace(**flags | {"batch_size": 64, "block_size": 128})
     randommask.complete_args(other, 12_000_000)
     assert round(other.steps * 64 * 131 / 12_000_000, 2) == round(randommask.PAPER_PASSES, 2)
+    for bed, steps in ((None, 480_000), ("x.bed", None)):    # regions of hg38 are another genome
+        args = argparse.Namespace(**flags | {"genome": ["hg38"], "bed": bed})
+        randommask.complete_args(args)
+        assert args.steps == steps
 
 
 @pytest.mark.parametrize("passes, demo, warned", [(101, False, True), (99, False, False), (101, True, False)])
@@ -170,6 +174,10 @@ def test_a_tracker_gets_the_rows_and_a_resumed_run_its_curve(make_run, monkeypat
     run.step = 3
     run.log({"loss": 0.5, "strategy": "global", "grad_norm": None}, None)
     assert fake.calls[1:] == [(3, {"loss": 0.5})]
+    run.to_evaluate, run.stop = True, True                   # the evaluation is left to the resumed run,
+    run.log({"loss": 0.25}, None)                            # which gives the tracker the whole row
+    assert len(fake.calls) == 2 and run.row == {"loss": 0.25}
+    run.to_evaluate, run.stop = False, False
     first = fake.calls[0]
     assert first["project"] == "nanoDNA" and first["resume"] == "allow" and first["name"].startswith("out-")
     training.open_tracker(run.args, 3)
