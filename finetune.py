@@ -616,8 +616,8 @@ def read_folder(folder):
         if outputs:                                          # a classifier
             own, classes, problem = outputs
             spec |= {"n_out": len(classes), "classes": classes, "regression": problem == "regression",
-                     "multilabel": problem == "multi_label_classification",
-                     "pairs": config.get("pairs") is True}
+                     "multilabel": problem == "multi_label_classification"}
+            spec |= {name: config.get(name, plain) for name, plain in models.HOW.items()}
             weights = {f"bert.{name}": tensor for name, tensor in weights.items()} | own
     else:
         config, files, weights = models.load_other(folder)

@@ -651,6 +651,9 @@ def save_folder(folder, tensors, files):
         raise
 
 
+HOW = {"pairs": False, "strands": "forward", "long": "chunk"}                  # a classifier reads sequences
+
+
 def save_hf(model, folder, classes=(), problem="single_label_classification", card="", stride=1):
     """Writes a folder that transformers loads; its tokenizer takes DNA, or k-mers between blanks.
 
@@ -670,7 +673,8 @@ def save_hf(model, folder, classes=(), problem="single_label_classification", ca
         config |= {"architectures": ["BertForSequenceClassification"],
                    "id2label": {str(i): name for i, name in enumerate(classes)},
                    "label2id": {name: i for i, name in enumerate(classes)},
-                   "problem_type": problem, "pairs": getattr(model, "spec", {}).get("pairs", False)}
+                   "problem_type": problem} | {name: getattr(model, "spec", {}).get(name, plain)
+                                               for name, plain in HOW.items()}
     else:
         tensors |= {"bert.pooler.dense.weight": torch.eye(c.n_embd),
                     "bert.pooler.dense.bias": torch.zeros(c.n_embd)}

@@ -406,7 +406,7 @@ MUTANTS += mutants("data.py", [UNIT["pairs"]], {
     "sequence_2 is dropped": ('"sequence_2": ["sequence_2"]}', '"sequence_2": ["-"]}')})
 MUTANTS += mutants("models.py", [UNIT["pairs"]], {
     "type 1 in the tokenizer": ('{"id": "B", "type_id": 0}', '{"id": "B", "type_id": 1}'),
-    "an export forgets pairs": ('.get("pairs", False)}', '.get("pair", False)}')})
+    "an export forgets pairs": ('.get(name, plain)', '.get(name[1:], plain)')})
 MUTANTS += mutants("finetune.py", ["tests/unit/test_labels.py"], {
     "labels weigh as their number": ("return loss / share", "return loss"),
     "the weight of the other value": ("torch.where(labels, weights[1], weights[0])",
@@ -435,10 +435,9 @@ MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "grid"], {
     "the highest loss is chosen": ('-value if run["by_loss"]', 'value if run["by_loss"]'),
     "of a grid, all settings are columns": ("kept += settings[best]", "kept += sum(settings.values(), [])")})
 MUTANTS += mutants("data.py", ["tests/unit/test_columns.py"], {
-    "named columns are not read": ("[flags[name].lower()] for name in wanted", "[name] for name in wanted"),
+    "named columns are not read": ("[flags[name].lower()] for name in {*", "[name] for name in {*"),
     "the delimiter of the suffix": ("delimiter or DELIMITER[suffix]", "DELIMITER[suffix]"),
-    "a named id may be missing": ('("sequence_2",) if flags["id"] else ("id", "name", "sequence_2")',
-                                  '("id", "name", "sequence_2")')})
+    "a named id may be missing": ('("sequence_2",) if flags["id"] or labels', '("sequence_2",) if labels')})
 MUTANTS += mutants("tools/report.py", ["tests/unit/test_columns.py"], {
     "strands of other sequences": ("x[len(x) // 2:][::-1]]", "x[len(x) // 2:]]")})
 MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {

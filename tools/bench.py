@@ -771,7 +771,9 @@ def parse_args():
     args = parser.parse_args()
     if ("gpu" in args.items) != bool(args.out) or args.out and len(args.items) > 1:
         parser.error("gpu: give it alone, with --out DIR")
-    unknown = set(args.items or args.only or ()) - {*ITEMS, "cost", "gpu"}
+    unknown = set(args.items or args.only or ()) - {*ITEMS, "cost"} - ({"gpu"} if args.out else set())
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: there is no CUDA GPU here; use cpu")
     if unknown:
         parser.error(f"no item {', '.join(unknown)}; choose from {', '.join(ITEMS)}, cost, gpu")
     return args

@@ -56,11 +56,13 @@ print(model(**tokenizer(dna, return_tensors="pt")).logits.shape)"""
 USE_MIXER = """import json, torch                                    # with nanoDNA's data.py and models.py
 from safetensors.torch import load_file
 import data, models
-net = models.make_backbone(json.load(open("FOLDER/config.json"))["mixer"]).eval()
+spec = json.load(open("FOLDER/config.json"))
+net = models.make_backbone(spec["mixer"]).eval()
+blocks = {"n_blocks": spec["n_blocks"]} if spec.get("n_blocks") else {}
 weights = load_file("FOLDER/model.safetensors")
 net.load_state_dict({name[9:]: w for name, w in weights.items() if name.startswith("backbone.")})
 bases = torch.from_numpy(data.encode("ACGTTGCAACGTTGCA"))[None]
-print(net(data.one_hot(bases)).shape)                      # (1, bases, channels)"""
+print(net(data.one_hot(bases), **blocks).shape)            # (1, bases, channels)"""
 CITE = {"randommask": "Liang et al., Rethinking the BERT-like Pretraining for DNA Sequences",
         "cm_gems": "Roy et al., GeneMask and CM-GEMS", "findna": "Yu et al., Self-Distillation Improves DNA "
         "Sequence Inference", "finetune": "the paper of the pretrained model and of the data set"}
@@ -85,7 +87,7 @@ def recorded(init, state):
     numbers = [row["test"] | {"task": row["task"], "seed": row["seed"]} for row in rows
                if "id" in row and row["id"] == state.get("id")]
     log = [] if numbers else [row for row in read_log(os.path.join(os.path.dirname(init), "log.jsonl"))
-                              if "step" in row]
+                              if type(row.get("step")) is int and row["step"] <= state["step"]]
     if not log:
         return numbers
     return {name: value for name, value in log[-1].items() if "val" in name or name in ("step", "loss")}

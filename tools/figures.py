@@ -373,14 +373,14 @@ def draw_comparisons(found):
     return fig
 
 
-def write_figure(fig, stem, dpi):
-    """Writes stem.png and stem.pdf, each whole, in place of earlier ones."""
+def write_figure(fig, stem, dpi, replace=True):
+    """Writes stem.png and stem.pdf, each whole, in place of earlier ones unless replace is False."""
     os.makedirs(os.path.dirname(stem) or ".", exist_ok=True)
     names = [f"{stem}.{kind}" for kind in ("png", "pdf")]
     for name in names:
         picture = io.BytesIO()                               # matplotlib answers a full disk in many ways
         fig.savefig(picture, format=name[-3:], dpi=dpi)
-        with data.new_path(name, replace=True) as f:
+        with data.new_path(name, replace=replace) as f:
             f.write(picture.getvalue())
     print(f"wrote {', '.join(names)}")
 

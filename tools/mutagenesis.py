@@ -155,6 +155,10 @@ def mutate(model, args):
     at, out, counts, drawn = find_output(model, args.output), output(args, ".mutagenesis.tsv"), Counter(), []
     checks = [gradient_x_input] * args.gradient + [attention] * args.attention
     alike, bar = {f.__name__: [] for f in checks}, tqdm(unit=" effects", disable=not sys.stderr.isatty())
+    stem = os.path.splitext(out)[0]
+    for name in (f"{stem}.png", f"{stem}.pdf") if args.draw else ():
+        if os.path.lexists(name):
+            raise ValueError(f"{name}: already exists; name another one by --out, or give --draw 0")
     with data.new_path(out) as file, io.TextIOWrapper(file, "utf-8") as f, bar:
         f.write("\t".join(["id", "position", "ref", "alt", "effect", "output", *alike]) + "\n")
         for name, codes in read_sequences(args):
@@ -174,7 +178,7 @@ def mutate(model, args):
         known = [x for x in values if np.isfinite(x)]
         print(f"{check}: rank correlation of its size with the mean size of a base's effects "
               f"{sum(known) / max(len(known), 1):.3f} (mean over {len(known):,} sequences)")
-    return drawn, os.path.splitext(out)[0]
+    return drawn, stem
 
 
 def draw_letters(ax, codes, heights):
@@ -229,4 +233,4 @@ if __name__ == "__main__":
             raise ValueError("matplotlib is missing; run pip install matplotlib, or give --draw 0")
         drawn, stem = mutate(open_model(args), args)
         if drawn:
-            figures.write_figure(draw(drawn), stem, 150)
+            figures.write_figure(draw(drawn), stem, 150, replace=False)

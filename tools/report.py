@@ -147,9 +147,9 @@ def report_strands(args):
         known = np.isfinite(pairs).all((0, 2))               # (2, n, outputs)
         (one, two), n = pairs[:, known], known.sum()
         line = f"{file}: {n:,} sequences (and {len(known) - n:,} that the network does not read)"
-        if not (model.net.spec["regression"] or model.net.spec["multilabel"]):
+        if n > 1 and not (model.net.spec["regression"] or model.net.spec["multilabel"]):
             line += f"; another class on the other strand {(one.argmax(1) != two.argmax(1)).mean():.1%}"
-        for name, x, y in zip(model.classes(), one.T, two.T):
+        for name, x, y in zip(model.classes(), one.T, two.T) if n > 1 else ():
             r = np.corrcoef(x, y)[0, 1]
             line += f"; {name}: mean difference {abs(x - y).mean():.3g}, correlation {r:.3f}"
         print(line)
@@ -207,7 +207,7 @@ if __name__ == "__main__":
     with training.user_errors():
         if args.tasks[0] == "strands":
             report_strands(args)
-        elif all(name.endswith(TABLES) for name in args.tasks):
+        elif all(name.lower().endswith(TABLES) for name in args.tasks):
             report_tables(args)
         elif args.targets or args.multilabel:
             raise ValueError("--targets, --multilabel: belong to tables of your own; drop them")

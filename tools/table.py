@@ -26,8 +26,8 @@ from tools import evidence
 
 PAPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "results", "paper.csv")
 METRICS = {"mcc": "MCC", "acc": "accuracy", "f1_macro": "macro F1", "f1_binary": "binary F1",
-           "f1_micro": "micro F1", "pcc": "mean PCC", "auroc": "AUROC", "auprc": "AUPRC",
-           "balanced_acc": "balanced accuracy"}
+           "f1_micro": "micro F1", "pcc": "mean PCC", "spearman": "mean Spearman", "auroc": "AUROC",
+           "auprc": "AUPRC", "balanced_acc": "balanced accuracy"}
 FIELDS = "pool", "protocol", "stride", "long", "overrides"    # of a setup, named where they differ
 PARTS = "key", "init", "weights", "data", "mode", *FIELDS, "seed"              # tell runs apart
 PROBE = " (linear probe)"                                    # after a metric of paper.csv

@@ -83,6 +83,15 @@ def test_cost_prints_every_network_and_length(capsys, monkeypatch, max_seconds):
     assert all("64 bases" in line for line in lines[4:])
 
 
+@pytest.mark.parametrize("flags, said", [("--only gpu", "no item gpu"), ("cost --device cuda", "no CUDA")])
+def test_what_cannot_be_run_is_refused(monkeypatch, capsys, flags, said):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("sys.argv", ["bench", *flags.split()])
+    with pytest.raises(SystemExit, match="2"):
+        bench.parse_args()
+    assert said in capsys.readouterr().err
+
+
 def test_a_slow_product_is_measured_small(monkeypatch):
     """A CPU without units for bf16 needs a quarter of an hour for the large one."""
     sizes = []

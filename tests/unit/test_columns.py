@@ -38,6 +38,15 @@ def test_columns_by_name(tmp_path):
                                              delimiter=";")))
 
 
+def test_targets_are_the_columns_that_they_name(tmp_path):
+    """Whatever the other flags rename, and also where a target has the name of another kind of column."""
+    (tmp_path / "t.csv").write_text("sequence,label,effect\nACGTACGTAC,9,1.5\nTTGACCATGA,8,2.5\n")
+    flags = data.column_flags(argparse.Namespace(label_column="effect"))
+    assert data.read_table(tmp_path / "t.csv", targets=["label"], flags=flags)[1] == [(9,), (8,)]
+    with pytest.raises(ValueError, match="no column name"):
+        data.read_table(tmp_path / "t.csv", targets=["label", "name"])
+
+
 @pytest.mark.parametrize("text, want", [(";", ";"), ("tab", "\t"), (r"\t", "\t"), ("|", "|")])
 def test_delimiters(text, want):
     assert data.delimiter(text) == want
@@ -76,5 +85,8 @@ def test_report_on_strands(tmp_path, monkeypatch, capsys):
     assert f"other strand {np.mean((one[:, 1] > 0.5) != (two[:, 1] > 0.5)):.1%}" in line
     gap, r = np.mean(abs(one[:, 1] - two[:, 1])), np.corrcoef(one[:, 1], two[:, 1])[0, 1]
     assert f"yes: mean difference {gap:.3g}, correlation {r:.3f}" in line
+    write_fasta(tmp_path / "one.fa", {"a": texts[0], "b": "NNN"})
+    report.report_strands(argparse.Namespace(tasks=["strands", str(tmp_path / "one.fa")], init="x"))
+    assert capsys.readouterr().out.endswith("one.fa: 1 sequences (and 1 that the network does not read)\n")
     with pytest.raises(ValueError, match="--init"):
         report.report_strands(argparse.Namespace(tasks=["strands"], init=None))

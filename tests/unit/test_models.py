@@ -138,6 +138,19 @@ def test_a_single_label_stays_a_label(hf, tmp_path):
         assert models.read_hf(tmp_path / problem, needs_head=False)[2][1:] == (["liver"], problem)
 
 
+def test_an_export_reads_sequences_as_the_model_does(hf, tmp_path):
+    net = classifier(models.load_hf(hf[2]), 2)
+    how = {"pairs": True, "strands": "average", "long": "truncate"}
+    net.spec = how
+    models.save_hf(net, tmp_path / "hf", ["a", "b"])
+    spec, _ = finetune.read_folder(str(tmp_path / "hf"))
+    assert {name: spec[name] for name in how} == how
+    path = tmp_path / "hf/config.json"
+    path.write_text(path.read_text().replace('"average"', '"both"'))
+    with pytest.raises(ValueError, match="strands is 'both'"):
+        finetune.read_folder(str(tmp_path / "hf"))
+
+
 def test_cnn_equals_its_formula():
     torch.manual_seed(0)
     cnn, bases = models.Cnn(75, 3), torch.randint(5, (6, 75), dtype=torch.uint8)

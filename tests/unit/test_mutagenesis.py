@@ -127,6 +127,15 @@ def test_flags_that_do_not_fit_are_refused():
             mutagenesis.mutate(make_model(kind, outputs), args)
 
 
+def test_a_picture_of_yours_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.pdf").write_text("mine")
+    args = SimpleNamespace(gradient=False, attention=False, output="yes", draw=1, out="mine.tsv", file="a.fa")
+    with pytest.raises(ValueError, match="^mine.pdf: already exists; name another one by --out, or give"):
+        mutagenesis.mutate(make_model("cnn"), args)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.pdf"]
+
+
 def planted(folder):
     """A CNN trained on shorter sequences of the demo task, one that is not; (20, 64) bases with a motif, and
     where it is."""

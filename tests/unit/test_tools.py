@@ -122,7 +122,8 @@ def test_an_export_tells_the_scores_of_its_own_run(out):
     (out / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert export.recorded(str(out / "t/x.pt"), {"id": "b"}) == [{"mcc": 0.25, "task": "t", "seed": 1}]
     (out / "t/log.jsonl").write_text('{"step": 5, "loss": 3.0}\n{"step": 9, "loss": 2.0, "val_loss": 4.0}\n')
-    assert export.recorded(str(out / "t/x.pt"), {}) == {"step": 9, "loss": 2.0, "val_loss": 4.0}
+    assert export.recorded(str(out / "t/x.pt"), {"step": 9}) == {"step": 9, "loss": 2.0, "val_loss": 4.0}
+    assert export.recorded(str(out / "t/step_7.pt"), {"step": 7}) == {"step": 5, "loss": 3.0}
 
 
 def test_an_export_of_a_pretrained_mixer_has_no_untrained_head(out):
