@@ -155,7 +155,8 @@ def results(tmp_path):
     fields = {"id": "0", "weights": "", "data": "", "long": "chunk", "pool": None, "mode": "finetune",
               "stride": 1, "protocol": "randommask", "overrides": {}, "collapsed": False, "test": {}}
     scores = {("lab/x", None, "spearman"): (0.5,), ("tf_m/0", None, "mcc"): (0.5, 0.6),
-              ("emp/H3", None, "mcc"): (0.7,), ("prom_core", 10, "acc"): (0.5, 0.7), ("prom_core", 50, "acc"): (0.8,)}
+              ("emp/H3", None, "mcc"): (0.7,), ("prom_core", 10, "acc"): (0.5, 0.7),
+              ("prom_core", 50, "acc"): (0.8,)}
     rows = [fields | {"task": task, "shots": n, "seed": seed, "init": init, "metric": metric, "score": score}
             for (task, n, metric), group in scores.items() for init in ("cnn", "x.pt")
             for seed, score in enumerate(group)]
