@@ -651,7 +651,7 @@ def save_folder(folder, tensors, files):
         raise
 
 
-HOW = {"pairs": False, "strands": "forward", "long": "chunk"}                  # a classifier reads; defaults
+HOW = {"pairs": False, "strands": "forward", "long": "chunk"}                  # how sequences are read
 
 
 def save_hf(model, folder, classes=(), problem="single_label_classification", card="", stride=1):
