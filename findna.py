@@ -187,7 +187,8 @@ def guesses(bases, n=100, length=100_000):
     if len(bases) <= n * length:
         n, length = 1, len(bases)
     starts = np.linspace(0, len(bases) - length, n).astype(int)
-    tokens = data.kmer_tokens(data.take_windows(bases, starts, length), 3, 1).flatten()
+    stretches = torch.from_numpy(np.stack([bases[start:start + length] for start in starts]))
+    tokens = data.kmer_tokens(stretches, 3, 1).flatten()
     joint = torch.bincount(tokens, minlength=69)[5:].double().view(4, 4, 4) / (tokens > data.MASK).sum()
     joint = joint.transpose(1, 2)                            # left, right, base
     entropy, flanks = (torch.special.entr(p).sum().item() for p in (joint, joint.sum(2)))

@@ -8,6 +8,7 @@ Needs safetensors.
 """
 import argparse
 import json
+import math
 import os
 import re
 
@@ -87,7 +88,7 @@ def recorded(init, state):
     numbers = [row["test"] | {"task": row["task"], "seed": row["seed"]} for row in rows
                if "id" in row and row["id"] == state.get("id")]
     log = [] if numbers else [row for row in read_log(os.path.join(os.path.dirname(init), "log.jsonl"))
-                              if type(row.get("step")) is int and row["step"] <= state["step"]]
+                              if type(row.get("step")) is int and row["step"] <= state.get("step", math.inf)]
     if not log:
         return numbers
     return {name: value for name, value in log[-1].items() if "val" in name or name in ("step", "loss")}
