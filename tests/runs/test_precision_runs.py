@@ -13,7 +13,7 @@ from harness import equal, log_rows
 from methods import METHODS, PRETRAINING, ending, go, keep, run_folder, write_inputs
 
 SHORT = {method: dict(steps=8, eval_every=4, keep=8) for method in PRETRAINING} | {"finetune": dict(epochs=3)}
-FIRST = dict.fromkeys(METHODS, 19) | {"finetune": 30}        # exponents of the first scale
+FIRST = dict.fromkeys(METHODS, 19) | {"finetune": 30, "cm_gems": 16}           # exponents of the first scale
 
 
 def scale_too_much(method, *patches):
@@ -41,7 +41,8 @@ def test_a_resumed_run_in_float16(tmp_path, monkeypatch, method):
     if method != "finetune":
         assert [row["grad_norm"] is None for row in rows] == [
             now["skipped"] > before["skipped"] for before, now in zip([{"skipped": 0}, *states], states)]
-        assert all(row["grad_norm"] is None or row["grad_norm"] < 50 for row in rows)
+        norms = [row["grad_norm"] for row in rows if row["grad_norm"]]         # 0 where nothing is masked
+        assert norms and max(norms) < 50
     for name in ("results.jsonl", "prev.pt", "last.pt", "csv_train/random.pt"):
         Path("out", name).unlink(missing_ok=True)
     shutil.copy("steps/3.pt", here / "last.pt")
