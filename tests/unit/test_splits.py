@@ -11,6 +11,7 @@ from harness import command_line, random_dna, refused, run
 
 import data
 import finetune
+import tools.report
 
 FLAGS = dict(init="kmer", device="cpu", out="out")
 
@@ -275,3 +276,9 @@ def test_the_report_on_labels(table):
         assert f"{name} {len(has)}" in out
     assert re.search(r"GC and length: auroc \d", out)
     assert "--targets, --multilabel: belong" in refused(report("emp/H3", *labels))
+
+
+def test_gc_in_a_report_is_of_the_known_bases():
+    """N is neither; the length counts it."""
+    rows = data.rows_from(["ACGTN", "GGNNN", "NNN", "ATAT"], [0] * 4)
+    np.testing.assert_array_equal(tools.report.gc_and_length(rows), [[0.5, 5], [1, 5], [0, 3], [0, 4]])
