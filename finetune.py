@@ -521,8 +521,8 @@ SPEC = {"kind": HEADS.__contains__, "n_out": is_size, "k": is_size, "length": is
         "pool": lambda x: x in ("mean", "cls", "both"), "head": lambda x: x in ("linear", "mlp"),
         "binary": lambda x: type(x) is bool, "multilabel": lambda x: type(x) is bool,
         "pairs": lambda x: type(x) is bool, "strands": lambda x: x in ("forward", "augment", "average")}
-DEFAULTS = {"long": "chunk", "dtype": "float32", "n_out": 1, "pool": "mean", "head": "linear",
-            "n_blocks": None, "strands": "forward", "multilabel": False, "pairs": False}    # may be left out
+DEFAULTS = models.HOW | {"dtype": "float32", "n_out": 1, "pool": "mean", "head": "linear", "n_blocks": None,
+                         "multilabel": False}                # may be left out
 
 
 def build_net(spec, weights=None, seed=42):
@@ -938,8 +938,7 @@ def evaluate(net, dev, task, micro_batch_size, weights=None):
 
 
 def keep_best(best, net, step, found, key):
-    """Keeps in best the weights if their score (None: undefined), or loss, is better than before; returns
-    what the log says of them."""
+    """Keeps in best the weights of the best score (None: undefined), or loss, so far; returns log columns."""
     value = -found["loss"] if key["numbers"]["select"] == "loss" else found[key["metric"]]
     best["worse"] += 1                                       # evaluations since the best one
     if not best["weights"] or value is not None and value > best["value"]:

@@ -120,20 +120,19 @@ def compare(line, root=ROOT):
     return x._replace(gaps=gaps, interval=(low, high), p=p, verdict=verdict(gaps, low, high, p[0]))
 
 
-def comparisons(root=ROOT):
-    """{experiment: [Comparison]} of those that have rows, in the order of comparisons.csv."""
+def comparison_lines(root=ROOT):
+    """{experiment: its lines of comparisons.csv}."""
     found = {}
     with open(os.path.join(root, "results", "comparisons.csv"), newline="", encoding="utf-8") as f:
         for line in csv.DictReader(f):
-            if os.path.exists(os.path.join(root, "results", f"{line['experiment']}.jsonl")):
-                found.setdefault(line["experiment"], []).append(compare(line, root))
+            found.setdefault(line["experiment"], []).append(line)
     return found
 
 
 def comparison_rows(name, root=ROOT):
     """Cells of the table of an experiment's comparisons; the primary one is bold."""
     rows = [["claim", "mode", "sets", "seeds", "difference [95 %]", "p, sets", "p, seeds", "verdict"]]
-    for x in comparisons(root)[name]:
+    for x in (compare(line, root) for line in comparison_lines(root)[name]):
         claim = f"**{x.claim}**" if x.primary else x.claim
         numbers = [""] * 5 if x.gaps is None else [
             *map(str, x.gaps.shape), f"{x.gaps.mean():+.1f} [{x.interval[0]:+.1f}, {x.interval[1]:+.1f}]",

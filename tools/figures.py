@@ -521,8 +521,8 @@ def plot_results(args):
 
 
 def plot_comparisons(args):
-    found = {name: [x for x in comparisons if x.gaps is not None]
-             for name, comparisons in evidence.comparisons().items()}
+    found = {name: [x for x in map(evidence.compare, lines) if x.gaps is not None]
+             for name, lines in evidence.comparison_lines().items()}
     print_table(["experiment", "claim", "mode", "difference", "low", "high", "verdict"], [
         (name, x.claim, x.mode, float(x.gaps.mean()), *map(float, x.interval), x.verdict)
         for name, comparisons in found.items() for x in comparisons])
