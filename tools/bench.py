@@ -775,7 +775,8 @@ def parse_args():
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA GPU here; use cpu")
     if unknown:
-        parser.error(f"no item {', '.join(unknown)}; choose from {', '.join(ITEMS)}, cost, gpu")
+        parser.error(f"no item {', '.join(unknown)}; choose from {', '.join(ITEMS)}, cost; or gpu alone, "
+                     f"with --out DIR")
     return args
 
 
