@@ -3,9 +3,9 @@
 set -e
 . results/pretrain.sh
 
-pretrain() {                                    # ARM SEED STEPS FLAGS
-    arm=$1; seed=$2; steps=$3; shift 3
-    pretrain_run $arm.py $steps out/across/$arm/$seed --seed $seed --genome data/human_regions.fa.gz \
+pretrain() {                                    # SCRIPT ARM SEED STEPS FLAGS
+    script=$1.py; out=out/across/$2/$3; seed=$3; steps=$4; shift 4
+    pretrain_run $script $steps $out --seed $seed --genome data/human_regions.fa.gz \
         --cache out/across/cache --lr 5e-3 --log_every 500 "$@"
 }
 
@@ -20,14 +20,21 @@ evaluate() {                                    # INIT SEED FLAGS
 
 evaluate kmer 41
 bert="--block_size 34 --n_layer 2 --n_head 4 --n_embd 64 --dropout 0"
+gems="$bert --k 3 --n_inner 256 --batch_size 64 --micro_batch_size 32"
 for seed in 41 42 43; do                        # 7.1 TFLOP each: 2.960, 1.368 and 1.230 GFLOP a step
-    pretrain randommask $seed 2400 $bert --k 4 --batch_size 128 --micro_batch_size 128 --warmup 120
-    pretrain cm_gems $seed 5190 $bert --k 3 --n_inner 256 --batch_size 64 --micro_batch_size 32 --switch_after 2076
-    pretrain findna $seed 5774 --length 64 --n_layer 1 --track_size 6 --hidden 96 --batch_size 32 \
+    pretrain randommask randommask $seed 2400 $bert --k 4 --batch_size 128 --micro_batch_size 128 --warmup 120
+    pretrain cm_gems cm_gems $seed 5190 $gems --switch_after 2076
+    pretrain findna findna $seed 5774 --length 64 --n_layer 1 --track_size 6 --hidden 96 --batch_size 32 \
         --micro_batch_size 32
     for arm in randommask cm_gems findna; do
         network=; [ $arm != findna ] || network="--eval_network teacher"
         evaluate out/across/$arm/$seed/last.pt $seed $network
         evaluate random:out/across/$arm/$seed/last.pt $seed
+    done
+done
+for arm in genemask random; do                  # the longer budget of experiment B
+    for seed in 41 42 43; do
+        pretrain cm_gems $arm $seed 5190 $gems --strategy $arm
+        evaluate out/across/$arm/$seed/last.pt $seed
     done
 done
