@@ -55,7 +55,7 @@ CACHE_FORMAT = 3                                             # of the genome cac
 PLANTED, OTHER = "other users can write to it", "another version of this program made it"
 DEMO_MOTIF = "TGACTCAGCATG"                                  # planted in the demo genome and in the demo task
 NEAR_K, NEAR_SHARE, NEAR_RUN = 15, 0.5, 64                   # near-duplicates: see similar_groups
-KMER = 5                                                     # k of the k-mer floor: kmer_counts
+KMER = 5                                                     # k of the 5-mer baseline: kmer_counts
 SPLITS = {"train": 0, "dev": 1, "val": 1, "validation": 1, "test": 2}          # what a column split may say
 
 
@@ -297,9 +297,9 @@ class Genome:
                          min(held_out[i], sizes[j] - held_out[j]) for j, other in group if j != i)
                 n_leaked += max(0, *leaks)
         kind, n = "warning" if n_leaked else "note", sum(map(len, groups)) - len(groups)
-        return [f"{kind}: {n:,} contigs repeat another one, on either strand "
-                f"({names[groups[0][1][0]]} is {names[groups[0][0][0]]}, ...): {n_leaked:,} of "
-                f"{held_out.sum():,} held-out bases are also trained on; give each once"]
+        return [f"{kind}: {n:,} of the contigs repeat another, on either strand ("
+                f"{names[groups[0][1][0]]} is {names[groups[0][0][0]]}, ...): {n_leaked:,} of "
+                f"{held_out.sum():,} held-out bases are also trained on; give each contig once"]
 
     def held_out(self, length, val_contigs=()):
         """Return how many bases at the end of each contig are for validation; see split."""
@@ -351,8 +351,8 @@ class Genome:
         parts = self.cut(held_out, length)
         n_bases = [int(np.diff(part).sum()) for part in parts]
         n_contigs = [len(np.unique(np.searchsorted(ends, part[:, 0], side="right"))) for part in parts]
-        lines = [f"reached  by training windows {n_contigs[0]:,} of {len(ends):,} contigs, {n_bases[0]:,} "
-                 f"bases; by validation windows {n_contigs[1]:,}, {n_bases[1]:,} bases"]
+        lines = [f"reach    training windows: {n_bases[0]:,} bases in {n_contigs[0]:,} of {len(ends):,} "
+                 f"contigs; validation windows: {n_bases[1]:,} bases in {n_contigs[1]:,}"]
         sizes, lines = np.diff(ends, prepend=0), lines + self.repeated(held_out)
         if not val_contigs and (held_out[held_out > 0] == sizes[held_out > 0]).all():
             lines.append(f"held out {np.count_nonzero(held_out):,} whole contigs, by a hash of names: no "
@@ -430,7 +430,7 @@ def stoppable(work):
             signal.signal(which, stop)
         yield
     except SystemExit:
-        print(f"stopped  by a signal while {work}; nothing is left of it", file=sys.stderr, flush=True)
+        print(f"stopped  by a signal while {work}; partial files are removed", file=sys.stderr, flush=True)
         raise
     finally:
         for which, handler in before.items():
@@ -1483,7 +1483,7 @@ def add_column_flags(add, *names):
     """Add the flags that say which column of a table is what, and what is between columns."""
     for name in names:
         add(f"--{name}_column", metavar="COLUMN", help=f"tables: the column of the {name}s")
-    add("--delimiter", type=delimiter, help="tables: between columns (.csv: comma, .tsv and .txt: tab)")
+    add("--delimiter", type=delimiter, help="tables: what separates columns (comma in .csv, else tab)")
 
 
 def delimiter(text):
@@ -1601,7 +1601,7 @@ def zeros_and_ones(columns, places):
 
 
 def join_kmers(text, place):
-    """Turn overlapping k-mers with blanks between them into the sequence they were made of."""
+    """Turn overlapping k-mers with spaces between them into the sequence they were made of."""
     k = text.index(" ")
     sequence = text[::k + 1] + text[len(text) - k + 1:]
     if " ".join(sequence[i:i + k] for i in range(len(sequence) - k + 1)) != text:
@@ -1628,7 +1628,7 @@ def read_table(path, classes=None, targets=None, labels=True, multilabel=False, 
         notes["names"] = next(iter(columns.values())) if len(columns) == 1 else None
         for name, place in zip(notes["names"] or (), places):
             if not name or not name.isprintable():
-                raise ValueError(f"{place}: {quoted(name)} is no name; give one, without control characters")
+                raise ValueError(f"{place}: {quoted(name)} is not a name; give one without control codes")
     for column, i in itertools.product(texts, range(len(places))):
         if " " in column[i]:
             column[i] = join_kmers(column[i], places[i])

@@ -287,7 +287,7 @@ def show_views(views, say):
     """Prints for each sequence the student's view, with and without its masked bases, and the teacher's."""
     for n, (view_u, target, view_v) in enumerate(zip(*views)):
         masked = target.any(-1)
-        say(f"sequence {n}, {masked.float().mean():.1%} masked (.): student, with and without; teacher")
+        say(f"sequence {n}, {masked.float().mean():.1%} masked (.): student unmasked, student, teacher")
         for view in (view_u + target, view_u, view_v):       # of a noisy view the likeliest bases
             shown = torch.where(masked & (view is view_u), 5, view.argmax(-1))
             say("".join("ACGTN."[i] for i in shown))

@@ -2,7 +2,7 @@
 
     python finetune.py --demo                                         no data; after randommask.py --demo
     python finetune.py --task emp --init out/randommask/last.pt       a group, by the RandomMask protocol
-    python finetune.py --task pd/tata --init hf:DNA_bert_6 random cnn kmer     what does pretraining add?
+    python finetune.py --task pd/tata --init hf:data/DNA_bert_6 random cnn kmer     what does pretraining add?
     torchrun --nproc_per_node 8 finetune.py --task gue28 --seeds 5    8 GPUs share the runs
     python finetune.py --csv my.csv --init out/randommask/last.pt     your table: columns sequence, label
 
@@ -83,7 +83,7 @@ PROTOCOLS = {                                                # name: (numbers, c
     "martinek": (BASE | dict(batch_size=48, weight_decay=0.1, lr=2e-4, select="loss", patience=3, seeds=5),
                  {}),
     "strict": (BASE, {})}                                    # ours: dev from train, test once, MCC
-# Where linear models (probe, k-mer floor) repeat: each run leaves out another share `val` of train
+# Where linear models (probe, 5-mer baseline) repeat: each run leaves out another share `val` of train
 LINEAR = {"findna": dict(val=0.1)}                           # Yu et al., Table 1: five runs
 # Both CNNs' Adam
 CNN = dict(batch_size=32, lr=1e-3, weight_decay=0.0, warmup=0, schedule="constant", grad_clip=1e9)
@@ -672,7 +672,7 @@ def count_unfit(net, rows):
 
 def n_bases(net, rows):
     """Number of A, C, G and T that the network reads of each sequence; of 0, its outputs mean nothing."""
-    if net is None:                                          # the k-mer floor
+    if net is None:                                          # the 5-mer baseline
         return data.bases_read(rows, np.diff(rows.offsets), data.KMER)
     check_pairs(net.spec, rows)
     if rows.first is None:
@@ -1064,7 +1064,7 @@ def read_benchmark(path):
             r"[\w-][\w.-]*(/[\w-][\w.-]*)*", name)         # it becomes a folder in --out
         for wrong, what, advice in (
                 (wrong_name, "name", "give each set a name of its own, of letters, digits, _ . - and /"),
-                (not there, "files", f"name one to three tables in {folder or '.'}, blanks between them"),
+                (not there, "files", f"name one to three tables in {folder or '.'}, spaces between them"),
                 (line["metric"] not in metrics, "metric", f"use one of {', '.join(metrics)}"),
                 (targets and labels, "targets", "give targets or multilabel, not both"),
                 (line["protocol"] not in ("", *PROTOCOLS), "protocol", f"use one of {', '.join(PROTOCOLS)}")):
@@ -1267,7 +1267,7 @@ def run_one(task, splits, key, start, args, device):
             print(f"{title} | {done_before(row, args.out)}", flush=True)
             return identity
     net, seen = None, data.rows_in(parts["test"], train)
-    if spec["kind"] in HEADS:                                # the k-mer floor has no network
+    if spec["kind"] in HEADS:                                # the 5-mer baseline has no network
         net = build_net(spec | {"pool": args.pool}, start.weights, key["seed"]).to(device)
     sizes = {split: len(rows.labels) for split, rows in parts.items() if rows}
     counts = count_rows(parts, net, seen)
@@ -1434,7 +1434,7 @@ def gather_ids(ids, world):
 def print_table(out, ids):
     """The results of this command beside the papers' numbers."""
     from tools import table                                  # the one import of a tool
-    print(f"\nThe runs of this command; all of {out}: python -m tools.table {out}\n")
+    print(f"\nThe runs of this command (for all runs in {out}: python -m tools.table {out})\n")
     sys.stdout.reconfigure(errors="replace")                 # an ASCII terminal has no plus-minus sign
     print("\n".join(table.make_table(table.read_runs(out, ids)).lines), flush=True)
 
@@ -1447,7 +1447,8 @@ def add_protocol_flags(parser):
     add("--seeds", type=positive, help="number of repeats (default: the protocol's)")
     add("--seed", type=number(int, 0, 2 ** 31), default=42, help="seed of the first repeat (%(default)s)")
     add("--shots", type=positive, nargs="+", help="few-shot: rows per class (10)")
-    add("--long", choices=("chunk", "truncate"), help="longer than block_size: windows, or cut (chunk)")
+    add("--long", choices=("chunk", "truncate"),
+        help="sequences that do not fit the network: chunk into windows, or truncate (chunk)")
     add("--class_weights", choices=["balanced"], help="each class gets the same share of the loss")
     add("--strands", choices=("augment", "average"),
         help="augment: train on both strands; average: and predict the mean over both (default: as given)")
@@ -1469,7 +1470,7 @@ def parse_args():
     add = group.add_mutually_exclusive_group(required=True).add_argument
     add("--task", nargs="+", help=f"benchmark sets (emp/H3) or groups: {' '.join(data.GROUPS)}")
     add("--csv", type=file_name, nargs="+",
-        help="your tables (sequence, label): one, train and test, or train, dev and test")
+        help="your tables (columns sequence, label): ALL, or TRAIN TEST, or TRAIN DEV TEST")
     add("--tasks", type=file_name, metavar="TABLE",
         help="your benchmark: a .tsv with columns name, files, metric, protocol; a set a line")
     add("--demo", action="store_true", help="a planted motif in synthetic DNA; needs no data")
@@ -1478,7 +1479,8 @@ def parse_args():
     add("--fasta", type=file_name, nargs="+",
         help="reference genome for GenomicBenchmarks' coordinate tables")
     add("--split", type=data.fractions, help="shares of one --csv table (.8,.1,.1)")
-    add("--split_by", metavar="COLUMN", help="--csv: its equal values stay together; or similarity")
+    add("--split_by", metavar="COLUMN",
+        help="--csv: keep rows with equal values in this column in one split; or: similarity")
     add("--targets", nargs="+", metavar="COLUMN", help="--csv: regression on these columns")
     add("--multilabel", nargs="+", metavar="COLUMN", help="--csv: these columns are labels, each 0 or 1")
     data.add_column_flags(add, "sequence", "label")
@@ -1552,7 +1554,7 @@ if __name__ == "__main__":
             if os.path.exists("out/demo/last.pt"):
                 args.init = ["out/demo/last.pt", "random"] if args.init == ["random"] else args.init
             else:
-                print("no out/demo/last.pt (randommask.py --demo makes it): from random weights")
+                print("no out/demo/last.pt (run randommask.py --demo first): starting from random weights")
         device, args.dtype, rank, world = training.set_up(args.device, args.dtype, join=False)
         check_args(args)
         args.own = read_benchmark(args.tasks) if args.tasks else {}

@@ -577,10 +577,10 @@ MODULES = {                                                  # ours: in transfor
 
 
 def kmer_normalizer(k, stride):
-    """Rules (regex, text) of a tokenizer.json that turn DNA, also of k-mers between blanks, into its k-mers.
+    """Rules (regex, text) of a tokenizer.json that turn DNA, also of k-mers between spaces, into its k-mers.
 
     Each base (upper case) is followed by copies (lower case) of the k - 1 bases behind it: ACGT with k = 3
-    becomes AcgCgtGtT. What is shorter than k, or between two strides, is removed; blanks part the rest.
+    becomes AcgCgtGtT. What is shorter than k, or between two strides, is removed; spaces part the rest.
     """
     base, copy, upper = "[ACGTN]", "[acgtn]", [(letter.lower(), letter) for letter in "ACGTN"]
     rules = [*upper, (r"[^\sACGTN]", "N")]
@@ -655,7 +655,7 @@ HOW = {"pairs": False, "strands": "forward", "long": "chunk"}                  #
 
 
 def save_hf(model, folder, classes=(), problem="single_label_classification", card="", stride=1):
-    """Writes a folder that transformers loads; its tokenizer takes DNA, or k-mers between blanks.
+    """Writes a folder that transformers loads; its tokenizer takes DNA, or k-mers between spaces.
 
     model: a Bert, exported with the identity as its (untrained) pooler; or a classifier with .bert, .pooler
     and .out, the names of its outputs in classes, and transformers' problem_type. stride: bases from one

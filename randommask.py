@@ -66,7 +66,7 @@ def parse_args():
     add = parser.add_argument_group("model").add_argument
     add("--k", type=number(int, 1, 9), default=6, help="k-mer length, 1 to 8 (%(default)s)")
     add("--stride", type=positive, default=1,
-        help="bases from a k-mer to the next, 1 to k; k: non-overlapping (%(default)s)")
+        help="bases from one k-mer to the next; k: non-overlapping (%(default)s)")
     add("--block_size", type=number(int, 3), default=512, help="tokens with [CLS] and [SEP] (%(default)s)")
     training.add_size_flag(add)
     add("--n_layer", type=positive, default=12, help="layers (%(default)s)")
@@ -76,8 +76,9 @@ def parse_args():
     add("--init", type=file_name, help="start from these weights: a checkpoint, or hf:FOLDER")
     add = parser.add_argument_group("method").add_argument
     add("--mask", choices=("randommask", "dnabert", "single"), default="randommask",
-        help="what is masked (%(default)s)")
-    add("--p", type=number(float, 1e-9, 1), help="probability of a center (0.15 / tokens of the first span)")
+        help="growing spans, DNABERT's spans, or single tokens (%(default)s)")
+    add("--p", type=number(float, 1e-9, 1),
+        help="probability that a token is the center of a span (0.15 / tokens of the first span)")
     add = training.add_optimization_flags(parser, batch_size=512, micro_batch_size=64, lr=1e-4, warmup="2 %%",
                                           weight_decay=0.01)
     add("--steps", type=positive, help=f"steps; phase edges scale with it ({PAPER_STEPS}; as many passes "

@@ -73,7 +73,7 @@ MAY_CHANGE = ("out", "resume", "init", "genome", "data_dir", "cache", "device", 
               "verify", "ambiguous", "bed")                          # nor these, if "data" is the same
 NEWER = {"strands": "forward", "repeat_weight": 1.0}         # flags that runs of version 0.2 do not know
 DTYPES = ("auto", "float32", "bfloat16", "float16")
-AUTO = "auto: on CUDA bfloat16, or float16 where the GPU lacks it"
+AUTO = "auto: bfloat16 on CUDA (float16 if the GPU lacks it), float32 on a CPU (%(default)s)"
 SKIPS = 100                                                  # steps in a row that float16 may skip
 TIMED = (5, 20)                                              # steps after the start: speed is taken between
 # BERT's miniatures (Turc et al. 2019, "Well-Read Students Learn Better"; mini: RandomMask's BERT-mini). What
@@ -155,8 +155,8 @@ def share(text):
 
 def add_size_flag(add):
     """Adds --size, by which parse_flags replaces defaults."""
-    add("--size", choices=SIZES, help="sets the network, --batch_size, --lr ... at once, see docs/use.md; "
-        "a flag that is given wins (base)")
+    add("--size", choices=SIZES, help="defaults of --n_layer, --batch_size, --lr ... for a network of this "
+        "size (base; see docs/use.md)")
 
 
 def file_name(text):
@@ -183,10 +183,11 @@ def new_parser(description, strands=True):
     add("--data_dir", type=folder_name, default="data", help="folder of hg38.fa.gz (%(default)s)")
     add("--cache", type=folder_name, help="folder for the packed genome (default: beside the FASTA)")
     add("--verify", action="store_true", help="compare the packed genome with the FASTA, base by base")
-    add("--ambiguous", choices=("N", "random"), default="N", help="IUPAC codes: N, or one of their bases (N)")
+    add("--ambiguous", choices=("N", "random"), default="N",
+        help="read IUPAC codes as N, or each as a random one of its bases (N)")
     add("--val_contigs", type=lambda text: text.split(","), default=[],
         help="contigs held out for validation, comma-separated (the last 1 %% of each; see docs/data.md)")
-    add("--bed", type=file_name, help="keep to the intervals of this BED file, plain or gzip")
+    add("--bed", type=file_name, help="take windows only from the intervals of this BED file")
     add("--repeat_weight", type=share, default=1.0,
         help="weight of lower-case (soft-masked) bases in the loss, 0 to 1 (%(default)s)")
     if strands:
@@ -230,8 +231,8 @@ def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
     add("--dtype", choices=DTYPES, default="auto", help=AUTO)
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile (default: on CUDA)")
     add("--show_masks", type=positive, metavar="N", help="print what is masked in N sequences, then stop")
-    add("--dry_run", action="store_true", help="say what the run would be and take, measured, then stop")
-    add("--track", choices=TRACKERS, help="send the rows of the log there, too; needs its package")
+    add("--dry_run", action="store_true", help="print what the run needs, time a few steps, then stop")
+    add("--track", choices=TRACKERS, help="also send the log to this tracker (install its package first)")
     add("--demo", action="store_true", help="train a tiny model on a synthetic genome")
 
 
@@ -617,8 +618,8 @@ class Run:
             values[name] = state[name]
         before, here = state.get("device"), self.device.type
         if isinstance(before, str) and before != here:
-            self.say(f"resume   of a run on {plain(before)}: on {here} masks and dropout are others from "
-                     f"here on, also in evaluations")
+            self.say(f"resume   a run from {plain(before)}: on {here}, masks and dropout are drawn "
+                     f"differently from here on, in evaluations too")
         self.start, self.row = state.get("step", 0), state.get("row", {})
         here = torch.tensor([self.start], device=self.device)
         if self.args.resume and all_reduce(here).item() != self.start * self.world:
@@ -941,7 +942,7 @@ def step_of(line):
 
 
 def cut_log(out, start):
-    """Keeps the rows of log.jsonl up to step `start`; lines that are no rows go to log.old.jsonl."""
+    """Keeps the rows of log.jsonl up to step `start`; lines that are not rows go to log.old.jsonl."""
     path, old, lines = os.path.join(out, "log.jsonl"), os.path.join(out, "log.old.jsonl"), []
     with contextlib.suppress(FileNotFoundError), open(path, "rb", opener=no_links) as f:
         lines = [line for line in f.read().split(b"\n") if start and line.strip()]
@@ -949,7 +950,7 @@ def cut_log(out, start):
     if None in steps:
         with open(old, "ab", opener=no_links) as f:
             f.writelines(line + b"\n" for line, step in zip(lines, steps) if step is None)
-        print(f"resume   {path}: {steps.count(None)} lines are no rows of a log, now in {old}", flush=True)
+        print(f"resume   {path}: {steps.count(None)} lines are not log rows; moved to {old}", flush=True)
     with create(path + ".tmp") as f:
         f.writelines(json.dumps(json.loads(line)) + "\n" for line, step in zip(lines, steps)
                      if step is not None and step <= start)
@@ -1061,7 +1062,7 @@ def check_state(state):
     if not all(type(name) is str and torch.is_tensor(x) for name, x in state["model"].items()):
         raise ValueError("'model' is not a dict of tensors")
     if not isinstance(state.get("row", {}), dict):
-        raise ValueError("'row' is no row of a log")
+        raise ValueError("'row' is not a row of a log")
     flags = leaves([state["config"], state["args"], state.get("row")])
     if not all(isinstance(x, (str, int, float, type(None))) for x in flags):
         raise ValueError("'config', 'args' or 'row' holds more than numbers and text")

@@ -192,7 +192,7 @@ if __name__ == "__main__":
     parser.add_argument("folder", type=file_name, metavar="FOLDER", help="new folder to write")
     parser.add_argument("--init", type=file_name, required=True, help="checkpoint, or hf:FOLDER")
     parser.add_argument("--eval_network", choices=("teacher", "student"),
-                        help="FinDNA: network to export (teacher if there)")
+                        help="FinDNA: network to export (as finetune.py)")
     parser.add_argument("--license", type=matching(r"[a-z0-9.+-]+", "one such as mit or apache-2.0"),
                         metavar="ID", help="for the card")
     for name, what in ("--base_model", "what it was trained from"), ("--hub_id", "where it will be uploaded"):

@@ -33,7 +33,7 @@ PARTS = "key", "init", "weights", "data", "mode", *FIELDS, "seed"              #
 PROBE = " (linear probe)"                                    # after a metric of paper.csv
 UNLIKE = "§"                                                 # on other rows than the published split
 LEGEND = ("100 x mean ± sd (seeds); the best of ours is bold; † a run collapsed (one prediction for all); "
-          f"‡ without runs of undefined score; {UNLIKE} other rows than published (see the footnote): not in "
+          f"‡ runs without a score are left out; {UNLIKE} other rows than published (footnote): not in "
           "means, not compared with papers.")
 
 Key = namedtuple("Key", "task shots metric")                 # of a row of the table

@@ -110,13 +110,13 @@ def read_alleles(place, columns, contig, genome, args):
 
 
 def why_not(place, ref, alt):
-    """Return why an ALT is not scored, None if it can be; ValueError if it is no allele."""
+    """Return why an ALT is not scored, None if it can be; ValueError if it is not an allele."""
     if DNA.fullmatch(ref) and DNA.fullmatch(alt):
         return "ALT equals REF" if alt.upper() == ref.upper() else None
     for reason, pattern in UNSCORED.items():
         if re.fullmatch(pattern, alt, re.I):
             return reason
-    raise ValueError(f"{place}: ALT {data.quoted(alt)} is no allele; use DNA letters, <NAME>, * or .")
+    raise ValueError(f"{place}: ALT {data.quoted(alt)} is not an allele; use DNA letters, <NAME>, * or .")
 
 
 def trimmed(contig, start, ref, alt, limit):

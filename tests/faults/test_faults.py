@@ -316,7 +316,8 @@ def test_another_device_is_named(fresh):
     state = training.load("out/last.pt")
     assert state["device"] == "cpu"
     torch.save(state | {"device": "cuda\x1b[2J"}, "out/last.pt")
-    assert "resume   of a run on cuda\\x1b[2J: on cpu masks and dropout are others" in go("randommask").out
+    printed = go("randommask").out
+    assert "resume   a run from cuda\\x1b[2J: on cpu, masks and dropout are drawn differently" in printed
 
 
 @each("kill -9 of a run of two threads", [2], {})

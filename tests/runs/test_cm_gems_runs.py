@@ -151,7 +151,7 @@ def test_a_run_says_what_its_windows_reach(out, tmp_path):
                   "--n_head", 1, "--n_embd", 8, "--n_inner", 8, "--steps", 1, "--batch_size", 4,
                   "--micro_batch_size", 4, "--eval_windows", 2, "--out", out],
                  script="cm_gems.py")
-    reached = "reached  by training windows 1 of 10 contigs, 2,970 bases; by validation windows 1, 30 bases"
+    reached = "reach    training windows: 2,970 bases in 1 of 10 contigs; validation windows: 30 bases in 1"
     assert result.code == 0 and reached in result.out, result
     assert "warning" not in result.out and "0.03 passes over the bases reached" in result.out, result
 

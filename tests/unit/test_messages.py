@@ -85,13 +85,13 @@ def test_contigs_that_repeat_others(tmp_path, val_contigs):
                 place = ("a", at) if name == "b" else ("c", len(text) - 1 - at)
             held.append(place) if at >= len(text) - n else trained.add(place)
     _, (_, line, *_) = genome.reach(30, val_contigs)
-    assert "2 contigs repeat another one, on either strand (b is a, ...)" in line
+    assert "2 of the contigs repeat another, on either strand (b is a, ...)" in line
     assert f": {sum(place in trained for place in held):,} of {len(held):,} held-out bases are also" in line
     alone = data.Genome(write_fasta(tmp_path / "h.fa", {name: texts[name] for name in "acd"}))
     assert "repeat" not in " ".join(alone.reach(30)[1])
     short = {"d": texts["d"], "x": "ACGT" * 4 + "A", "y": "T" + "ACGT" * 4, "z": "C" * 17}
     [line] = data.Genome(write_fasta(tmp_path / "s.fa", short)).repeated(np.zeros(4, int))
-    assert line.startswith("note: 1 contigs repeat another one, on either strand (y is x, ...)")
+    assert line.startswith("note: 1 of the contigs repeat another, on either strand (y is x, ...)")
 
 
 def test_steps_that_cannot_be_kept_any_more(tmp_path, capsys):
