@@ -450,7 +450,12 @@ MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
     "shares that depend on the length": ('seen["numbers"][row] / seen["uniform"]', 'seen["numbers"][row]'),
     "observations of any step are one": ('row["arm"], row["step"]), []', 'row["arm"], 9), []'),
     "random weights of several networks are one arm": ("arm_of(row, len(random) > 1)", "arm_of(row)"),
-    "any metric is the score": ('row["test"][metric] if metric else row["score"]', 'row["score"]'),
+    "any metric is the score": ('row["test"].get(metric) if metric else row["score"]', 'row["score"]'),
+    "runs without a checkpoint have no seed": ('(row["init"], row["seed"])', '(row["init"], None)'),
+    "training sizes are datasets": ("gaps = by_dataset(tasks, gaps)", "pass"),
+    "sets of a benchmark are one dataset": ("task if task in data.TASKS else re.sub", "re.sub"),
+    "rows of other settings are averaged": ("alike.setdefault(key, value) != value", "False"),
+    "the settings of a seed": ("(place, settings), ((*place, seed)", "((*place, seed), settings), ((*place, seed)"),
     "rows of other machines are lost": ("for row in [*old, *rows]}", "for row in rows}"),
     "every run is looked into": ("[*kept, os.path.join(folder, \"last.pt\")] if kept else []",
                                  "[*kept, os.path.join(folder, \"last.pt\")]")})

@@ -30,8 +30,8 @@ TABLE = re.compile(r"(<!-- rows: ([^>]+) -->\n?).*?(<!-- end -->)", re.S)
 CHECKPOINT = re.compile(r"(random:)?out/[^/]+/([^/]+)/(\d+)/last\.pt")
 DRAWS = 10_000                                               # of the bootstrap
 WINDOWS = 128                                                # whose attention is averaged
-# That an arm is better than another. gaps: (tasks, seeds), None where not run; p over the tasks, the seeds
-Comparison = namedtuple("Comparison", "claim mode primary gaps interval p verdict")
+# That an arm is better than another. gaps: (datasets, seeds), None where not run; p over datasets, over seeds
+Comparison = namedtuple("Comparison", "claim mode primary sets gaps interval p verdict")
 
 
 def read_rows(path):
@@ -41,13 +41,14 @@ def read_rows(path):
 
 
 def arm_of(row, several=False):
-    """(arm, seed of its pretraining) of a row of finetune.py; seed None where nothing was pretrained.
+    """(arm, seed) of a row of finetune.py: the seed of the pretraining, that of a run without any (penguinn),
+    or None for 5-mers, which do not depend on one.
 
     several: the experiment has random weights of several networks, which are told apart.
     """
     found = CHECKPOINT.fullmatch(row["init"])
     if not found:
-        return {"kmer": "5-mers"}.get(row["init"], row["init"]), None
+        return ("5-mers", None) if row["init"] == "kmer" else (row["init"], row["seed"])
     random, arm, seed = found.groups()
     words = [arm if several or not random else "", "random weights" if random else "",
              "" if random else row["overrides"].get("eval_network"),
@@ -56,18 +57,27 @@ def arm_of(row, several=False):
 
 
 def read_scores(name, root=ROOT, metric=None):
-    """{(mode, arm): {task: {seed of the pretraining: [100 x score, one per run]}}} of an experiment.
+    """{(mode, arm): {task: {seed of arm_of: [100 x score, one per run]}}} of an experiment.
 
-    metric: another one of the test rows, as "auroc".
+    metric: another one of the test rows, as "auroc"; tasks that have none (of more than two classes) are left
+    out. ValueError if an arm's rows of a task differ in their settings, or those of a seed in their weights.
     """
+    alike = {}
     rows, scores = read_rows(os.path.join(root, "results", f"{name}.jsonl")), {}
     random = {found[2] for row in rows if (found := CHECKPOINT.fullmatch(row["init"])) and found[1]}
     for row in rows:
         arm, seed = arm_of(row, len(random) > 1)
         task = f"{row['task']} {row['shots']}-shot" if row["shots"] else row["task"]
-        runs = scores.setdefault((row["mode"], arm), {}).setdefault(task, {}).setdefault(seed, [])
-        score = row["test"][metric] if metric else row["score"]
-        runs.append(np.nan if score is None else 100 * score)
+        place = row["mode"], arm, task
+        settings = [row.get(key) for key in ("protocol", "overrides", "numbers")]
+        for key, value in (place, settings), ((*place, seed), row.get("weights")):
+            if alike.setdefault(key, value) != value:
+                raise ValueError(f"results/{name}.jsonl: {arm} on {task}, seed {seed}: rows of other "
+                                 f"settings or weights; keep those of one kind")
+        score = row["test"].get(metric) if metric else row["score"]
+        if score is not None or not metric:
+            runs = scores.setdefault((row["mode"], arm), {}).setdefault(task, {}).setdefault(seed, [])
+            runs.append(np.nan if score is None else 100 * score)
     return scores
 
 
@@ -84,25 +94,32 @@ def differences(x, y):
     return tasks, np.array([[value(x[t], s) - value(y[t], s) for s in seeds] for t in tasks])
 
 
+def by_dataset(tasks, gaps):
+    """gaps (tasks, seeds) -> (datasets, seeds): means over the training sizes of a dataset, as "worm/100"
+    and "worm/1000", "prom_core 10-shot" and "50-shot": they share test rows, so they are not independent."""
+    names = [task if task in data.TASKS else re.sub(r"( \d+-shot|/\d+)$", "", task) for task in tasks]
+    return np.array([gaps[[name == of for of in names]].mean(0) for name in dict.fromkeys(names)])
+
+
 def interval(gaps, draws=DRAWS):
-    """95 % interval of the mean of gaps (tasks, seeds): both are drawn anew, with replacement."""
+    """95 % interval of the mean of gaps (datasets, seeds): both are drawn anew, with replacement."""
     rng = np.random.default_rng(0)
-    tasks = rng.integers(gaps.shape[0], size=(draws, gaps.shape[0], 1))
+    sets = rng.integers(gaps.shape[0], size=(draws, gaps.shape[0], 1))
     seeds = rng.integers(gaps.shape[1], size=(draws, 1, gaps.shape[1]))
-    return np.percentile(gaps[tasks, seeds].mean((1, 2)), [2.5, 97.5])
+    return np.percentile(gaps[sets, seeds].mean((1, 2)), [2.5, 97.5])
 
 
 def p_values(gaps):
-    """Two-sided p of gaps (tasks, seeds): Wilcoxon's over means of tasks, paired t over means of seeds."""
+    """Two-sided p of gaps (datasets, seeds): Wilcoxon's over datasets' means, paired t over seeds' means."""
     with warnings.catch_warnings():                          # too few values give nan, which is printed
         warnings.simplefilter("ignore")
-        tasks, seeds = gaps.mean(1), gaps.mean(0)
-        over_tasks = stats.wilcoxon(np.round(tasks, 8)).pvalue if len(tasks) > 1 and tasks.any() else np.nan
-        return over_tasks, stats.ttest_1samp(seeds, 0).pvalue if len(seeds) > 1 else np.nan
+        sets, seeds = gaps.mean(1), gaps.mean(0)
+        over_sets = stats.wilcoxon(np.round(sets, 8)).pvalue if len(sets) > 1 and sets.any() else np.nan
+        return over_sets, stats.ttest_1samp(seeds, 0).pvalue if len(seeds) > 1 else np.nan
 
 
 def verdict(gaps, low, high, p):
-    """The rule of results/PLAN.md for the claim that an arm is better than another; gaps (tasks, seeds)."""
+    """The rule of results/PLAN.md for the claim that an arm is better; gaps (datasets, seeds)."""
     if min(gaps.shape) < 2:
         return "cannot tell"
     return "held" if low > 0 and p < 0.05 else "not held" if high < 1 else "cannot tell"
@@ -112,12 +129,14 @@ def compare(line, root=ROOT):
     """A line of comparisons.csv -> Comparison."""
     scores, arms = read_scores(line["experiment"], root, line["metric"]), [line["a"], line["b"]]
     mode = ", ".join(filter(None, [line["mode"], line["metric"].upper()]))
-    x = Comparison(" > ".join(arms), mode, bool(line["primary"]), None, None, None, "not run")
+    x = Comparison(" > ".join(arms), mode, bool(line["primary"]), None, None, None, None, "not run")
     if any((line["mode"], arm) not in scores for arm in arms):
         return x
-    _, gaps = differences(*[scores[line["mode"], arm] for arm in arms])
+    tasks, gaps = differences(*[scores[line["mode"], arm] for arm in arms])
+    gaps = by_dataset(tasks, gaps)
     (low, high), p = interval(gaps), p_values(gaps)
-    return x._replace(gaps=gaps, interval=(low, high), p=p, verdict=verdict(gaps, low, high, p[0]))
+    result = verdict(gaps, low, high, p[0])
+    return x._replace(sets=len(tasks), gaps=gaps, interval=(low, high), p=p, verdict=result)
 
 
 def comparison_lines(root=ROOT):
@@ -131,12 +150,15 @@ def comparison_lines(root=ROOT):
 
 def comparison_rows(name, root=ROOT):
     """Cells of the table of an experiment's comparisons; the primary one is bold."""
-    rows = [["claim", "mode", "sets", "seeds", "difference [95 %]", "p, sets", "p, seeds", "verdict"]]
+    rows = [["claim", "mode", "datasets", "seeds", "difference [95 %]", "p, datasets", "p, seeds", "verdict"]]
     for x in (compare(line, root) for line in comparison_lines(root)[name]):
         claim = f"**{x.claim}**" if x.primary else x.claim
-        numbers = [""] * 5 if x.gaps is None else [
-            *map(str, x.gaps.shape), f"{x.gaps.mean():+.1f} [{x.interval[0]:+.1f}, {x.interval[1]:+.1f}]",
-            *[f"{p:.2g}" for p in x.p]]
+        numbers = [""] * 5
+        if x.gaps is not None:
+            datasets, seeds = x.gaps.shape
+            numbers = [f"{datasets} ({x.sets} sets)" if x.sets > datasets else str(datasets), str(seeds),
+                       f"{x.gaps.mean():+.1f} [{x.interval[0]:+.1f}, {x.interval[1]:+.1f}]",
+                       *[f"{p:.2g}" for p in x.p]]
         rows.append([claim, x.mode, *numbers, x.verdict])
     return rows
 
@@ -144,8 +166,8 @@ def comparison_rows(name, root=ROOT):
 def primary_text(name, root=ROOT):
     """An experiment's primary comparison in words, for a cell of another table."""
     [row] = [row for row in comparison_rows(name, root) if row[0].startswith("**")]
-    claim, _, sets, seeds, difference, *_, result = row
-    return f"{claim.strip('*')}: {difference}, {sets} sets, {seeds} seeds: {result}"
+    claim, _, datasets, seeds, difference, *_, result = row
+    return f"{claim.strip('*')}: {difference}, {datasets.split()[0]} datasets, {seeds} seeds: {result}"
 
 
 def spread(values):

@@ -63,18 +63,62 @@ def test_random_weights_of_several_networks_are_told_apart(tmp_path):
                       ("probe", "short, random weights"): {"emp/H3": {1: [25]}}}
 
 
+def test_runs_without_a_checkpoint_are_paired_by_their_seed(tmp_path):
+    write_experiment(tmp_path, {(checkpoint("long", seed), "emp/H3", None): [score]
+                                for seed, score in ((1, 0.5), (2, 0.75))})
+    path = tmp_path / "results/toy.jsonl"
+    rows = evidence.read_rows(path)
+    rows += [row | {"init": "penguinn", "seed": seed, "score": 0.25} for seed, row in zip((1, 2), rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    scores = evidence.read_scores("toy", tmp_path)
+    assert scores["probe", "penguinn"] == {"emp/H3": {1: [25], 2: [25]}}
+    _, gaps = evidence.differences(scores["probe", "long"], scores["probe", "penguinn"])
+    np.testing.assert_allclose(gaps, [[25, 50]])
+
+
+@pytest.mark.parametrize("key, other, seed", [
+    ("overrides", {"epochs": 5}, 2), ("protocol", "findna", 1), ("numbers", {"lr": 1}, 2), ("weights", "b", 1)])
+def test_rows_of_other_settings_are_not_averaged(tmp_path, key, other, seed):
+    """Settings are those of an arm on a set; weights differ between the seeds, but not within one."""
+    write_experiment(tmp_path, {(checkpoint("long", 1), "emp/H3", None): [0.5, 0.7],
+                                (checkpoint("long", 2), "emp/H3", None): [0.5]})
+    path = tmp_path / "results/toy.jsonl"
+    rows = [row | {"weights": row["init"]} for row in evidence.read_rows(path)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evidence.read_scores("toy", tmp_path)["probe", "long"]["emp/H3"] == {1: [50, 70], 2: [50]}
+    rows[seed] |= {key: other}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=f"results/toy.jsonl: long on emp/H3, seed {seed}: rows of other"):
+        evidence.read_scores("toy", tmp_path)
+
+
+def test_training_sizes_of_a_dataset_are_one(tmp_path):
+    """Sets of one benchmark (tf_m/0, tf_m/1) are several datasets."""
+    tasks = ["tf_m/0", "tf_m/1", "prom_core 10-shot", "silencer 10-shot", "prom_core 100-shot", "worm/100",
+             "worm/8080"]
+    gaps = np.array([[1, 10], [2, 20], [3, 30], [4, 40], [5, 50], [6, 60], [8, 80.0]])
+    np.testing.assert_allclose(evidence.by_dataset(tasks, gaps),
+                               [[1, 10], [2, 20], [4, 40], [4, 40], [7, 70]])
+    write_experiment(tmp_path, {(checkpoint(arm, seed), f"worm/{n}", None): [score]
+                                for arm, score in (("long, teacher", 0.5), ("short", 0.25))
+                                for seed in (1, 2) for n in (100, 1000)})
+    first, _ = evidence.comparison_rows("toy", tmp_path)[1:]
+    assert first[2:] == ["1 (2 sets)", "2", "+25.0 [+25.0, +25.0]", "nan", "0", "cannot tell"]
+
+
 def test_another_metric(tmp_path):
-    """A comparison, and a table of scores, by a metric that is not the set's own."""
+    """A comparison, and a table of scores, by a metric that is not the set's own and that not all have."""
     write_experiment(tmp_path, {(checkpoint(arm, seed), "emp/H3", None): [0.5]
                                 for arm in ("a", "b") for seed in (1, 2)})
     path = tmp_path / "results/toy.jsonl"
     rows = [row | {"test": {"auroc": 0.75 if "/a/" in row["init"] else 0.5}}
             for row in evidence.read_rows(path)]
+    rows += [row | {"task": "ssp/reconstructed", "test": {"auroc": None}} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "results/comparisons.csv").write_text(
         "experiment,mode,metric,a,b,primary\ntoy,probe,,a,b,1\ntoy,probe,auroc,a,b,\ntoy,probe,auroc,a,c,\n")
     _, own, auroc, missing = evidence.comparison_rows("toy", tmp_path)
-    assert own[:5] == ["**a > b**", "probe", "1", "2", "+0.0 [+0.0, +0.0]"]
+    assert own[:5] == ["**a > b**", "probe", "2", "2", "+0.0 [+0.0, +0.0]"]
     assert auroc[:5] == ["a > b", "probe, AUROC", "1", "2", "+25.0 [+25.0, +25.0]"]
     assert missing == ["a > c", "probe, AUROC", *[""] * 5, "not run"]
     assert evidence.score_rows("toy", "probe", "auroc", root=tmp_path)[1] == ["emp/H3", "75.0 ± 0.0 (2)",
@@ -89,7 +133,7 @@ def test_documents_are_filled(tmp_path):
     text = ("a\n| <!-- rows: toy primary -->old<!-- end --> | b |\n"
             "<!-- rows: toy scores probe -->\nold\n<!-- end -->\nc\n")
     assert evidence.fill(text, tmp_path) == (
-        "a\n| <!-- rows: toy primary -->long, teacher > short: +25.0 [+25.0, +25.0], 2 sets, 2 seeds: "
+        "a\n| <!-- rows: toy primary -->long, teacher > short: +25.0 [+25.0, +25.0], 2 datasets, 2 seeds: "
         "cannot tell<!-- end --> | b |\n"
         "<!-- rows: toy scores probe -->\n| set | long, teacher | short |\n|---|---|---|\n"
         "| emp/H3 | 51.5 ± 0.7 (2) | 26.5 ± 0.7 (2) |\n| emp/H4 | 51.5 ± 0.7 (2) | 26.5 ± 0.7 (2) |\n"
