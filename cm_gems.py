@@ -357,14 +357,14 @@ if __name__ == "__main__":
         if args.npmi_only:
             run.say(header, *lines[:20], "...", *lines[20:][-20:], about_npmi, sep="\n")
             training.finish()
-        run.check_memory(build_model, args.block_size)
+        bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
+        run.check_memory(build_model, args.block_size)       # of what the genome leaves
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
         parts = {"model": model, "optimizer": optimizer}
 
         length = args.block_size - 1                         # bases of a whole piece: 511 for 512
         train, val = (data.window_table(part, length) for part in genome.split(length, args.val_contigs))
-        bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
         in_force = "genemask" if args.strategy == "cm_gems" else args.strategy
         curriculum = {"strategy": in_force, "perplexities": [], "switch_step": None}
         if run.writes:

@@ -947,7 +947,7 @@ def in_repeats(windows, starts, edges):
     if edges is None:
         return None
     at = torch.arange(windows.shape[1], device=edges.device)
-    at = torch.from_numpy(starts).to(edges.device)[:, None] + at
+    at = to_device(starts, edges.device)[:, None] + at
     return torch.searchsorted(edges, at, right=True) % 2 == 1
 
 
@@ -966,8 +966,8 @@ def token_weights(soft, k, stride, repeat_weight):
 
 
 def resident(bases, device):
-    """Move the bases to a GPU where they take less than a third of its memory; else leave them."""
-    if device.type == "cuda" and bases.nbytes < torch.cuda.get_device_properties(device).total_memory / 3:
+    """Move the bases to a GPU where they take less than a third of its free memory; else leave them."""
+    if device.type == "cuda" and bases.nbytes < torch.cuda.mem_get_info(device)[0] / 3:
         return torch.from_numpy(bases).to(device)
     return bases
 

@@ -321,6 +321,13 @@ if __name__ == "__main__":
         complete_args(args)
         run = training.Run(args, writes=not args.show_masks)
         device = run.device
+        genome = data.open_genome(args.genome, args.data_dir, args.cache, args.ambiguous, args.verify)
+        genome.restrict(args.bed)
+        repeats = genome.repeats(args.repeat_weight, device)
+        train, val = (data.window_table(part, args.length)
+                      for part in genome.split(args.length, args.val_contigs))
+        windows = data.draw_starts(train, args.windows, np.random.default_rng((args.seed, 0, 1, 2)))
+        bases = data.resident(genome.bases, device)
         run.check_memory(build_model, args.length + args.n_cls, teachers=args.objective != "mnm")
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
@@ -333,14 +340,6 @@ if __name__ == "__main__":
         parts = {"model": model, "optimizer": optimizer}
         if teacher:
             parts |= {"teacher": teacher, "center": center}
-
-        genome = data.open_genome(args.genome, args.data_dir, args.cache, args.ambiguous, args.verify)
-        genome.restrict(args.bed)
-        repeats = genome.repeats(args.repeat_weight, device)
-        train, val = (data.window_table(part, args.length)
-                      for part in genome.split(args.length, args.val_contigs))
-        windows = data.draw_starts(train, args.windows, np.random.default_rng((args.seed, 0, 1, 2)))
-        bases = data.resident(genome.bases, device)
         if run.writes:
             run.open("findna", model.config, genome.fingerprint, parts)
 

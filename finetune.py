@@ -256,7 +256,7 @@ class BertHead(nn.Module):
     def forward(self, *inputs):
         *windows, n_windows = inputs
         x = models.in_parts(self.read_window, self.micro_batch_size, *windows)
-        x = models.over_windows(x, n_windows).float()
+        x = models.over_windows(x.float(), n_windows)
         return self.out(F.dropout(x, self.p, self.training))
 
     def sums(self, tokens, mask, layer=None):

@@ -160,7 +160,7 @@ class Bert(nn.Module):
         if labels is None:
             return self.decode(x)[..., :self.config.vocab_size]
         at, wanted = labelled_positions(labels, capacity)
-        losses = F.cross_entropy(self.decode(x.flatten(0, 1)[at]), wanted,
+        losses = F.cross_entropy(self.decode(x.flatten(0, 1)[at]).float(), wanted,       # its log, too
                                  reduction="sum" if weights is None else "none")
         loss_sum = losses if weights is None else (losses * weights.flatten()[at]).sum()
         count = (labels != -100).sum()
@@ -536,7 +536,8 @@ def copy_weights(model, init, load):
 def labelled_positions(labels, capacity=None):
     """labels (B, T) -> flat indices (N,) of the labelled positions, in order, and their labels (N,).
 
-    N = capacity; spare slots hold index 0 and label -100. Without capacity, N is the next multiple of 256:
+    N = capacity; spare slots have label -100 and each another index, since the backward pass on a GPU goes
+    through equal ones in turn. Without capacity, N is the next multiple of 256:
     if the shape changed at every step, a CPU's heap would fragment and grow without end.
     """
     flat = labels.flatten()
@@ -545,7 +546,8 @@ def labelled_positions(labels, capacity=None):
         capacity = -(-int(wanted.sum()) // 256) * 256
     number = wanted.cumsum(0) - 1
     slot = torch.where(wanted & (number < capacity), number, capacity)
-    at = flat.new_zeros(capacity + 1).scatter(0, slot, torch.arange(len(flat), device=flat.device))[:capacity]
+    at = torch.arange(capacity + 1, device=flat.device) % len(flat)
+    at = at.scatter(0, slot, torch.arange(len(flat), device=flat.device))[:capacity]
     used = torch.arange(capacity, device=flat.device) <= number[-1]
     return at, torch.where(used, flat[at], -100)
 

@@ -149,14 +149,14 @@ if __name__ == "__main__":
         if args.steps is None:
             complete_args(args, reached)
             run.say(f"steps    {args.steps:,}: the paper's {PAPER_PASSES:.0f} passes over this genome")
-        run.check_memory(build_model, args.block_size)
+        bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
+        run.check_memory(build_model, args.block_size)       # of what the genome leaves
         model = build_model(args).to(device)
         optimizer = training.make_optimizer(model, args.lr, args.weight_decay, BETAS, EPS)
         parts = {"model": model, "optimizer": optimizer}
 
         span = first_span(args.k, args.stride)               # 1 for non-overlapping k-mers
         edges = phase_edges(args.steps) if args.mask == "randommask" else []
-        bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
         if run.writes:
             run.open("randommask", model.config, genome.fingerprint, parts)
 

@@ -364,7 +364,8 @@ def set_up(device, dtype, join=True):
     if world > 1 and join:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)        # a rank that waits for others never sees `leave`
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+            cuda = device.type == "cuda"                     # NCCL connects here if it knows the device
+            dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
         except RuntimeError as e:                            # for instance, another rank left with an error
             raise ValueError(f"rank {rank} cannot join the others ({str(e)[:80]!r}); see their "
                              f"messages") from None
@@ -814,7 +815,7 @@ class Run:
     def mfu(self, flops_per_token):
         """Returns {"mfu": share of the GPU's data-sheet FLOP/s}, {} where that is unknown."""
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else ""
-        known = max((gpu for gpu in PEAK_FLOPS if gpu in name), key=len, default=None)
+        known = max((gpu for gpu in PEAK_FLOPS if re.search(rf"\b{gpu}\b", name)), key=len, default=None)
         return {"mfu": self.speed * flops_per_token / self.world / PEAK_FLOPS[known]} if known else {}
 
     def log(self, row, validate):
@@ -1166,7 +1167,8 @@ def load_run(out, run, fixed=(), **parts):
     restore(state, parts)
     made, here = state.get("made_with"), made_with()
     if isinstance(made, str) and made != here:
-        say(f"resume   of a run made with {plain(made)}; now {here}: last bits may differ")
+        say(f"resume   of a run made with {plain(made)}; now {here}: last bits may differ; on another "
+            f"model of GPU also some random draws")
     if wrong:                                                # or it would replace prev.pt at the next save
         with contextlib.suppress(FileNotFoundError):         # another rank was first
             os.replace(os.path.join(out, "last.pt"), os.path.join(out, "broken.pt"))

@@ -300,6 +300,18 @@ MUTANTS += mutants("training.py", [UNIT["defaults"]], {
 MUTANTS += mutants("randommask.py", [UNIT["before"]], {
     "480,000 steps of every genome": ("if reached is None and (args.genome", "if (args.genome"),
     "passes over another genome": ("/ 2_937_639_113", "/ 3_088_269_832")})
+MUTANTS += mutants("models.py", [UNIT["models"], "-k", "capacity or low_precision"], {
+    "the loss of bfloat16 in bfloat16": (".flatten(0, 1)[at]).float(), wanted",
+                                         ".flatten(0, 1)[at]), wanted"),
+    "spare slots at one index": ("torch.arange(capacity + 1, device=flat.device) % len(flat)",
+                                 "flat.new_zeros(capacity + 1)")})
+MUTANTS += mutants("finetune.py", [UNIT["finetune"], "-k", "windows"], {
+    "windows are added up in bfloat16": ("over_windows(x.float(), n_windows)", "over_windows(x, n_windows)")})
+MUTANTS += mutants("tools/embed.py", [UNIT["strands"], "-k", "per_base"], {
+    "bases in float32 whatever --dtype": ('autocast(rows.bases.device, net.spec["dtype"])',
+                                          'autocast(rows.bases.device, "float32")')})
+MUTANTS += mutants("training.py", [UNIT["training"], "-k", "mfu"], {
+    "an A1000 is an A100": ('if re.search(rf"\\b{gpu}\\b", name)', "if gpu in name")})
 MUTANTS += mutants("models.py", [UNIT["before"]], {
     "attention weights cost nothing": ("3 * c.n_head * T))", "0 * T))")})
 MUTANTS += mutants("models.py", [UNIT["training"]], {
@@ -455,7 +467,7 @@ MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
     "training sizes are datasets": ("gaps = by_dataset(tasks, gaps)", "pass"),
     "sets of a benchmark are one dataset": ("task if task in data.TASKS else re.sub", "re.sub"),
     "rows of other settings are averaged": ("alike.setdefault(key, value) != value", "False"),
-    "the settings of a seed": ("(place, settings), ((*place, seed)", "((*place, seed), settings), ((*place, seed)"),
+    "the settings of a seed": ("in (place, settings), (", "in ((*place, seed), settings), ("),
     "rows of other machines are lost": ("for row in [*old, *rows]}", "for row in rows}"),
     "every run is looked into": ("[*kept, os.path.join(folder, \"last.pt\")] if kept else []",
                                  "[*kept, os.path.join(folder, \"last.pt\")]")})

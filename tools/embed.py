@@ -32,9 +32,10 @@ def per_base(net, rows, micro_batch_size, **layer):
     total, lengths = torch.zeros(len(rows.bases), net.out.in_features), np.diff(rows.offsets)
     count = torch.zeros(len(rows.bases), 1)
     for index in finetune.pieces(net, np.arange(len(lengths)), lengths, micro_batch_size):
-        states, covered = net.per_base(rows, index, **layer)                   # (N, C), (N, width)
+        with training.autocast(rows.bases.device, net.spec["dtype"]):
+            states, covered = net.per_base(rows, index, **layer)               # (N, C), (N, width)
         for at in covered.T:
-            total.index_add_(0, at, states)
+            total.index_add_(0, at, states.float())
             count.index_add_(0, at, torch.ones(len(at), 1))
     states = (total / count).numpy()                         # 0 / 0 is NaN
     return data.mean_of_strands(states) if average else states

@@ -176,7 +176,7 @@ def masked_lm(model, rows, alleles, spans):
     rows, spans = data.on_device(rows, model.device), torch.from_numpy(spans).to(model.device)
     new = [i for i in range(len(alleles)) if not i or alleles[i][:-1] != alleles[i - 1][:-1]]
     edges, device = np.array([*new, len(alleles)]), rows.bases.device
-    with torch.autocast(device.type, torch.bfloat16, enabled=net.spec["dtype"] == "bfloat16"):
+    with training.autocast(device, net.spec["dtype"]):
         for low in training.until_stopped(range(0, len(new), size)):
             part = edges[low:low + size + 1]
             index, one = np.arange(part[0], part[-1]), part[:-1] - part[0]

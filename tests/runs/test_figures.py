@@ -187,8 +187,8 @@ def test_every_curve_is_in_the_picture():
 
 def test_comparisons_are_in_the_picture():
     """Each at its difference, with its interval, in the color of its verdict; the primary one is bold."""
-    made = [evidence.Comparison(f"a > {b}", "probe", b == "b", 1, np.array([[x]]), (x - 1, x + 2), (1, 1), what)
-            for b, x, what in (("b", 3, "held"), ("c", -4, "not held"), ("d", 0, "cannot tell"))]
+    made = [evidence.Comparison(f"a > {b}", "probe", b == "b", 1, np.array([[x]]), (x - 1, x + 2), None, end)
+            for b, x, end in (("b", 3, "held"), ("c", -4, "not held"), ("d", 0, "cannot tell"))]
     [ax] = figures.draw_comparisons({"one": made[:2], "two": made[2:]}).axes
     points = {line.get_label(): line for line in ax.lines if line.get_marker() == "o"}
     assert {name: [*line.get_xdata(), *line.get_ydata()] for name, line in points.items()} == {

@@ -77,7 +77,8 @@ def test_runs_without_a_checkpoint_are_paired_by_their_seed(tmp_path):
 
 
 @pytest.mark.parametrize("key, other, seed", [
-    ("overrides", {"epochs": 5}, 2), ("protocol", "findna", 1), ("numbers", {"lr": 1}, 2), ("weights", "b", 1)])
+    ("overrides", {"epochs": 5}, 2), ("protocol", "findna", 1), ("numbers", {"lr": 1}, 2),
+    ("weights", "b", 1)])
 def test_rows_of_other_settings_are_not_averaged(tmp_path, key, other, seed):
     """Settings are those of an arm on a set; weights differ between the seeds, but not within one."""
     write_experiment(tmp_path, {(checkpoint("long", 1), "emp/H3", None): [0.5, 0.7],

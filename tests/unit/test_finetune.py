@@ -84,6 +84,16 @@ def test_apply_gives_each_sequence_its_own_outputs(n_windows):
     assert all(a + b > n_windows for a, b in zip(windows, windows[1:]))          # and no pass is wasted
 
 
+def test_means_over_windows_are_float32():
+    """A GPU adds up in the dtype of what is added: in bfloat16 the mean of many windows would be coarse."""
+    _, rows = made_rows([34 * 40] * 3)
+    net, seen = bert_head(), []
+    net.out.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        net(*net.inputs(rows, np.arange(3)))
+    assert seen[0].dtype == torch.float32 and not torch.equal(seen[0], seen[0].bfloat16().float())
+
+
 def test_a_model_takes_strings():
     head, texts = bert_head(), ["ACGTACGT", "acgtn", "T" * 80]
     model = finetune.Model("x.pt", head, "cpu")

@@ -75,6 +75,16 @@ def test_per_base_average(kind):
     np.testing.assert_allclose(got, (one + two[::-1]) / 2, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bert", "mixer"])
+def test_per_base_follows_dtype(kind):
+    net, rows = steep(kind), data.on_device(rows_of(TEXTS), "cpu")
+    exact = embed.per_base(net, rows, 4)
+    net.spec["dtype"] = "bfloat16"
+    low = embed.per_base(net, rows, 4)
+    assert low.dtype == np.float32 and not np.array_equal(low, exact)
+    assert np.abs(low - exact).max() < 0.05 * np.abs(exact).max()
+
+
 def seen_in_training(out, monkeypatch, strands, seed=7):
     """[(sequence, label)] of each training step of two epochs."""
     steps, train_batch = [], finetune.train_batch

@@ -165,6 +165,17 @@ def test_dtypes_of_a_gpu_without_bf16(monkeypatch):
     assert training.set_up("cpu", "auto", join=False)[1] == "float32"
 
 
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA A100-SXM4-80GB", 312e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H200", 989e12), ("NVIDIA RTX A1000 Laptop GPU", None), ("NVIDIA A10", None)])
+def test_mfu(make_run, monkeypatch, name, peak):
+    """Peaks: dense bf16, NVIDIA's data sheets."""
+    run = make_run()
+    run.device, run.world, run.speed = torch.device("cuda", 0), 2, 1e6
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert run.mfu(3e8) == ({"mfu": pytest.approx(1e6 * 3e8 / 2 / peak)} if peak else {})
+
+
 def failing(inner):
     """Patch of torch.nn.Module.compile: the first call of what was compiled raises this."""
     def compile_(module):
