@@ -272,7 +272,7 @@ def findna_loss(mnm, cl, alpha):
     return (alpha * mnm.sum(1) + (1 - alpha) * cl.sum(1)) / 9
 
 
-def findna_views(step):
+def findna_views(step, reach=20, *numbers):
     """(view_u, target, view_v) of each micro-batch. There are 23 windows; each epoch shuffles them anew."""
     starts, found = window_starts(30), []
     drawn = starts[np.random.default_rng((SEED, 0, 1, 2)).integers(len(starts), size=23)]
@@ -280,7 +280,7 @@ def findna_views(step):
                             for epoch in range(30)])[(step - 1) * 11:]
     for first, texts, _ in micro_batches(11, step, length=30):
         texts = [TEXT[at:at + 30] for at in order[first:first + len(texts)]]
-        found.append(findna.make_views(encode(texts), "MDIT+NR", 20))
+        found.append(findna.make_views(encode(texts), "MDIT+NR", reach, *numbers))
     return found
 
 
@@ -543,3 +543,40 @@ def test_a_seed_sets_head_dev_and_order(out):
         assert state(1, seed)["total"][0].item() == pytest.approx(train[index].sum().item(), rel=1e-5)
         assert any(loss == pytest.approx(dev.mean().item(), rel=1e-6) for loss in logs)
     assert len(logs) == 2 and (heads[0] - heads[1]).abs().max() > 1e-3
+
+
+NUMBERS = dict(noise=0.5, flip=0.9, translocation=3, mask_rate=0.2, temp_student=0.3, temp_teacher=0.2,
+               ema=0.9, center_momentum=0.7)
+
+
+def test_findna_takes_its_numbers_from_the_flags(out):
+    """Step 5 with other numbers than the paper's: views, Eqs 1 to 8, teacher, center; what is measured."""
+    kept = pretrain("findna", (5,), **MIXER, **NUMBERS, out=out, steps=40, lr=5e-3, cl_space="latent",
+                    alpha=0.3, eval_every=5, eval_windows=10)
+    before, after, row = kept(5)
+    student, teacher = double(before["model"]), double(before["teacher"])
+    mnm, cl, kept_Q = 0, 0, []
+    for view_u, target, view_v in findna_views(5, 3, 0.2, 0.5, 0.9):
+        Q = mixer(teacher, with_cls(view_v))[0][:, -10:]
+        x, logits = mixer(student, with_cls(view_u))
+        q = ((Q - before["center"].double()) / 0.2).softmax(2)
+        mnm -= (target * log_softmax(logits[:, :30])).sum().item()
+        cl -= (q * log_softmax(x[:, -10:] / 0.3)).sum().item()
+        kept_Q.append(Q)
+    want = {"mnm_loss": mnm / 66, "cl_loss": cl / 110, "loss": (0.3 * mnm + 0.7 * cl) / 66, "masked": 0.2}
+    ema = 1 - 0.1 * (1 + math.cos(math.pi * 4 / 40)) / 2
+    for name, w in double(after["teacher"]).items():
+        close(w, ema * teacher[name] + (1 - ema) * double(after["model"])[name], rtol=1e-7, atol=2e-8)
+    center = after["center"].double()
+    close(center, 0.7 * before["center"] + 0.3 * torch.cat(kept_Q).mean(0), rtol=1e-5, atol=1e-7)
+    kl, qs = 0, []
+    for _, texts, _ in micro_batches(10, 0, True, 30):
+        u, _, v0 = findna.make_views(encode(texts), "MDIT+NR", 3, 0.2, 0.5, 0.9)
+        u, v = u.double().softmax(2), v0.double().softmax(2)
+        kl += (u * (u / v).log()).sum().item()               # Eq. 10
+        qs.append(((mixer(double(after["teacher"]), with_cls(v0))[0][:, -10:] - center) / 0.2).softmax(2))
+    want |= {"view_kl": kl / 300, "view_kl_sum": kl / 10}
+    q = torch.cat(qs)
+    entropy = [-(x * x.log()).sum(-1).mean().item() for x in (q, q.mean(0))]
+    want |= {"q_entropy": entropy[0], "mean_q_entropy": entropy[1], "q_information": entropy[1] - entropy[0]}
+    assert {name: row[name] for name in want} == pytest.approx(want, rel=1e-4)

@@ -323,3 +323,27 @@ def test_report_on_real_data(capsys, monkeypatch):
                  "train/500: 15,000 rows", "duplicates 28", "cohn_enh: test.tsv is not there",
                  "Dev_log2_enrichment -3.73 to 7.64, Hk_log2_enrichment -4.12 to 6.91"):
         assert said in out
+
+
+def test_classes_of_the_published_sets():
+    """MTcDNA's species by hand; GenomicBenchmarks' package sorts the class folders before it numbers them."""
+    species = dict(mouse="Mus_musculus Mus_spretus", turtle="Chelonoidis_abingdonii Gopherus_agassizii")
+    want = {name: ("mouse", "turtle").index(of) for of, names in species.items() for name in names.split()}
+    assert data.MTCDNA == want and data.TASKS["mtcdna/4096"].classes == ("mouse", "turtle")
+    sets = [task for task in data.TASKS.values() if task.suite == "GenomicBenchmarks"]
+    assert all(list(task.classes) == sorted(task.classes) for task in sets) and len(sets) == 9
+    assert data.HG38_CONTIGS == ("chr1 chr2 chr3 chr4 chr5 chr6 chr7 chr8 chr9 chr10 chr11 chr12 chr13 chr14 "
+                                 "chr15 chr16 chr17 chr18 chr19 chr20 chr21 chr22 chrX chrY").split()
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="no shared data")
+@pytest.mark.parametrize("name, file, gt, ag", [
+    ("splice_40", "fewshot/Splice-40/test.tsv.gz", 20, 17),
+    ("ssp/reconstructed", "GUE/splice/reconstructed/test.csv.gz", 200, 198)])
+def test_splice_sites_have_their_names(name, file, gt, ag):
+    """An intron begins with GT, at a donor, and ends with AG, at an acceptor."""
+    rows = data.rows_from(*data.read_table(SHARED / file, ["0", "1", "2"]))
+    found = np.array([data.decode(x) for x in np.split(rows.bases, rows.offsets[1:-1])])
+    for site, at, of in (("GT", gt, "donor"), ("AG", ag, "acceptor")):
+        shares = [np.mean([text[at:at + 2] == site for text in found[rows.labels == i]]) for i in range(3)]
+        assert data.TASKS[name].classes[np.argmax(shares)] == of and max(shares) > 0.3

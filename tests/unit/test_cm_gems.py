@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -248,3 +249,23 @@ def test_ranks_share_the_tokens_evenly():
         assert sorted(i for share in shares for i in share) == [*range(len(parts))] and all(shares)
         loads = [sum(tokens[i] for i in share) for share in shares]
         assert 1 - sum(loads) / world / max(loads) < most
+
+
+@pytest.mark.parametrize("style, rule", {"published": (2, True), "textbook": (3, False)}.items())
+def test_the_table_of_a_genome_has_its_style_contigs_and_intervals(tmp_path, style, rule):
+    """Counted, then read from the cache; hg38: GeneMask's chr1, chr2 and chr3."""
+    rng, bed = np.random.default_rng(0), tmp_path / "r.bed"
+    texts = {f"chr{i}": random_dna(3000, rng, "AACGT") for i in (1, 2, 3, 4)}
+    fasta, three = write_fasta(tmp_path / "g.fa", texts), [*texts][:3]
+    bed.write_text("chr1 0 2000\nchr2 0 2000\n")
+    for kept, contigs, name in ((None, ["chr1"], "x"), (None, three[:2], "x"), (bed, three[:2], "x"),
+                                (None, None, "hg38"), (None, None, "x")):
+        genome = data.Genome(fasta)
+        genome.restrict(kept)
+        args = SimpleNamespace(k=3, npmi=style, npmi_contigs=contigs, npmi_table=None, npmi_only=False,
+                               genome=[name])
+        used = contigs or (three if name == "hg38" else texts)
+        want, _ = npmi_by_definition([texts[x][:2000 if kept else None] for x in used], 3, 101, *rule)
+        for _ in range(2):
+            values, *_ = cm_gems.npmi_table(args, genome)
+            assert {word: values[number(word)] for word in want} == pytest.approx(want, abs=1e-12)

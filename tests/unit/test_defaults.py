@@ -6,11 +6,15 @@ Yu: FinDNA (pretraining: sections 3.1 to 3.4 and 4.1). Yu's code: the released o
 """
 import importlib
 import json
+import math
 import sys
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+import cm_gems
+import data
 import finetune
 import training
 
@@ -254,3 +258,45 @@ def test_protocols_equal_the_paper(case, want):
         got = finetune.get_protocol(name, task, shots, init, {})
         assert {number: got[number] for number in want} == want, task
         assert type(got["warmup"]) is type(want.get("warmup", got["warmup"]))  # steps, or a share of them
+
+
+@pytest.mark.parametrize("task, protocol", {
+    "tf_m/0": "randommask", "covid": "randommask", "eap": "randommask", "silencer": "fewshot",
+    "gb/human_enhancers_cohn": "martinek", "mtcdna/1024": "findna", "demo": "strict"}.items())
+def test_the_protocol_of_a_set_is_that_of_its_paper(task, protocol):
+    args = SimpleNamespace(task=[task], own={}, init=["x"], mode="finetune", protocol=None, seeds=None,
+                           shots=None)
+    assert {plan.protocol for plan in finetune.plan_runs(args)} == {protocol}
+
+
+def test_a_regression_is_chosen_by_loss():
+    """PCC is blind to the scale of the predictions: docs/finetune.md, choice 7."""
+    args = SimpleNamespace(mode="finetune", class_weights=None, seed=1, strands=None, split_by=None)
+    start = finetune.Start({"kind": "bert"}, None, "x", "")
+    for name, select in (("eap", "loss"), ("emp/H3", "score")):
+        plan = finetune.Plan(name, None, 0, "x", "randommask", {})
+        key = finetune.make_key(plan, data.TASKS[name], start, "", args)
+        assert key["numbers"]["select"] == select
+
+
+def test_the_dropout_and_blocks_of_a_run():
+    """Yu 4.4: dropout 0.1, also in a ChordMixer; --blocks log2: the first ceil(log2 L) of each layer."""
+    args = SimpleNamespace(pool="mean", head="linear", blocks="log2", strands=None, long=None, dtype="")
+    mixer = {"kind": "mixer", "mixer": dict(length=1010, track_size=28, dropout=0.0), "n_cls": 10}
+    bert = {"kind": "bert", "bert": {"dropout": 0.0}, "k": 6, "stride": 1}
+    for spec in (mixer, bert):
+        numbers = finetune.get_protocol("findna", "emp/H3", None, "", {})
+        made = finetune.complete(spec, {"numbers": numbers}, args, data.TASKS["emp/H3"], 500)
+        assert made[spec["kind"]]["dropout"] == 0.1
+    for longest in (1, 2, 3, 500, 512, 513, 1024, 1025):
+        made = finetune.complete(mixer, {"numbers": {}}, args, data.TASKS["emp/H3"], longest)
+        assert made["n_blocks"] == max(1, math.ceil(math.log2(longest)))
+
+
+def test_logo_and_the_preset_of_the_released_code(defaults):
+    """GM Code-E: FFN 3072 at width 256. Yu's code: center momentum 0.9, 30 epochs, teacher sees edits."""
+    with torch.device("meta"):
+        net = cm_gems.build_model(SimpleNamespace(**defaults("cm_gems", "--model", "logo")))
+    assert sum(p.numel() for p in net.parameters()) == 4_933_125
+    args = defaults("findna", "--preset", "released")
+    assert [args[x] for x in ("center_momentum", "epochs", "steps", "views")] == [0.9, 30, 46_875, "MNR+T"]

@@ -251,3 +251,16 @@ def test_windows_and_guesses():
     np.testing.assert_allclose(findna.guesses(data.encode(text)), want)
     few = "N".join(text[start:start + 50] for start in (0, (len(text) - 50) // 2, len(text) - 50))
     np.testing.assert_allclose(findna.guesses(data.encode(text), 3, 50), findna.guesses(data.encode(few)))
+
+
+def test_entropies_of_a_genome():
+    """Of the demo of randommask.py, against counts of strings."""
+    text = random_dna(9000, np.random.default_rng(0), "AACGT")
+    text = "".join(a + ("C" if a == "A" else "T") for a in text)
+
+    def entropy(items):
+        p = np.unique(items, return_counts=True)[1] / len(items)
+        return -(p * np.log(p)).sum()
+    sevens = [text[i:i + 7] for i in range(len(text) - 6)]
+    want = entropy([x[3] for x in sevens]), entropy(sevens) - entropy([x[:3] + x[4:] for x in sevens])
+    assert data.base_entropies(data.encode(text)) == pytest.approx(want, abs=1e-9)

@@ -1,4 +1,5 @@
 """finetune.py on FinDNA's networks: windows of FinDNA-T, pooling, repeated probes."""
+import math
 from types import SimpleNamespace
 
 import numpy as np
@@ -148,3 +149,27 @@ def test_each_repeat_of_a_probe_is_fitted_on_other_rows():
     assert keys[0] == keys[2] and set(keys[0]) != set(keys[1])
     parts, tested_on = finetune.assign(splits, {}, 42)       # other protocols: all of train
     assert parts["train"] is train and tested_on == "test"
+
+
+def test_the_transformer_is_a_literal_pre_ln_encoder():
+    torch.manual_seed(0)
+    net = models.Encoder(models.EncoderConfig(20, 2, 2, 8)).double().eval()
+    x = torch.randn(3, 15, 5, dtype=torch.float64)
+    w = dict(net.named_parameters())
+
+    def linear(name, x):
+        return x @ w[f"{name}weight"].T + w[f"{name}bias"]
+
+    def norm(name, x):
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+        return x * w[f"{name}.weight"] + w[f"{name}.bias"]
+    h = linear("proj.", x) + w["pos_emb.weight"][:15]
+    for of in ("layers.layers.0.", "layers.layers.1."):
+        q, k, v = (part.view(3, 15, 2, 4).transpose(1, 2) for part in linear(
+            f"{of}self_attn.in_proj_", norm(f"{of}norm1", h)).chunk(3, -1))
+        y = ((q @ k.mT / 2).softmax(-1) @ v).transpose(1, 2).flatten(2)
+        h = h + linear(f"{of}self_attn.out_proj.", y)
+        y = linear(f"{of}linear1.", norm(f"{of}norm2", h))
+        h = h + linear(f"{of}linear2.", y * (1 + torch.erf(y / math.sqrt(2))) / 2)
+        assert y.shape == (3, 15, 32)                        # four times the width
+    torch.testing.assert_close(net(x), norm("layers.norm", h))

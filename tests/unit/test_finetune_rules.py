@@ -321,3 +321,42 @@ def test_a_checkpoint_goes_after_its_row_is_certain(out, disk, monkeypatch):
     code, [identity] = finetune.run_all(plans, starts, args, torch.device("cpu"))
     assert code == 0 and [path.split("/")[-2] for path in removed] == [identity]
     assert math.isfinite(finetune.read_rows("out")[0]["score"])
+
+
+def test_class_weights_reach_training_and_linear_models(out, monkeypatch):
+    """10 of 60 rows are of class 1: they weigh 60 / (2 x 10), the others 60 / (2 x 50)."""
+    texts, labels = {"train": texts_of(60, 0), "test": texts_of(9, 1)}, [int(i % 6 == 0) for i in range(60)]
+    parts = {split: data.rows_from(of, labels[:len(of)]) for split, of in texts.items()} | {"dev": None}
+    args, tune = SimpleNamespace(**vars(ARGS) | {"class_weights": "balanced"}), finetune.fine_tune
+    monkeypatch.setattr(finetune, "fine_tune", lambda *given: tune(*given[:-1], SimpleNamespace(
+        **vars(given[-1]) | {"class_weights": "balanced"})))
+    net = finetune.build_net(SPEC).eval()                    # the weights that `tuned` leaves as they are
+    outputs = finetune.apply(net, data.on_device(parts["train"], "cpu"), 99).astype(float)
+    losses = np.log(np.exp(outputs).sum(1)) - outputs[range(60), labels]
+    _, [row], _ = tuned(parts, CLASSES, select="last")
+    assert row["loss"] == pytest.approx(np.mean(losses * np.where(labels, 3, 0.6)), rel=1e-4)
+    assert row["loss"] != pytest.approx(losses.mean(), rel=1e-3)
+    x, test = (kmer_table(of) for of in texts.values())
+    mean, sd = x.mean(0), np.where(x.std(0) > 0, x.std(0), 1)
+    model = linear_model.LogisticRegression(C=0.01, max_iter=1000, class_weight={0: 0.6, 1: 3})
+    want = model.fit((x - mean) / sd, labels).decision_function((test - mean) / sd)
+    no, yes = finetune.linear_outputs(None, parts, CLASSES, args, "cpu").T
+    assert yes - no == pytest.approx(want, rel=0.01, abs=4e-3)
+
+
+def test_steps_and_evaluations_of_a_protocol(out):
+    """As in DNABERT-2's script: max_steps replaces the epochs (here of 3 steps), evaluated every 2 steps."""
+    parts = {split: data.rows_from(texts_of(n, n), [i % 2 for i in range(n)])
+             for split, n in (("train", 9), ("dev", 6), ("test", 4))}
+    _, log, _ = tuned(parts, CLASSES, batch_size=4, epochs=9, max_steps=7, eval_every=2)
+    assert [row["step"] for row in log] == [2, 4, 6, 7]
+    assert finetune.get_protocol("dnabert2", "tf_m/0", None, "", {"epochs": 2})["max_steps"] == 0
+
+
+def test_of_equal_scores_the_first_is_kept():
+    """As the trainer of transformers does; an undefined score never replaces one."""
+    key, net = {"numbers": {"select": "score"}, "metric": "mcc"}, torch.nn.Linear(1, 1)
+    best = {"value": -math.inf, "step": 0, "worse": 0, "weights": {}, "scores": {}}
+    for step, mcc in enumerate((None, 0.5, 0.5, 0.25, None), 1):
+        finetune.keep_best(best, net, step, {"loss": 1.0, "mcc": mcc}, key)
+    assert (best["step"], best["worse"], best["value"]) == (2, 3, 0.5)

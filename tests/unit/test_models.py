@@ -1,12 +1,15 @@
 """Bert, its classifier and the CNN against transformers and formulas; reading and writing its folders."""
 import json
+import math
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification, AutoTokenizer,
                           BertConfig, BertForMaskedLM)
@@ -360,3 +363,50 @@ def test_only_its_own_files_need_safetensors(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="pip install safetensors"):
         models.save_hf(bert, "export")
     assert not [name for name in os.listdir() if name.startswith("export")]
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_dropout_is_where_transformers_has_it(hf, batch, monkeypatch, tmp_path, padded):
+    """Each dropout halves its input instead: in training, equal logits then need the same dropouts."""
+    (_, _, folder), (tokens, _, mask) = hf, batch
+    monkeypatch.setattr(F, "dropout", lambda x, p=0.5, training=True, inplace=False: x / 2 if training else x)
+    tokens, mask, real = (tokens * mask, mask, mask) if padded else (tokens, None, tokens > 0)
+    theirs = BertForMaskedLM.from_pretrained(folder, attn_implementation="eager").train()
+    want = theirs(tokens, attention_mask=mask).logits[real]
+    close(models.load_hf(folder).train()(tokens, mask=mask)[real], want)
+    ours = classifier(models.load_hf(folder), 3)             # a dropout before the last layer, too
+    models.save_hf(ours, tmp_path / "x", ["a", "b", "c"])
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "x", attn_implementation="eager")
+    close(ours.train()(tokens, mask, None), theirs.train()(tokens, attention_mask=mask).logits)
+
+
+def test_initial_weights_are_those_of_bert():
+    """DNABERT's config.json: matrices N(0, 0.02), biases 0, LayerNorm 1, [PAD] 0; dropout 0.1."""
+    spec = finetune.BertHead.body_spec(models.BertConfig(4101, 64, 2, 2, 64, 128)) | {"n_out": 9}
+    net = finetune.build_net(spec)
+    for name, p in net.named_parameters():
+        if p.dim() == 2:
+            assert [p.mean().item(), p.std().item()] == pytest.approx([0, 0.02], abs=0.003), name
+        else:
+            assert (p == (0 if name.endswith("bias") else 1)).all(), name
+    assert not net.bert.tok_emb.weight[data.PAD].any()
+    sizes = dict(k=6, block_size=512, n_layer=12, n_head=12, n_embd=768)
+    args = SimpleNamespace(**sizes, stride=None, mode="finetune")
+    assert finetune.read_start("random", args).spec["bert"] == vars(models.BertConfig())
+
+
+def test_penguinn_starts_and_trains_as_published():
+    """Keras: Glorot's uniform weights, batch norm with momentum 0.99; dropout 0.2 of the dense layer."""
+    torch.manual_seed(0)
+    net, bases, seen = models.Penguinn(160, 3, binary=False), torch.randint(4, (64, 160)), []
+    for layer in net.modules():
+        if isinstance(layer, (torch.nn.Conv1d, torch.nn.Linear)):
+            n_out, n_in, *width = layer.weight.shape
+            limit = math.sqrt(6 / ((n_in + n_out) * math.prod(width)))
+            assert 0.9 * limit < layer.weight.abs().max() <= limit and not layer.bias.any()
+    net.convs[2].register_forward_hook(lambda layer, given, x: seen.append(x))
+    net.out.register_forward_hook(lambda layer, given, x: seen.append(given[0]))
+    net(bases)
+    close(net.convs[3].running_mean, 0.01 * seen[0].mean((0, 2)))
+    assert (seen[1] == 0).float().mean() == pytest.approx(0.2, abs=0.02)
+    assert finetune.get_protocol("martinek", "gb/x", None, "penguinn", {})["grad_clip"] > 1e6          # none
