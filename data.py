@@ -1621,6 +1621,8 @@ def read_table(path, classes=None, targets=None, labels=True, multilabel=False, 
         wanted["label"] = ["label", "class"]
     wanted |= {} if labels else {"id": ["id"]} if flags["id"] else {"id": ["id"], "name": ["name"]}
     wanted |= {name: [flags[name].lower()] for name in {*wanted} - {*(targets or ())} if flags.get(name)}
+    if wanted["sequence"] == ["sequence_2"]:                 # the second of each pair alone
+        del wanted["sequence_2"]
     optional = ("sequence_2",) if flags["id"] or labels else ("id", "name", "sequence_2")
     columns, places = read_columns(os.fspath(path), wanted, optional, flags["delimiter"])
     texts, notes = [columns.pop(x) for x in ("sequence", "sequence_2") if x in columns], {"kmer_text": 0}

@@ -750,7 +750,8 @@ class Model:
     def embed(self, sequences, layer=-1):
         """One vector a sequence: (n, C); NaN where the network reads no base (shorter than k, all N).
         layer: 0 is the input embeddings, 1 the first layer, -1 the last one, -2 the one before."""
-        return self.apply(sequences, functools.partial(self.net.embed, **self.at_layer(layer)))
+        layer = self.at_layer(layer)                         # a CNN is refused here
+        return self.apply(sequences, functools.partial(self.net.embed, **layer))
 
     def score(self, sequences):
         """How likely a pretrained BERT finds each sequence: (n,), in nats a base; -1.386 is pure chance.
@@ -1038,6 +1039,11 @@ def read_csv(args):
         raise ValueError(f"--targets or --multilabel {' '.join(columns)}: give each column once")
     flags = data.column_flags(args)
     rows, classes = data.read_own_tables(args.csv, columns, multilabel, flags)
+    for path in args.csv if others else ():
+        splits = data.read_columns(path, {"split": ["split"]}, ["split"], flags["delimiter"])[0].get("split")
+        if len(set(splits or ())) > 1:
+            raise ValueError(f"{path}: column split: rows of several splits in one of {len(args.csv)} "
+                             f"tables; give this table alone, or one table for each split")
     if not others:
         table = data.read_groups(first, args.split_by, flags["delimiter"])
         rows = data.split_table(table, rows[0], args.split_by, args.split, args.seed, classes)
@@ -1130,7 +1136,8 @@ def complete(spec, key, args, task, longest):
 def model_path(key, folder):
     """Where the model of a run goes: TASK/INIT.pt, or under the run's id if another run has that name."""
     name = key["init"].removesuffix("/last.pt").rstrip("/").split("/")[-1].removesuffix(".pt").split()[0]
-    name = ("random_" if key["init"].startswith("random:") else "") + name.split(":")[-1]
+    name = name.split(":")[-1].strip(".") or "model"         # of ./last.pt
+    name = ("random_" if key["init"].startswith("random:") else "") + name
     parent, identity = os.path.split(folder)
     path = os.path.join(parent, f"{name}.pt")
     with contextlib.suppress(ValueError):                    # no file there, or not a model: it is replaced
@@ -1271,8 +1278,9 @@ def run_one(task, splits, key, start, args, device):
         net = build_net(spec | {"pool": args.pool}, start.weights, key["seed"]).to(device)
     sizes = {split: len(rows.labels) for split, rows in parts.items() if rows}
     counts = count_rows(parts, net, seen)
+    positive = f"; f1_binary and auprc: of {task.classes[1]!r}" if len(task.classes) == 2 else ""
     print(f"{title} | protocol {key['protocol']}\n  rows {sizes}; tested on {tested_on}; counts {counts}\n"
-          f"  classes {dict(enumerate(task.classes))}; {key['numbers']}", flush=True)
+          f"  classes {dict(enumerate(task.classes))}{positive}; {key['numbers']}", flush=True)
     folder = os.path.join(args.out, f"{task.name}{shots}".replace("/", "_").replace(" ", "_"), identity)
     if not is_linear(key["init"], key["mode"]):
         run = {"method": "finetune", "config": spec, "data": key["data"],
@@ -1280,8 +1288,9 @@ def run_one(task, splits, key, start, args, device):
         outputs, result = tuned_outputs(net, parts, task, run, folder, args)
     else:
         outputs, result = linear_outputs(net, parts, task, args, device), {}
+    given = len(args.own[task.name]["files"] if task.name in args.own else args.csv or ()) > 1
     row = {"id": identity} | key | score_run(outputs, parts, task, key["metric"], seen) | {
-        "tested_on": tested_on, "rows": sizes, "counts": counts,
+        "tested_on": tested_on, "rows": sizes, "counts": counts, "given_split": given,
         "device": str(device), "stride": 1, "seconds": round(time.perf_counter() - began, 1)} | spec | result
     row.pop("files", None)                                   # of a tokenizer: megabytes, in the model
     append_row(args.out, row)
@@ -1376,8 +1385,9 @@ def make_key(plan, task, start, digest, args):
     """What identifies a run, with its spec: equal keys, equal results. digest: of the data."""
     if task.regression and args.class_weights:
         raise ValueError(f"{task.name}: --class_weights: a regression has no classes; drop it")
-    flags, p = dict(plan.flags), LINEAR.get(plan.protocol, {})
+    flags, p = {}, LINEAR.get(plan.protocol, {})             # a linear model ignores the grid
     if not is_linear(plan.init, args.mode):
+        flags = dict(plan.flags)
         p = get_protocol(plan.protocol, task.name, plan.shots, plan.init, flags)
         if task.regression and p["select"] == "score":
             p["select"] = "loss"                             # PCC ignores the scale

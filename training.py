@@ -1163,6 +1163,8 @@ def load_run(out, run, fixed=(), **parts):
               if (name in fixed or name not in MAY_CHANGE) and there.get(name) != now[name]]
     if differ:
         advice = "its FASTA and BED files as they were" if there["data"] != now["data"] else "its flags"
+        if now["method"] == "finetune":                      # which has no --out for a single run
+            advice += ", or remove this folder to start it again"
         raise ValueError(f"--resume: {out} is another run ({'; '.join(differ)[:300]}); give {advice}")
     restore(state, parts)
     made, here = state.get("made_with"), made_with()

@@ -53,7 +53,7 @@ Cite {cite}, and nanoDNA.
 USE_BERT = """from transformers import {auto}, AutoTokenizer
 model, tokenizer = {auto}.from_pretrained("FOLDER"), AutoTokenizer.from_pretrained("FOLDER")
 dna = "ACGTTGCAACGTTGCA"                                   # the tokenizer makes the {k}-mers
-print(model(**tokenizer(dna, return_tensors="pt")).logits.shape)"""
+print(model(**tokenizer({given}, return_tensors="pt")).logits.shape)"""
 USE_MIXER = """import json, torch                                    # with nanoDNA's data.py and models.py
 from safetensors.torch import load_file
 import data, models
@@ -84,6 +84,8 @@ def read_log(path):
 
 def recorded(init, state):
     """Scores of a fine-tuned checkpoint in its results.jsonl, else the last losses in the log beside it."""
+    if init.startswith(("hf:", "findna:")):                  # no run of ours is beside it
+        return []
     rows = finetune.read_rows(os.path.dirname(os.path.dirname(init)))
     numbers = [row["test"] | {"task": row["task"], "seed": row["seed"]} for row in rows
                if "id" in row and row["id"] == state.get("id")]
@@ -134,7 +136,11 @@ def use_bert(spec):
     tokens = f"{spec['k']}-mers, stride {spec['stride']}"
     if spec.get("strands") == "average":
         tokens += "; scored by the mean output for a sequence and its reverse complement (both strands)"
-    return "transformers", tokens, USE_BERT.format(auto=auto, k=spec["k"])
+    if "classes" in spec and spec["long"] == "chunk":
+        tokens += (f"; nanoDNA averages windows of sequences of more than {spec['bert']['block_size']} "
+                   f"tokens, transformers cannot read these")
+    given = "dna, dna" if spec.get("pairs") else "dna"       # a pair: two sequences
+    return "transformers", tokens, USE_BERT.format(auto=auto, k=spec["k"], given=given)
 
 
 def use_mixer(spec):

@@ -157,6 +157,8 @@ def mutate(model, args):
     alike, bar = {f.__name__: [] for f in checks}, tqdm(unit=" effects", disable=not sys.stderr.isatty())
     stem = os.path.splitext(out)[0]
     for name in (f"{stem}.png", f"{stem}.pdf") if args.draw else ():
+        if name == out:
+            raise ValueError(f"--out {out}: this is the table, and pictures go beside it; name it .tsv")
         if os.path.lexists(name):
             raise ValueError(f"{name}: already exists; name another one by --out, or give --draw 0")
     with data.new_path(out) as file, io.TextIOWrapper(file, "utf-8") as f, bar:

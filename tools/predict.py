@@ -146,7 +146,7 @@ def predict(model, args):
             lengths = np.diff(rows.offsets) - (rows.first is not None)         # of both of a pair
             for name, length, n, values in zip(ids, lengths, n_bases, outputs):
                 cells = [text(names[values.argmax()])] if one_class else []
-                cells += [f"{value:.6g}" for value in values]
+                cells += [f"{value:{'.9g' if spec['regression'] else '.6g'}}" for value in values]
                 if not n and not args.empty:
                     cells = [""] * len(cells)
                 f.write("\t".join([text(name), str(length), str(n), *cells]) + "\n")

@@ -28,7 +28,7 @@ PAPER = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 METRICS = {"mcc": "MCC", "acc": "accuracy", "f1_macro": "macro F1", "f1_binary": "binary F1",
            "f1_micro": "micro F1", "pcc": "mean PCC", "spearman": "mean Spearman", "auroc": "AUROC",
            "auprc": "AUPRC", "balanced_acc": "balanced accuracy"}
-FIELDS = "pool", "protocol", "stride", "long", "overrides"    # of a setup, named where they differ
+FIELDS = "pool", "protocol", "stride", "long", "dtype", "overrides"    # of a setup; named where they differ
 PARTS = "key", "init", "weights", "data", "mode", *FIELDS, "seed"              # tell runs apart
 PROBE = " (linear probe)"                                    # after a metric of paper.csv
 UNLIKE = "§"                                                 # on other rows than the published split
@@ -60,7 +60,7 @@ def difference(row):
 def in_words(row):
     """A row of results.jsonl with its fields as text for the table."""
     key = Key(row["task"], row["shots"], row["metric"])
-    named = {field: f"{field} {row[field]}" if row[field] else "" for field in FIELDS[:-1]}
+    named = {field: f"{field} {row[field]}" if row.get(field) else "" for field in FIELDS[:-1]}
     named["stride"] = f"stride {row['stride'] or 'of the tokenizer'}"
     return row | named | {
         "key": key, "collapsed": bool(row["collapsed"]), "difference": difference(row),
@@ -127,7 +127,8 @@ def name_versions(runs):
     for part, same in (("weights", ("init",)), ("data", ("key", "seed"))):
         versions, label = {}, "" if part == "weights" else "data "
         for run in runs:
-            versions.setdefault(tuple(run[field] for field in same), set()).add(run[part])
+            found = same[:1] if run.get("given_split") else same               # no seed has drawn it
+            versions.setdefault(tuple(run[field] for field in found), set()).add(run[part])
         changed = {group[0] for group, found in versions.items() if len(found) > 1}    # in one seed: in all
         for run in runs:
             if run[same[0]] in changed:
@@ -147,7 +148,7 @@ def our_columns(runs):
         setups.setdefault(", ".join(filter(None, parts)), {}).setdefault(run["key"], []).append(run)
     columns = {name: {key: our_cell(group) for key, group in cells.items()} for name, cells in setups.items()}
     return columns, [" or ".join(dict.fromkeys(run[field] or f"no {field}" for run in runs))
-                     for field in same if field != "pool"]
+                     for field in same if field not in ("pool", "dtype")]
 
 
 def our_cell(runs):

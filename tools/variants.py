@@ -202,6 +202,7 @@ def choose_score(model, embedding):
     """Return {column: what it is}; outputs(rows, alleles, spans); what is made of those of ALT and of REF."""
     spec = model.net.spec
     if embedding:
+        model.at_layer(-1)                                   # ValueError of a network that has none
         columns = {"cosine": "cosine distance of embeddings", "l2": "Euclidean distance of embeddings"}
         return columns, lambda rows, *_: model.embed(rows), distances
     if "classes" in spec:

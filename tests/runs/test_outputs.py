@@ -233,7 +233,7 @@ WRITERS = {"predict": ["long.fa", "--window", 10, "--init", "tuned.pt"],
 @pytest.mark.fault("outputs: full disk", n=6)
 def test_full_disk(here, survived):
     def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (400, 400))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200, 200))
     (here / "run").mkdir()
     (here / "run/log.jsonl").write_text('{"step": 1, "loss": 2}\n')
     before = contents(here)

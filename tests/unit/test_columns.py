@@ -38,6 +38,13 @@ def test_columns_by_name(tmp_path):
                                              delimiter=";")))
 
 
+def test_the_second_of_each_pair_alone(tmp_path):
+    (tmp_path / "t.csv").write_text("sequence,sequence_2,label\nACGTACGTAC,TTTT,0\nTTGACCATGA,GGGG,1\n")
+    flags = data.column_flags(argparse.Namespace(sequence_column="Sequence_2"))
+    assert data.read_table(tmp_path / "t.csv", flags=flags)[0] == ["TTTT", "GGGG"]
+    assert data.read_table(tmp_path / "t.csv")[0] == [("ACGTACGTAC", "TTTT"), ("TTGACCATGA", "GGGG")]
+
+
 def test_targets_are_the_columns_that_they_name(tmp_path):
     """Whatever the other flags rename, and also where a target has the name of another kind of column."""
     (tmp_path / "t.csv").write_text("sequence,label,effect\nACGTACGTAC,9,1.5\nTTGACCATGA,8,2.5\n")

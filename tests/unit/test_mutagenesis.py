@@ -127,6 +127,14 @@ def test_flags_that_do_not_fit_are_refused():
             mutagenesis.mutate(make_model(kind, outputs), args)
 
 
+def test_a_table_is_not_called_a_picture(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = SimpleNamespace(gradient=False, attention=False, output="yes", draw=1, out="mine.png", file="a.fa")
+    with pytest.raises(ValueError, match="^--out mine.png: this is the table, and pictures go beside it"):
+        mutagenesis.mutate(make_model("cnn"), args)
+    assert not [*tmp_path.iterdir()]
+
+
 def test_a_picture_of_yours_is_not_replaced(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.pdf").write_text("mine")

@@ -142,6 +142,16 @@ def table(tmp_path):
     return SimpleNamespace(path=tmp_path / "t.csv", columns=columns, gene=genes, window=windows)
 
 
+def test_a_column_split_in_one_of_several_tables_is_refused(table):
+    """Its dev and test rows would be trained on."""
+    one = write(table.path, **table.columns, Split=["train", "train", "val", "test"] * 60)
+    other = write(table.path.with_name("u.csv"), **table.columns, split=["test"] * 240)
+    for tables in ([one, other], [other, one], [other, other, one]):
+        with pytest.raises(ValueError, match="t.csv: column split: rows of several splits in one of"):
+            split(None, csv=tables)
+    assert {*split(None, csv=[other, other])} == {"train", "test"}               # of one split is fine
+
+
 @pytest.mark.parametrize("by, of", [("Gene", "gene"), ("gene", "gene"), ("similarity", "window")])
 def test_rows_that_belong_together_stay_together(table, by, of, capsys):
     path, of = write(table.path, **table.columns), getattr(table, of)

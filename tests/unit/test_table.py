@@ -108,6 +108,18 @@ def test_changed_weights_and_tables_are_columns_of_their_own(table):
     text = table([run("emp/H3", "a", 0.5, seed, data="d1") for seed in (42, 43)] +
                  [run("emp/H3", "b", 0.6, data="d2")])       # a clash in one seed names the data of all
     assert cells(text, "emp/H3")["a (data d1)"] == "50.00 ± 0.00 (2)"
+    for given in (True, False):                              # a seed may split a table, but not two of them
+        text = table([run("emp/H3", "a", 0.5, data="d1", given_split=given),
+                      run("emp/H3", "a", 0.75, 43, data="d2", given_split=given)])
+        assert {*cells(text, "emp/H3")} - {"", "task", "metric"} == (
+            {"a (data d1)", "a (data d2)"} if given else {"a"})
+
+
+def test_dtypes_are_setups_of_their_own(table):
+    text = table([run("emp/H3", "a", 0.5, dtype="float32"), run("emp/H3", "a", 0.25, dtype="bfloat16")])
+    assert cells(text, "emp/H3")["a, dtype bfloat16"] == "25.00 (1 seed)"
+    assert cells(text, "emp/H3")["a, dtype float32"] == "**50.00 (1 seed)**"
+    assert "float32" not in table([run("emp/H3", "a", 0.5, dtype="float32")])
 
 
 def test_means_are_over_the_sets_in_common(table):

@@ -3,6 +3,7 @@ import argparse
 import csv
 import functools
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from test_finetune_rules import K, SPEC
 import data
 import finetune
 import models
-from tools import embed, export, predict
+from tools import embed, export, predict, variants
 
 NAMES = ("no", "maybe", "yes")
 
@@ -124,6 +125,39 @@ def test_an_export_tells_the_scores_of_its_own_run(out):
     (out / "t/log.jsonl").write_text('{"step": 5, "loss": 3.0}\n{"step": 9, "loss": 2.0, "val_loss": 4.0}\n')
     assert export.recorded(str(out / "t/x.pt"), {"step": 9}) == {"step": 9, "loss": 2.0, "val_loss": 4.0}
     assert export.recorded(str(out / "t/step_7.pt"), {"step": 7}) == {"step": 5, "loss": 3.0}
+    os.chdir(out / "t")                                      # a log that is not theirs
+    assert export.recorded("hf:x", {"step": "unknown"}) == export.recorded("findna:x.pt", {}) == []
+
+
+@pytest.mark.parametrize("more, words, call", [
+    ({}, "averages windows of sequences of more than 14 tokens", "tokenizer(dna, return"),
+    ({"long": "truncate"}, None, "tokenizer(dna, return"),
+    ({"pairs": True}, "averages", "tokenizer(dna, dna, return")])
+def test_a_card_says_how_sequences_are_given(more, words, call):
+    spec = SPEC | {"classes": NAMES, "long": "chunk"} | more
+    _, tokens, snippet = export.use_bert(spec | {"bert": spec["bert"] | {"block_size": 14}})
+    assert call in snippet and (words in tokens if words else "windows" not in tokens)
+
+
+def test_a_cnn_has_no_embeddings():
+    model = finetune.Model("x.pt", finetune.build_net({"kind": "cnn", "length": 64, "n_out": 2}), "cpu")
+    for embedded in (lambda: model.embed(["ACGT"]), lambda: variants.choose_score(model, True)):
+        with pytest.raises(ValueError, match="a CNN has no embeddings; use a pretrained network"):
+            embedded()
+
+
+def test_a_regression_is_written_as_it_is(out):
+    """Nine digits tell all float32 apart: at 100,000, six would round to whole numbers."""
+    spec = {"n_out": 1, "classes": ["y"], "regression": True, "pool": "mean"}
+    net = finetune.build_net(SPEC | spec, seed=3)
+    net.out.bias.data.fill_(100_002.0)
+    net.out.weight.data *= 10_000
+    texts, args = texts_and_args([30, 33, 40, 50])
+    model = finetune.Model("x.pt", net, "cpu")
+    predict.predict(model, args)
+    rows = [*csv.DictReader(open("t.out"), delimiter="\t")]
+    written, want = [np.float32(row["y"]) for row in rows], model.predict([*texts.values()])[:, 0]
+    assert written == want.astype(np.float32).tolist() and len({*written}) > 1
 
 
 def test_an_export_of_a_pretrained_mixer_has_no_untrained_head(out):
