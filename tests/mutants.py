@@ -312,6 +312,34 @@ MUTANTS += mutants("tools/embed.py", [UNIT["strands"], "-k", "per_base"], {
                                           'autocast(rows.bases.device, "float32")')})
 MUTANTS += mutants("training.py", [UNIT["training"], "-k", "mfu"], {
     "an A1000 is an A100": ('if re.search(rf"\\b{gpu}\\b", name)', "if gpu in name")})
+MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "columns_of_their_own or dtypes"], {
+    "two tables of one name are seeds": ('same[:1] if run.get("given_split") else same', "same"),
+    "dtypes are seeds": ('"long", "dtype", "overrides"    #', '"long", "overrides"    #')})
+MUTANTS += mutants("tools/predict.py", [UNIT["tools"], "-k", "regression"], {
+    "six digits of a regression": ("'.9g' if spec['regression'] else '.6g'", "'.6g'")})
+MUTANTS += mutants("finetune.py", ["tests/unit/test_splits.py", "-k", "several_tables"], {
+    "a column split is passed over": ("if len(set(splits or ())) > 1:", "if False:")})
+MUTANTS += mutants("data.py", ["tests/unit/test_columns.py", "-k", "second_of"], {
+    "a second sequence is paired with itself": ('if wanted["sequence"] == ["sequence_2"]:', "if False:")})
+MUTANTS += mutants("models.py", [UNIT["models"], "-k", "where_transformers"], {
+    "no dropout behind attention": ("F.dropout(self.proj(y.transpose(1, 2).flatten(2)), p)",
+                                    "self.proj(y.transpose(1, 2).flatten(2))"),
+    "no dropout behind the MLP": ("F.dropout(self.fc_out(F.gelu(self.fc(x))), p)",
+                                  "self.fc_out(F.gelu(self.fc(x)))")})
+MUTANTS += mutants("finetune.py", [UNIT["finetune_rules"], "-k", "equal_scores or steps_and"], {
+    "the last of equal scores": ('value > best["value"]:', 'value >= best["value"]:'),
+    "epochs whatever max_steps": ('steps = p["max_steps"] or per_epoch * p["epochs"]',
+                                  'steps = per_epoch * p["epochs"]')})
+MUTANTS += mutants("finetune.py", [UNIT["defaults"], "-k", "chosen_by_loss"], {
+    "a regression is chosen by PCC": ('p["select"] == "score":', 'p["select"] == "x":')})
+MUTANTS += mutants("findna.py", [GOLDEN, "-k", "numbers_from_the_flags"], {
+    "--ema is not taken": ("ema = ema_at(step, args.steps, args.ema)", "ema = ema_at(step, args.steps)"),
+    "--center_momentum is not taken": ("1 - args.center_momentum)", "1 - CENTER_MOMENTUM)"),
+    "the views' difference the other way": ("kl = n * dissimilarity(view_u, view_v)",
+                                            "kl = n * dissimilarity(view_v, view_u)")})
+MUTANTS += mutants("data.py", [UNIT["benchmarks"], "-k", "splice_sites or published_sets"], {
+    "donors are acceptors": ('("none", "donor", "acceptor")', '("none", "acceptor", "donor")'),
+    "Mus spretus is a turtle": ('"Mus_spretus": 0', '"Mus_spretus": 1')})
 MUTANTS += mutants("models.py", [UNIT["before"]], {
     "attention weights cost nothing": ("3 * c.n_head * T))", "0 * T))")})
 MUTANTS += mutants("models.py", [UNIT["training"]], {
