@@ -4,6 +4,7 @@ pretrain_run() {                                # SCRIPT STEPS OUT FLAGS
     script=$1; steps=$2; out=$3; shift 3
     grep -q "\"step\": $steps," $out/log.jsonl 2> /dev/null && return
     [ ! -e $out/last.pt ] || { python $script --resume --out $out; return; }
+    ! [ -e $out/lock ] || flock -n $out/lock true || { echo "$out: a run is in it"; return 1; }
     rm -rf $out
     python $script --steps $steps --out $out "$@"
 }
