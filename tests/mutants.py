@@ -333,10 +333,41 @@ MUTANTS += mutants("finetune.py", [UNIT["finetune_rules"], "-k", "equal_scores o
 MUTANTS += mutants("finetune.py", [UNIT["defaults"], "-k", "chosen_by_loss"], {
     "a regression is chosen by PCC": ('p["select"] == "score":', 'p["select"] == "x":')})
 MUTANTS += mutants("findna.py", [GOLDEN, "-k", "numbers_from_the_flags"], {
+    "--noise is not taken": ("args.mask_rate, args.noise,\n", "args.mask_rate, NOISE,\n"),
+    "--flip is not taken": ("                                            args.flip)",
+                            "                                            FLIP)"),
+    "--translocation is not taken": ("make_views(dna, args.views, args.translocation",
+                                     "make_views(dna, args.views, EDIT"),
+    "--temp_teacher is not taken": ("dim, args.temp_teacher)", "dim, TEMP_TEACHER)"),
+    "--temp_student is not taken": ("dim, args.temp_student)", "dim, TEMP_STUDENT)"),
     "--ema is not taken": ("ema = ema_at(step, args.steps, args.ema)", "ema = ema_at(step, args.steps)"),
     "--center_momentum is not taken": ("1 - args.center_momentum)", "1 - CENTER_MOMENTUM)"),
     "the views' difference the other way": ("kl = n * dissimilarity(view_u, view_v)",
                                             "kl = n * dissimilarity(view_v, view_u)")})
+MUTANTS += mutants("cm_gems.py", [UNIT["cm_gems"], "-k", "style_contigs"], {
+    "published formulas are the textbook's": ('if args.npmi == "published" else',
+                                              'if args.npmi == "textbook" else'),
+    "a table of other contigs": ("repr(sorted(set(contigs)))", "repr(sorted(genome.contigs))"),
+    "the table of the whole genome": ('f"{genome.fingerprint}_{zlib', 'f"{genome.fingerprint[:12]}_{zlib')})
+MUTANTS += mutants("finetune.py", [UNIT["defaults"], "-k", "of_its_paper or dropout_and_blocks"], {
+    "DeepSTARR as if it were yours": ('"DeepSTARR": "randommask"', '"DeepSTARR": "strict"'),
+    "the dropout of a BERT alone": ("if kind in own and dropout is not None",
+                                    'if kind == "bert" and dropout is not None'),
+    "a block too many": ("(longest - 1).bit_length()", "longest.bit_length()")})
+MUTANTS += mutants("finetune.py", [UNIT["finetune_rules"], "-k", "class_weights_reach"], {
+    "probes without class weights": ('features(parts["test"]), task, args.class_weights)',
+                                     'features(parts["test"]), task)')})
+MUTANTS += mutants("finetune.py", [UNIT["models"], "-k", "where_transformers or initial"], {
+    "no dropout before the last layer": ("self.out(F.dropout(x, self.p, self.training))", "self.out(x)"),
+    "random weights without dropout": ("4 * args.n_embd, 0.1))", "4 * args.n_embd, 0.0))")})
+MUTANTS += mutants("models.py", ["tests/unit/test_findna_heads.py", "-k", "literal_pre_ln"], {
+    "LayerNorm behind each part of FinDNA-T": ("norm_first=True)", "norm_first=False)")})
+MUTANTS += mutants("models.py", [UNIT["models"], "-k", "penguinn"], {
+    "PyTorch's momentum of batch norm": ("nn.BatchNorm1d(D, 1e-3, 0.01)", "nn.BatchNorm1d(D, 1e-3, 0.1)"),
+    "PyTorch's initial weights": ("nn.init.xavier_uniform_(layer.weight)", "pass")})
+MUTANTS += mutants("cm_gems.py", [UNIT["defaults"], "-k", "logo_and"], {
+    "LOGO with a BERT's feed-forward layers": ("args.n_inner, args.dropout)",
+                                               "4 * args.n_embd, args.dropout)")})
 MUTANTS += mutants("data.py", [UNIT["benchmarks"], "-k", "splice_sites or published_sets"], {
     "donors are acceptors": ('("none", "donor", "acceptor")', '("none", "acceptor", "donor")'),
     "Mus spretus is a turtle": ('"Mus_spretus": 0', '"Mus_spretus": 1')})

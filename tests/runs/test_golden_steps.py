@@ -569,13 +569,17 @@ def test_findna_takes_its_numbers_from_the_flags(out):
         close(w, ema * teacher[name] + (1 - ema) * double(after["model"])[name], rtol=1e-7, atol=2e-8)
     center = after["center"].double()
     close(center, 0.7 * before["center"] + 0.3 * torch.cat(kept_Q).mean(0), rtol=1e-5, atol=1e-7)
-    kl, qs = 0, []
+    kl, plain, qs = 0, 0, []
     for _, texts, _ in micro_batches(10, 0, True, 30):
-        u, _, v0 = findna.make_views(encode(texts), "MDIT+NR", 3, 0.2, 0.5, 0.9)
-        u, v = u.double().softmax(2), v0.double().softmax(2)
+        views = [findna.make_views(encode(texts), "MDIT+NR", 3, 0.2, 0.5, 0.9),
+                 findna.make_views(encode(texts), "M+none", 0, 0.2)]         # the next draws
+        u, v = (views[0][i].double().softmax(2) for i in (0, 2))
         kl += (u * (u / v).log()).sum().item()               # Eq. 10
-        qs.append(((mixer(double(after["teacher"]), with_cls(v0))[0][:, -10:] - center) / 0.2).softmax(2))
-    want |= {"view_kl": kl / 300, "view_kl_sum": kl / 10}
+        Q = mixer(double(after["teacher"]), with_cls(views[0][2]))[0][:, -10:]
+        qs.append(((Q - center) / 0.2).softmax(2))
+        logits = mixer(double(after["model"]), with_cls(views[1][0]))[1][:, :30]
+        plain -= (views[1][1] * log_softmax(logits)).sum().item()
+    want |= {"view_kl": kl / 300, "view_kl_sum": kl / 10, "val_mnm_loss": plain / 60}
     q = torch.cat(qs)
     entropy = [-(x * x.log()).sum(-1).mean().item() for x in (q, q.mean(0))]
     want |= {"q_entropy": entropy[0], "mean_q_entropy": entropy[1], "q_information": entropy[1] - entropy[0]}
