@@ -136,7 +136,7 @@ def use_bert(spec):
     tokens = f"{spec['k']}-mers, stride {spec['stride']}"
     if spec.get("strands") == "average":
         tokens += "; scored by the mean output for a sequence and its reverse complement (both strands)"
-    if "classes" in spec and spec["long"] == "chunk":
+    if "classes" in spec and "bert" in spec and spec["long"] == "chunk":
         tokens += (f"; nanoDNA averages windows of sequences of more than {spec['bert']['block_size']} "
                    f"tokens, transformers cannot read these")
     given = "dna, dna" if spec.get("pairs") else "dna"       # a pair: two sequences

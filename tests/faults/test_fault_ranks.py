@@ -120,7 +120,7 @@ def test_too_many_ranks(fresh, method, case):
 @fault("rank that leaves while another joins")
 def test_a_rank_leaves_early(fresh):
     """The other rank exits with 2 as well; only the message of the one that left names the cause."""
-    def leave(*_):
+    def leave(*_, **__):
         where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         store = torch.distributed.TCPStore(*where, is_master=True, wait_for_workers=False)
         time.sleep(1)

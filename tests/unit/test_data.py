@@ -513,8 +513,8 @@ def test_what_no_window_reaches_is_counted(tmp_path):
         (n_train, n_val), n_bases = literal_reach(texts, length, val_contigs)
         n, (line, warning) = genome.reach(length, val_contigs)
         known = sum(len(text) - text.count("N") for text in texts.values())
-        assert n == n_bases[0] and f"training windows {n_train} of 6 contigs, {n:,} bases" in line
-        assert f"validation windows {n_val}, {n_bases[1]:,} bases" in line
+        assert n == n_bases[0] and f"training windows: {n:,} bases in {n_train} of 6 contigs" in line
+        assert f"validation windows: {n_bases[1]:,} bases in {n_val}" in line
         assert f"{known - sum(n_bases):,} of {known:,} bases" in warning and "--ambiguous random" in warning
         assert len(drawn.reach(length, val_contigs)[1]) == 1  # over 90 % now
 
