@@ -466,7 +466,7 @@ def test_of_a_grid_dev_chooses(here):
     out, rows = done(**flags)
     assert sorted(row["overrides"]["lr"] for row in rows if row["init"] != "kmer") == [1e-9] * 2 + [0.01] * 2
     assert len([row for row in rows if row["init"] == "kmer"]) == 1
-    dev = {lr: np.mean([row["dev"]["mcc"] for row in rows if row["overrides"].get("lr") == lr and "dev" in row])
+    dev = {lr: np.mean([row["dev"]["mcc"] for row in rows if row["overrides"].get("lr") == lr])
            for lr in flags["lr"]}
     [line] = [line for line in out.splitlines() if "**chosen**" in line]
     assert dev[0.01] > dev[1e-9] and "lr 0.01" in line and f"dev MCC {100 * dev[0.01]:.4g}, test" in line
