@@ -1039,7 +1039,8 @@ def read_csv(args):
         raise ValueError(f"--targets or --multilabel {' '.join(columns)}: give each column once")
     flags = data.column_flags(args)
     rows, classes = data.read_own_tables(args.csv, columns, multilabel, flags)
-    for path in args.csv if others else ():
+    labels = {*names, (flags["label"] or "").lower()}
+    for path in args.csv if others and "split" not in labels else ():
         splits = data.read_columns(path, {"split": ["split"]}, ["split"], flags["delimiter"])[0].get("split")
         if len(set(splits or ())) > 1:
             raise ValueError(f"{path}: column split: rows of several splits in one of {len(args.csv)} "
@@ -1278,7 +1279,8 @@ def run_one(task, splits, key, start, args, device):
         net = build_net(spec | {"pool": args.pool}, start.weights, key["seed"]).to(device)
     sizes = {split: len(rows.labels) for split, rows in parts.items() if rows}
     counts = count_rows(parts, net, seen)
-    positive = f"; f1_binary and auprc: of {task.classes[1]!r}" if len(task.classes) == 2 else ""
+    binary = len(task.classes) == 2 and not (task.regression or task.multilabel)
+    positive = f"; f1_binary and auprc: of {task.classes[1]!r}" if binary else ""
     print(f"{title} | protocol {key['protocol']}\n  rows {sizes}; tested on {tested_on}; counts {counts}\n"
           f"  classes {dict(enumerate(task.classes))}{positive}; {key['numbers']}", flush=True)
     folder = os.path.join(args.out, f"{task.name}{shots}".replace("/", "_").replace(" ", "_"), identity)
@@ -1486,8 +1488,7 @@ def parse_args():
     add("--demo", action="store_true", help="a planted motif in synthetic DNA; needs no data")
     add = group.add_argument
     add("--data_dir", type=folder_name, default="data", help="folder of the benchmark sets (%(default)s)")
-    add("--fasta", type=file_name, nargs="+",
-        help="reference genome for GenomicBenchmarks' coordinate tables")
+    add("--fasta", type=file_name, nargs="+", help="reference genome for GenomicBenchmarks' coordinates")
     add("--split", type=data.fractions, help="shares of one --csv table (.8,.1,.1)")
     add("--split_by", metavar="COLUMN",
         help="--csv: keep rows with equal values in this column in one split; or: similarity")

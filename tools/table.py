@@ -127,8 +127,8 @@ def name_versions(runs):
     for part, same in (("weights", ("init",)), ("data", ("key", "seed"))):
         versions, label = {}, "" if part == "weights" else "data "
         for run in runs:
-            found = same[:1] if run.get("given_split") else same               # no seed has drawn it
-            versions.setdefault(tuple(run[field] for field in found), set()).add(run[part])
+            fields = same[:1] if run.get("given_split") else same              # no seed has drawn it
+            versions.setdefault(tuple(run[field] for field in fields), set()).add(run[part])
         changed = {group[0] for group, found in versions.items() if len(found) > 1}    # in one seed: in all
         for run in runs:
             if run[same[0]] in changed:

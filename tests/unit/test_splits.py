@@ -150,6 +150,7 @@ def test_a_column_split_in_one_of_several_tables_is_refused(table):
         with pytest.raises(ValueError, match="t.csv: column split: rows of several splits in one of"):
             split(None, csv=tables)
     assert {*split(None, csv=[other, other])} == {"train", "test"}               # of one split is fine
+    assert {*split(None, csv=[one, one], label_column="split")} == {"train", "test"}       # these are labels
 
 
 @pytest.mark.parametrize("by, of", [("Gene", "gene"), ("gene", "gene"), ("similarity", "window")])
