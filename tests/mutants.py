@@ -243,6 +243,8 @@ MUTANTS += mutants("data.py", [UNIT["splits"], "-k", "refused or obeyed"], {
     "train may lack a class": ("np.setdiff1d(classes_of(rows), classes_of(rows)[part == 0])", "[]"),
     "validation is test": ('"validation": 1', '"validation": 2'),
     "an empty value is a value": ("if not text or name", "if name")})
+MUTANTS += mutants("finetune.py", ["tests/unit/test_findna_heads.py", "-k", "both_poolings"], {
+    "a linear layer in place of the MLP": ("F.gelu(self.hidden(x))", "self.hidden(x)")})
 MUTANTS += mutants("finetune.py", [UNIT["splits"], "-k", "identity"], {
     "--split_by does not identify a run": (', "split_by"))', "))")})
 MUTANTS += mutants("finetune.py", ["tests/runs/test_finetune_runs.py", "-k", "wrong_line"], {

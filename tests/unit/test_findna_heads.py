@@ -95,6 +95,9 @@ def test_mixed_lengths_near_the_limit_fit_the_positions():
 def test_both_poolings_train_and_reload(kind, tmp_path):
     net, _, rows = make(kind, "both", [50] * 4 + [30], head="mlp")
     assert net.hidden.weight.shape == (net.out.in_features, 2 * net.out.in_features)
+    x = net.hidden(torch.from_numpy(finetune.apply(net, rows, 9, net.embed)))
+    literal = net.out(x * (1 + torch.erf(x / math.sqrt(2))) / 2).detach()      # GELU by its definition
+    np.testing.assert_allclose(finetune.apply(net, rows, 9), literal, atol=1e-5)
     net.train()
     finetune.train_batch(net, rows._replace(labels=torch.tensor([0, 1, 0, 1, 1])), np.arange(5), 3)
     assert all(p.grad is not None and p.grad.isfinite().all() for name, p in net.named_parameters()
