@@ -167,8 +167,8 @@ def test_targets_of_findna_follow_the_edits(views):
         assert torch.equal(is_soft[at], (edited == 11)[at])
         assert (edited < 4)[at].any() == ("D" in views)
         return
-    either = []                                              # of each row: as it is; or where the other strand
-    for strand in (first_half, ~first_half):                 # has T, G for the soft A, C
+    either = []                                              # rows as they are; rows of the other strand,
+    for strand in (first_half, ~first_half):                 # whose soft A, C are T, G
         wrong = is_soft & ~strand | (strand & ~is_soft if "D" not in views else False)
         either.append(~(wrong & at).any(1))
     assert (either[0] ^ either[1]).all() and 5 < either[1].sum() < 25
