@@ -373,20 +373,16 @@ class Genome:
 
 def open_genome(names, data_dir, cache=None, ambiguous="N", verify=False):
     """Open the Genome of --genome: FASTA paths, or hg38 (chr1-22, X, Y of data_dir/hg38.fa.gz), or demo."""
-    how = {"ambiguous": ambiguous, "verify": verify}
     demo, hg38 = (os.path.join(data_dir, name) for name in ("demo.fa", "hg38.fa.gz"))
     if len(names) > 1 and {"demo", "hg38"} & set(names):
         raise ValueError(f"--genome {' '.join(names)}: hg38 and demo stand alone; name one, or FASTA files")
-    if names[0] == "demo":
-        if not os.path.exists(demo):
-            write_demo_genome(demo)
-        return Genome(demo, cache, **how)
-    if names[0] != "hg38":
-        return Genome(names, cache, **how)
-    if not os.path.exists(hg38):
+    paths, keep = {"demo": (demo, None), "hg38": (hg38, HG38_CONTIGS)}.get(names[0], (names, None))
+    if paths == demo and not os.path.exists(demo):
+        write_demo_genome(demo)
+    if paths == hg38 and not os.path.exists(hg38):
         raise ValueError(f"{hg38}: no such file; get it (1 GB) with python -m tools.download hg38 --data_dir "
                          f"{data_dir}, or use --genome YOUR.fa, or --demo")
-    return Genome(hg38, cache, HG38_CONTIGS, **how)
+    return Genome(paths, cache, keep, ambiguous, verify)
 
 
 def check_file(path):
@@ -416,10 +412,9 @@ def opened(path):
 def stoppable(work):
     """Turn SIGINT, SIGTERM and SIGHUP meanwhile into one line and exit code 130, 143 or 129, so that what is
     half done can be removed. A signal that is ignored (nohup) stays so."""
-    kinds = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     main = threading.current_thread() is threading.main_thread()               # only it may set handlers
-    before = {which: signal.getsignal(which) for which in kinds if main}
-    before = {which: now for which, now in before.items() if now not in (signal.SIG_IGN, None)}
+    before = {which: now for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if main and (now := signal.getsignal(which)) not in (signal.SIG_IGN, None)}
 
     def stop(which, frame):
         for each in before:                                  # a second one must not disturb the removal
@@ -470,9 +465,9 @@ def new_path(path, folder=False, replace=False):
             os.unlink(tmp)
 
 
-def file_digest(path, blocks=None):
-    """Return the sha256 of a file, or of so many blocks of 4 KiB, spread evenly."""
-    digest = hashlib.sha256()
+def file_digest(path, blocks=None, algorithm="sha256"):
+    """Return the checksum of a file, or of so many blocks of 4 KiB, spread evenly, in hexadecimal digits."""
+    digest = hashlib.new(algorithm)
     with open(path, "rb") as f:
         if blocks is None:
             for block in iter(lambda: f.read(1 << 20), b""):
@@ -537,15 +532,10 @@ def check_owner(folder, named):
                 raise PermissionError(errno.EPERM, "it belongs to another user")
 
 
-def others_can_write(stat):
-    """Tell whether the mode lets anybody but the owner write."""
-    return bool(stat.st_mode & 0o022)
-
-
 def make_folder(folder):
     """Make the folder of a cache: nobody else may write to it, nor read it where the place is not ours.
     One that others could write to is made anew, because all of it may be theirs."""
-    if os.path.isdir(folder) and others_can_write(os.stat(folder)):
+    if os.path.isdir(folder) and os.stat(folder).st_mode & 0o022:          # others may write
         print(f"genome cache {folder}: {PLANTED}; building it again", flush=True)
         shutil.rmtree(folder)
     root = os.path.dirname(os.path.abspath(folder))
@@ -584,12 +574,11 @@ def lock_and_build(paths, source, folder):
 
 def load_cache(folder):
     """Return (index, bases) of a cache. ValueError and others where it is damaged or may be planted."""
-    owners, names = {os.geteuid(), 0, os.stat(folder).st_uid}, ("index.json", "bases.u8")
-    with contextlib.ExitStack() as files:
-        text, codes = (files.enter_context(open(os.path.join(folder, name), "rb", opener=private))
-                       for name in names)
+    owners = {os.geteuid(), 0, os.stat(folder).st_uid}
+    with (open(os.path.join(folder, "index.json"), "rb", opener=private) as text,
+          open(os.path.join(folder, "bases.u8"), "rb", opener=private) as codes):
         for stat in (os.stat(folder), os.fstat(text.fileno()), os.fstat(codes.fileno())):
-            if others_can_write(stat) or stat.st_uid not in owners:
+            if stat.st_mode & 0o022 or stat.st_uid not in owners:
                 raise ValueError(PLANTED)
         content = text.read()
         index, crc = json.loads(content), zlib.crc32(content.rpartition(b', "crc_index": ')[0] + b"}")
@@ -753,10 +742,11 @@ OTHER_FORMATS = (                                            # how a file starts
     (rb"##gff|(#.*\n)*[^\t\n]+\t[^\t\n]+\t\w+\t\d+\t\d+\t",
      "GFF or GTF, only intervals; cut them out of the genome with bedtools getfasta -fi GENOME.fa -bed FILE"),
     (rb"\x26\xfc\x8f\x88|\xeb\xf2\x89\x87|fixedStep|variableStep", "a browser track; it has no sequences"),
-    (rb"LOCUS|ID   ", "GenBank or EMBL; convert it, for example with seqret"),
+    (rb"(LOCUS|ID) {3}", "GenBank or EMBL; convert it, for example with seqret"),
     (rb"CLUSTAL|#NEXUS|# STOCKHOLM", "an alignment; convert it to FASTA without gaps"),
     (rb"\x89HDF|PAR1", "HDF5 or Parquet; convert it"), (rb"<", "an HTML page; download the file again"),
-    (rb";", "a ';' comment; remove it"), (rb"version https://git-lfs", "a git-LFS pointer; run git lfs pull"),
+    (rb";(?!.*;)", "a ';' comment; remove it"),                # with a second one it is the header of a table
+    (rb"version https://git-lfs", "a git-LFS pointer; run git lfs pull"),
     (rb"\xff\xfe|\xfe\xff", "UTF-16; save it as plain text"))
 BAD_LETTER = {b"U": "RNA? replace U by T", b"-": "a gap; remove alignment gaps",
               b".": "a gap; remove alignment gaps", b"*": "a stop codon; this may be protein",
@@ -982,11 +972,11 @@ def base_entropies(bases):
     return order0, whole - flanks
 
 
-def write_demo_genome(path, seed=42):
+def write_demo_genome(path):
     """Write the synthetic genome of the demos: 4 contigs of 250 kb, the same on every machine.
     An order-3 Markov background; copies of 3 interspersed repeats of 300 bases over 15 % of it, with 10 % of
     their bases mutated; a copy of DEMO_MOTIF about every 500 bases."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(42)
     rows, length = 64, 4 * 250_000 // 64                     # 64 stretches side by side
     steps = np.cumsum(rng.dirichlet(np.full(4, 0.6), size=64), axis=1)         # P(next base | three bases)
     bases = np.empty((length, rows), np.uint8)
@@ -1089,9 +1079,7 @@ TASKS = {row.name: row for row in (
             classes=("coding_seqs", "intergenomic_seqs")),
     genomic("demo_human_or_worm", 200, train=75_000, test=25_000, classes=("human", "worm")),
     genomic("drosophila_enhancers_stark",       "236-3237", train=5_184, test=1_730),
-    task("MTcDNA", "mtcdna/1024", "MTcDNA", 1024, "acc", ("mouse", "turtle")),
-    task("MTcDNA", "mtcdna/4096", "MTcDNA", 4096, "acc", ("mouse", "turtle")),
-    task("MTcDNA", "mtcdna/8192", "MTcDNA", 8192, "acc", ("mouse", "turtle")),
+    *(task("MTcDNA", f"mtcdna/{n}", "MTcDNA", n, "acc", ("mouse", "turtle")) for n in (1024, 4096, 8192)),
     task("few-shot", "prom_core", "fewshot/Prom-core", 70, "acc", BINARY, test=5_920),
     task("few-shot", "prom_300", "fewshot/Prom-300", 300, "acc", BINARY),
     task("few-shot", "cohn_enh", "fewshot/Cohn-enh", 500, "acc", BINARY),
@@ -1099,29 +1087,21 @@ TASKS = {row.name: row for row in (
     task("few-shot", "silencer", "fewshot/silencer", "101-299", "acc", BINARY, test=1_657),
     task("demo", "demo", "demo", 200, "mcc", ("background", "motif"), train=4_000, test=500, dev=500),
 )}
-GROUPS = {
-    "emp": ["emp/H3", "emp/H3K14ac", "emp/H3K36me3", "emp/H3K4me1", "emp/H3K4me2", "emp/H3K4me3",
-            "emp/H3K79me3", "emp/H3K9ac", "emp/H4", "emp/H4ac"],
-    "tf_m": ["tf_m/0", "tf_m/1", "tf_m/2", "tf_m/3", "tf_m/4"],
-    "tf_h": ["tf_h/0", "tf_h/1", "tf_h/2", "tf_h/3", "tf_h/4"],
-    "pd": ["pd/all", "pd/notata", "pd/tata"], "cpd": ["cpd/all", "cpd/notata", "cpd/tata"],
-    "ssp": ["ssp/reconstructed"], "covid": ["covid"], "eap": ["eap"],
-    "mtcdna": ["mtcdna/1024", "mtcdna/4096", "mtcdna/8192"]}
+GROUPS = {group: [name for name in TASKS if name.split("/")[0] == group]
+          for group in ("emp", "tf_m", "tf_h", "pd", "cpd", "ssp", "covid", "eap", "mtcdna")}
 GROUPS["cmgems27"] = [name for group in ("emp", "tf_m", "tf_h", "pd", "cpd", "ssp") for name in GROUPS[group]]
 GROUPS["gue28"] = [*GROUPS["cmgems27"], "covid"]
 GROUPS["randommask28"] = [*GROUPS["cmgems27"], "eap"]
-GROUPS["gb8"] = ["gb/human_nontata_promoters", "gb/human_enhancers_cohn", "gb/human_enhancers_ensembl",
-                 "gb/human_ensembl_regulatory", "gb/human_ocr_ensembl", "gb/dummy_mouse_enhancers_ensembl",
-                 "gb/demo_coding_vs_intergenomic_seqs", "gb/demo_human_or_worm"]
+GROUPS["gb8"] = [name for name in TASKS if name.startswith("gb/") and "drosophila" not in name]
 GROUPS["gb5"] = ["gb/human_nontata_promoters", "gb/demo_human_or_worm", "gb/human_enhancers_ensembl",
                  "gb/demo_coding_vs_intergenomic_seqs", "gb/human_enhancers_cohn"]          # Martinek et al.
-GROUPS["fewshot"] = ["prom_core", "silencer", "splice_40", "prom_300", "cohn_enh"]
 FEW_SHOT = {                       # task: file with N shots, sets of N per class in it, test file (or files)
     "prom_core": ("{}/train.tsv", 1, "test.tsv"),
     "silencer": ("{}/train.tsv", 10, "{}/dev.tsv"),
     "splice_40": ("{0}/train_splice40_{0}.tsv", 10, "test.tsv"),
     "prom_300": ("{}/train.tsv", 1, "test.tsv", "test_standin.csv"),
     "cohn_enh": ("{}/train.tsv", 1, "test.tsv", "../../GenomicBenchmarks/human_enhancers_cohn/test.csv")}
+GROUPS["fewshot"] = [*FEW_SHOT]
 MTCDNA = {"Mus_musculus": 0, "Mus_spretus": 0, "Chelonoidis_abingdonii": 1, "Gopherus_agassizii": 1}
 DELIMITER = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -1230,12 +1210,13 @@ def rows_of(bases, lengths, labels, notes, **masks):
 def rows_from(sequences, labels=None, notes=None, places=None):
     """Make Rows of DNA strings, or of pairs of strings. ValueError for what is not DNA; places: what to call
     each sequence there."""
-    places, first = places or [f"sequence {i}" for i in range(len(sequences))], None
+    places, first, shown = places or [f"sequence {i}" for i in range(len(sequences))], None, sequences
     if sequences and not isinstance(sequences[0], str):
         for pair, place in zip(sequences, places):
             if not all(pair):
                 raise ValueError(f"{place}: no sequence{'_2' * bool(pair[0])}; complete or remove the pair")
-        first, sequences = [len(a) for a, _ in sequences], [f"{a}N{b}" for a, b in sequences]
+        first, shown = [len(a) for a, _ in sequences], [" ".join(pair) for pair in sequences]
+        sequences = [f"{a}N{b}" for a, b in sequences]
     text, lengths = "".join(sequences), np.array(list(map(len, sequences)))
     ascii_codes = np.frombuffer(text.encode("ascii", "replace"), np.uint8)
     bases = CODE[ascii_codes]
@@ -1244,7 +1225,7 @@ def rows_from(sequences, labels=None, notes=None, places=None):
     if bases.max() > 4:
         at = int(np.argmax(bases > 4))
         row = int(np.searchsorted(np.cumsum(lengths), at, side="right"))
-        hint = BAD_LETTER.get(text[at].upper().encode(), f"in {quoted(sequences[row][:40])}")
+        hint = BAD_LETTER.get(text[at].upper().encode(), f"in {quoted(shown[row][:40])}")
         raise ValueError(f"{places[row]}: {quoted(text[at])} is not a DNA letter ({hint}); {LETTERS_ONLY}")
     if first:
         bases[np.cumsum(lengths) - lengths + first] = BETWEEN
@@ -1460,7 +1441,7 @@ def table_text(path):
         raise ValueError(f"{path}: line {line}: {reason}") from None
 
 
-def read_lines(path, delimiter):
+def read_csv(path, delimiter):
     """Read a CSV file strictly: header and rows (lists of str), 'FILE: line N' of each, start of the text.
     Blank lines are passed over; ValueError where no row follows the header."""
     csv.field_size_limit(1 << 24)
@@ -1519,7 +1500,7 @@ def read_columns(path, wanted, optional=(), delimiter=None):
         raise ValueError(f"{path}: {reason}; use .csv (commas), .tsv or .txt (tabs)")
     try:
         delimiter = delimiter or DELIMITER[suffix]
-        (header, *rows), (place, *places), start = read_lines(path, delimiter)
+        (header, *rows), (place, *places), start = read_csv(path, delimiter)
     except ValueError:
         if other := other_format(file_start(path)):
             raise ValueError(f"{path}: line 1: this is {other}") from None
@@ -1533,8 +1514,9 @@ def read_columns(path, wanted, optional=(), delimiter=None):
             if other := other_format(file_start(path)):
                 raise ValueError(f"{place}: this is {other}")
             count = f"{len(found)} columns" if found else "no column"
+            hint = f"{delimiter!r} between columns{column_advice(name, start)}"
             raise ValueError(f"{place}: {count} {' or '.join(spellings)} in the header ({quoted(start)}); "
-                             f"give exactly one, with {delimiter!r} between columns{advice(name, start)}")
+                             f"give exactly one, with {hint}")
         columns[name] = found[0]
     for row, place in zip(rows, places):
         if len(row) != len(header):
@@ -1542,7 +1524,7 @@ def read_columns(path, wanted, optional=(), delimiter=None):
     return {name: [row[i].strip(" \t") for row in rows] for name, i in columns.items()}, places
 
 
-def advice(name, start):
+def column_advice(name, start):
     """Return the flags that may help where a header that starts like this has no column of this name."""
     flags = [f"--{name}_column"] if name in ("sequence", "label", "id") else []
     flags += ["--delimiter ';'"] if ";" in start else []
@@ -1735,7 +1717,7 @@ def class_paths(task, folder, suffix=""):
     return [os.path.join(folder, names[name]) for name in task.classes]
 
 
-def read_folder(path):
+def read_texts(path):
     """Read a folder of one-sequence files: texts in the order of the file names, and the paths."""
     paths = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name[0] != "."]
     if not paths:
@@ -1819,7 +1801,7 @@ def read_classes(task, folder, fastas):
     """Read a split that has one coordinate table per class (with fastas), or one folder per class."""
     texts, labels, places = [], [], []
     for label, path in enumerate(class_paths(task, folder, ".csv" if fastas else "")):
-        sequences, where = cut_intervals(path, fastas[label]) if fastas else read_folder(path)
+        sequences, where = cut_intervals(path, fastas[label]) if fastas else read_texts(path)
         texts += sequences
         labels += [label] * len(sequences)
         places += where

@@ -31,12 +31,15 @@ EPS = 1e-12                                                  # LayerNorm epsilon
 
 
 def check_sizes(config):
-    """Raises ValueError unless the sizes of a config are positive integers and its dropout is in [0, 1)."""
+    """Raises ValueError unless a config's sizes are positive integers that fit together and its dropout is in
+    [0, 1)."""
     for name, size in vars(config).items():
         if name != "dropout" and (type(size) is not int or size < 1):
             raise ValueError(f"{name} is {size!r:.80}, expected a positive integer")
     if type(config.dropout) not in (int, float) or not 0 <= config.dropout < 1:
         raise ValueError(f"dropout is {config.dropout!r:.80}, expected a number in [0, 1)")
+    if config.n_embd % getattr(config, "n_head", 1):
+        raise ValueError(f"--n_embd {config.n_embd}: not a multiple of --n_head {config.n_head}; change one")
 
 
 @dataclasses.dataclass
@@ -50,10 +53,7 @@ class BertConfig:
     n_inner: int = 3072
     dropout: float = 0.1                                     # on hidden states and attention weights
 
-    def __post_init__(self):
-        check_sizes(self)
-        if self.n_embd % self.n_head:
-            raise ValueError(f"--n_embd {self.n_embd}: not a multiple of --n_head {self.n_head}; change one")
+    __post_init__ = check_sizes
 
     @property
     def k(self):
@@ -67,8 +67,7 @@ def attend(q, k, v, mask, dropout, need_weights):
     """Softmax attention over q, k, v (B, H, T, D) -> (output, weights or None).
 
     mask: bool (B, T), True = real token. Uses SDPA, except on a CPU under bf16 autocast (where it is 1.5x
-    slower) or with dropout (3x slower), as measured.
-    """
+    slower) or with dropout (3x slower), as measured."""
     if mask is not None:
         mask = mask[:, None, None, :]
     slow = q.device.type == "cpu" and (dropout > 0 or torch.is_autocast_enabled("cpu"))
@@ -130,8 +129,7 @@ class Bert(nn.Module):
 
         mask: bool (B, T), True = real token; None if no row is padded (fast path).
         first: return only the first N hidden states; the last layer then computes no others.
-        layer: return the states after that many layers (0: the input embeddings), not the last ones.
-        """
+        layer: return the states after that many layers (0: the input embeddings), not the last ones."""
         T, p = tokens.shape[1], self.config.dropout if self.training else 0.0
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens for {self.config.block_size} positions; use shorter sequences")
@@ -154,8 +152,7 @@ class Bert(nn.Module):
 
         Only labelled positions reach the decoder. capacity: an upper bound on their number (mask_capacity);
         it fixes the shape, so the host need not wait for the GPU. If there are more, the loss is NaN.
-        weights (B, T): of the losses, whose sum is then weighted; the count becomes the sum of the weights.
-        """
+        weights (B, T): of the losses, whose sum is then weighted; the count becomes their sum."""
         x = self.encode(inputs, mask)                        # (B, T, C)
         if labels is None:
             return self.decode(x)[..., :self.config.vocab_size]
@@ -171,8 +168,7 @@ class Bert(nn.Module):
     def saved_per_token(self, T, fused):
         """Numbers a token that the forward pass keeps for the backward pass, with a quarter of them masked.
 
-        fused: attention keeps no (T, T) weights, as on a GPU; on a CPU with dropout it keeps three of them.
-        """
+        fused: attention keeps no (T, T) weights, as on a GPU; on a CPU with dropout it keeps three."""
         c, C = self.config, self.config.n_embd
         layer = 8 * C + 2 * c.n_inner + bool(c.dropout) * (2 * C + (0 if fused else 3 * c.n_head * T))
         return c.n_layer * layer + 3 * C + (4 * C + 3 * c.vocab_size) / 4
@@ -193,8 +189,7 @@ class ChordMixerConfig:
     hidden: int = 512
     dropout: float = 0.0
 
-    def __post_init__(self):
-        check_sizes(self)
+    __post_init__ = check_sizes
 
     @property
     def n_blocks(self):                                      # per layer: ceil(log2 length)
@@ -230,8 +225,7 @@ def rotations(L, n_tracks, n_rotated, lengths=None, device=None):
 
     Track 0 stays; track g = 1..n_rotated is rotated by 2**(g-1): out[t] = in[(t + 2**(g-1)) % L].
     With lengths (B,), each sequence is rotated within its own length, the padding behind it stays in place,
-    and the indices are for x viewed as (1, B * L * n_tracks, track_size).
-    """
+    and the indices are for x viewed as (1, B * L * n_tracks, track_size)."""
     track = torch.arange(n_tracks, device=device)
     offset = torch.where(track > n_rotated, 0, (1 << track) // 2)              # 0, 1, 2, 4, ...
     at, length, first = torch.arange(L, device=device)[:, None], L, 0          # (L, 1)
@@ -261,8 +255,7 @@ class ChordMixer(nn.Module):
 
     lengths (B,): lengths of padded rows; padding never reaches a real position.
     n_blocks: use only the first N blocks of each layer and N rotated tracks, as if built for length 2**N.
-    layer: return the states after that many layers (0: the input embeddings), not the last ones.
-    """
+    layer: return the states after that many layers (0: the input embeddings), not the last ones."""
 
     def __init__(self, config):
         super().__init__()
@@ -289,17 +282,13 @@ class EncoderConfig:
     n_embd: int = 320
     dropout: float = 0.0
 
-    def __post_init__(self):
-        check_sizes(self)
-        if self.n_embd % self.n_head:
-            raise ValueError(f"--n_embd {self.n_embd}: not a multiple of --n_head {self.n_head}; change one")
+    __post_init__ = check_sizes
 
 
 class Encoder(nn.Module):
     """one_hot (B, L, 5) -> (B, L, C): pre-LN transformer, learned positions. lengths (B,): of padded rows.
 
-    layer: as in ChordMixer; only the last states are normalised.
-    """
+    layer: as in ChordMixer; only the last states are normalised."""
 
     def __init__(self, config):
         super().__init__()
@@ -356,8 +345,7 @@ class Cnn(nn.Module):
     """GenomicBenchmarks' CNN: bases (B, length) uint8 -> (B, n_out).
 
     As published since June 2022, it has no non-linearity after the second and third convolution (before, each
-    had a ReLU) or between the linear layers.
-    """
+    had a ReLU) or between the linear layers."""
 
     def __init__(self, length, n_out):
         super().__init__()
@@ -383,8 +371,7 @@ class Penguinn(nn.Module):
     """PENGUINN (Klimentova et al. 2020), the CNN of Martinek et al.: bases (B, length) uint8 -> (B, n_out).
 
     binary: as published, one logit z, here as two outputs (0, z), whose cross-entropy is that of sigmoid(z).
-    Batch norm and initial weights are Keras's.
-    """
+    Batch norm and initial weights are Keras's."""
 
     def __init__(self, length, n_out, binary):
         super().__init__()
@@ -443,8 +430,7 @@ def covered(x, starts, n, k=1, stride=1):
 def in_parts(function, size, *windows):
     """function(*windows) on at most `size` windows at a time; for a gradient, it computes each part twice.
 
-    windows: tensors with a row a window, or None; the function returns one such tensor or several.
-    """
+    windows: tensors with a row a window, or None; the function returns one such tensor or several."""
     if len(windows[0]) <= size:
         return function(*windows)
     if torch.is_grad_enabled():
@@ -477,8 +463,7 @@ def log_p(bert, tokens, mask, stride):
     """Sums of log P over the k bases of each k-mer, and how many bases these are: (B, 1) each.
 
     A pass hides every `passes`-th run of `stride` bases, by masking all k-mers over it. P of a base is its
-    share among the four k-mers that have the other bases right.
-    """
+    share among the four k-mers that have the other bases right."""
     k, real = bert.config.k, tokens > MASK
     column, letter = (torch.arange(n, device=tokens.device) for n in (tokens.shape[1], 4))
     span, total = math.ceil(k / stride), torch.zeros(len(tokens), device=tokens.device)
@@ -509,8 +494,7 @@ def flag_of(name, size):
 def copy_weights(model, init, load):
     """Loads weights into `model` from --init: a checkpoint that load(path) reads, hf:FOLDER or findna:FILE.
 
-    ValueError if the sizes differ; it names the flags.
-    """
+    ValueError if the sizes differ; it names the flags."""
     if init.startswith("hf:") and isinstance(model, Bert):
         source = load_hf(init[3:])
         config, weights = vars(source.config), source.state_dict()
@@ -538,8 +522,7 @@ def labelled_positions(labels, capacity=None):
 
     N = capacity; spare slots have label -100 and each another index, since the backward pass on a GPU goes
     through equal ones in turn. Without capacity, N is the next multiple of 256:
-    if the shape changed at every step, a CPU's heap would fragment and grow without end.
-    """
+    if the shape changed at every step, a CPU's heap would fragment and grow without end."""
     flat = labels.flatten()
     wanted = flat != -100
     if capacity is None:
@@ -582,8 +565,7 @@ def kmer_normalizer(k, stride):
     """Rules (regex, text) of a tokenizer.json that turn DNA, also of k-mers between spaces, into its k-mers.
 
     Each base (upper case) is followed by copies (lower case) of the k - 1 bases behind it: ACGT with k = 3
-    becomes AcgCgtGtT. What is shorter than k, or between two strides, is removed; spaces part the rest.
-    """
+    becomes AcgCgtGtT. What is shorter than k, or between two strides, is removed; spaces part the rest."""
     base, copy, upper = "[ACGTN]", "[acgtn]", [(letter.lower(), letter) for letter in "ACGTN"]
     rules = [*upper, (r"[^\sACGTN]", "N")]
     for ahead in range(k - 1):                               # before the next base: what stands ahead
@@ -636,8 +618,7 @@ def safetensors_torch():
 def save_folder(folder, tensors, files):
     """Writes tensors to model.safetensors, and files {name: text or JSON}, into a new or empty folder.
 
-    An exception leaves no folder. ValueError if it is in use.
-    """
+    An exception leaves no folder. ValueError if it is in use."""
     if os.path.exists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise ValueError(f"{folder}: already exists; give a new folder for the export")
     files = {"model.safetensors": safetensors_torch().save(tensors, {"format": "pt"})} | files
@@ -661,8 +642,7 @@ def save_hf(model, folder, classes=(), problem="single_label_classification", ca
 
     model: a Bert, exported with the identity as its (untrained) pooler; or a classifier with .bert, .pooler
     and .out, the names of its outputs in classes, and transformers' problem_type. stride: bases from one
-    k-mer to the next, which load_hf reads back. ValueError if the folder exists and is not empty.
-    """
+    k-mer to the next, which load_hf reads back. ValueError if the folder exists and is not empty."""
     c, tensors = getattr(model, "bert", model).config, {}
     for ours, tensor in model.state_dict().items():
         names = stock_names(ours)
@@ -734,7 +714,7 @@ def load_bin(path):
 
 def hf_tensors(folder, names=("model.safetensors", "pytorch_model.bin")):
     """Weights of a Hugging Face folder -> (tensors, path): old names replaced, decoder and pooler dropped."""
-    path = next(filter(os.path.exists, (os.path.join(folder, name) for name in names)), None)
+    path = next(filter(os.path.isfile, (os.path.join(folder, name) for name in names)), None)
     if path is None:
         raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; download the weights too")
     read = load_bin if path.endswith(".bin") else safetensors_torch().load_file
@@ -806,8 +786,7 @@ def read_outputs(tensors, found, path):
 def read_hf(folder, needs_head=True):
     """A folder with a BERT over k-mers -> (Bert, its stride, read_outputs or None).
 
-    ValueError, in one line, for another architecture or vocabulary, and for missing or unknown weights.
-    """
+    ValueError, in one line, for another architecture or vocabulary, and for missing or unknown weights."""
     path = os.path.join(folder, "config.json")
     try:
         config, found = read_config(path)
@@ -859,8 +838,7 @@ FROM_CONFIG = "position_ids", "inv_freq"                     # in old files; the
 def make_other(config, dropout=None):
     """config.json of a network of transformers -> the network, with random weights.
 
-    dropout: replaces every dropout of the config. ValueError in one line.
-    """
+    dropout: replaces every dropout of the config. ValueError in one line."""
     transformers = transformers_package()
     try:
         config = transformers.CONFIG_MAPPING[config["model_type"]].from_dict(config)
@@ -922,16 +900,10 @@ def tokens_of(tokenizer, text, k, stride):
     return np.array([ids, starts, widths], np.int64)
 
 
-def pad_id(net):
-    """The id that fills rows: that of the config, because positions may be counted from it."""
-    return net.config.pad_token_id or 0
-
-
 def tokenizer_facts(net, tokenizer, stride):
     """Ids before a sequence, ids after it, k (0: the vocabulary is not all k-mers), tokens in a window.
 
-    ValueError for a tokenizer that does not read DNA, or does not fit the network or the stride.
-    """
+    ValueError for a tokenizer that does not read DNA, or does not fit the network or the stride."""
     dna, vocabulary = "ACGTTGCAAGCT" * 4, tokenizer.get_vocab()
     ids, bare = tokenizer(dna)["input_ids"], tokenizer(dna, add_special_tokens=False)["input_ids"]
     n = next((i for i in range(len(ids)) if ids[i:i + len(bare)] == bare), None)
@@ -978,8 +950,7 @@ def read_other(folder):
 def load_other(folder):
     """A folder of any encoder that transformers implements -> (config, tokenizer files, weights).
 
-    Never runs code of the folder. ValueError in one line.
-    """
+    Never runs code of the folder. ValueError in one line."""
     transformers_package()
     path = os.path.join(folder, "config.json")
     config = read_json(path)
@@ -1009,13 +980,11 @@ SWAN_CHANNELS = [0, 1, 2, 4, 3]                              # their a, c, g, n,
 
 def findna_names(tensors):
     """Weights of the released layout -> ({our name in a BaseModel: tensor}, number of blocks a layer)."""
-    tensors, ours = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}, {}
-    at = [match.groups() for name in tensors if (match := SWAN.fullmatch(name))]
-    n_blocks = 1 + max((int(block) for _, block, *_ in at), default=-1)
-    for name, tensor in tensors.items():
-        if match := SWAN.fullmatch(name):
-            layer, block, module, kind = match.groups()
-            ours[f"backbone.blocks.{int(layer) * n_blocks + int(block)}.{module}.{kind}"] = tensor
+    tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    at = {name: match.groups() for name in tensors if (match := SWAN.fullmatch(name))}
+    n_blocks = 1 + max((int(block) for _, block, *_ in at.values()), default=-1)
+    ours = {f"backbone.blocks.{int(layer) * n_blocks + int(block)}.{module}.{kind}": tensors[name]
+            for name, (layer, block, module, kind) in at.items()}
     ours |= {"backbone.proj.weight": tensors["embedding.weight"][:, SWAN_CHANNELS],
              "backbone.proj.bias": tensors["embedding.bias"],
              "head.weight": tensors["linear.weight"][SWAN_CHANNELS],
@@ -1028,8 +997,7 @@ def findna_names(tensors):
 def load_findna(path, network=None):
     """FinDNA's released weights -> (ChordMixerConfig as a dict, weights of a BaseModel).
 
-    network: teacher (default) or student. ValueError, in one line, for any other file.
-    """
+    network: teacher (default) or student. ValueError, in one line, for any other file."""
     try:
         found = load_bin(path)
         found = found.get((network or "teacher").capitalize(), found)

@@ -111,8 +111,7 @@ def say_once(text):
 def user_errors(*kinds):
     """Turns these exceptions (default ValueError, OSError, out of memory) into one line and exit code 2.
 
-    Ctrl-C is always one line and exit code 130; what torch.compile raises is one line, too.
-    """
+    Ctrl-C is always one line and exit code 130; what torch.compile raises is one line, too."""
     kinds = kinds or (ValueError, OSError, MemoryError, torch.OutOfMemoryError)
     try:
         yield
@@ -213,8 +212,7 @@ def add_optimization_flags(parser, batch_size, micro_batch_size, lr, warmup, wei
 def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
     """Adds the flags of a run that mean the same in every pretraining script; these four defaults differ.
 
-    eval_every None: the script fills in a twentieth of the steps. keep: the default of --keep in words.
-    """
+    eval_every None: the script fills in a twentieth of the steps. keep: the default of --keep in words."""
     add, positive = parser.add_argument_group("run").add_argument, number(int, 1)
     add("--out", type=file_name, default=out, help="run folder (%(default)s)")
     add("--resume", action="store_true", help="continue the run in --out, with the flags it was started with")
@@ -239,8 +237,7 @@ def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
 def parse_flags(parser, demo):
     """Parses the command line. --demo and --size replace defaults, --resume takes the run's args.json.
 
-    A flag on the command line wins over both; load_run refuses one that would make it another run.
-    """
+    A flag on the command line wins over both; load_run refuses one that would make it another run."""
     outlive_streams()
     args = parser.parse_args()
     if args.demo:
@@ -269,8 +266,7 @@ def complete_warmup(args, share):
 def read_args(parser, args):
     """Returns the flags in the args.json of the run in args.out (without it, in its checkpoint) as defaults.
 
-    ValueError if the file is broken. Numbers become text, because argparse checks a default that is text.
-    """
+    ValueError if the file is broken. Numbers become text, because argparse checks a default that is text."""
     path = os.path.join(args.out, "args.json")
     try:
         if os.path.exists(path):
@@ -332,8 +328,7 @@ def lacks(dtype, cpu="/proc/cpuinfo"):
 def set_up(device, dtype, join=True):
     """Turns --device, --dtype into (torch.device, 'float32', 'bfloat16' or 'float16', rank, world).
 
-    Under torchrun it joins the process group (unless join=False): nccl on GPUs, gloo on CPUs.
-    """
+    Under torchrun it joins the process group (unless join=False): nccl on GPUs, gloo on CPUs."""
     rank, world, local = read_ranks()
     if device.split(":")[0] == "mps":
         raise ValueError("--device mps: Apple's GPUs have no float64, in which pretraining sums its losses, "
@@ -399,8 +394,7 @@ def compile_error(e):
 def wrap(model, compiled, device, world):
     """Returns what to call for a forward pass: the model, in DDP if world > 1.
 
-    Compiled (None: on CUDA), where that works.
-    """
+    Compiled (None: on CUDA), where that works."""
     if (compiled or (compiled is None and device.type == "cuda")) and can_compile(device):
         model.compile()
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if world > 1 else model
@@ -571,8 +565,7 @@ class Run:
     """What a pretraining loop needs to know about its run: ranks, steps, clock, run folder, stop signals.
 
     The sums of a step (losses, counts) and the gradient norm stay on the device; the host reads them while
-    the device works on the next step, or at once where a log row or a checkpoint is due.
-    """
+    the device works on the next step, or at once where a log row or a checkpoint is due."""
 
     def __init__(self, args, writes):
         if writes and not args.dry_run:
@@ -605,8 +598,7 @@ class Run:
         """Opens and locks the run folder; at --resume loads the checkpoint into `parts` and `values`.
 
         parts: {key of the checkpoint: network, optimizer or tensor}; values: {more keys: their first values},
-        None for a number to come.
-        """
+        None for a number to come."""
         self.identity = {"method": method, "config": dataclasses.asdict(config), "data": fingerprint,
                          "args": vars(self.args)}
         self.parts, self.values = parts, values = parts, {} if values is None else values
@@ -634,8 +626,7 @@ class Run:
     def check_memory(self, build, length, teachers=0):
         """ValueError unless weights, gradients, moments and a micro-batch of `length` tokens fit in memory.
 
-        build(args): the network, here on no device, so that nothing is allocated; teachers: its copies.
-        """
+        build(args): the network, here on no device, so that nothing is allocated; teachers: its copies."""
         args, size = self.args, 4 if self.args.dtype == "float32" else 2.5       # some stay float32
         with torch.device("meta"):
             model = build(argparse.Namespace(**vars(args) | {"init": None}))
@@ -673,8 +664,7 @@ class Run:
     def steps(self, validate):
         """Yields the steps that are left, with a progress bar on a terminal.
 
-        First makes up for the evaluation, if any, that a stop signal cut short.
-        """
+        First makes up for the evaluation, if any, that a stop signal cut short."""
         self.clock, self.timed, self.saved = time.perf_counter(), self.start, time.monotonic()
         self.told = time.monotonic()
         if self.args.dry_run:
@@ -761,8 +751,7 @@ class Run:
     def read(self, also_evaluate=False):
         """Decides what is due after this step (to_evaluate, to_log, to_save) and reads sums and norm for it.
 
-        All ranks leave with 3 if one is not finite. After a stop signal a row and a checkpoint are due.
-        """
+        All ranks leave with 3 if one is not finite. After a stop signal a row and a checkpoint are due."""
         args, step = self.args, self.step
         if args.dry_run:
             self.to_log = self.to_save = False
@@ -796,8 +785,7 @@ class Run:
     def check_finite(self, step):
         """All ranks leave with 3 unless the sums and the gradient norm of this step are finite.
 
-        In float16 the loss scale may have been too large for the gradient: that step was skipped.
-        """
+        In float16 the loss scale may have been too large for the gradient: that step was skipped."""
         finite = math.isfinite(self.norm)
         if self.args.dtype == "float16":
             self.in_a_row = 0 if finite else self.in_a_row + 1
@@ -821,8 +809,7 @@ class Run:
     def log(self, row, validate):
         """Writes a row of the log, on rank 0, with what validate(step) adds where an evaluation is due.
 
-        After a stop signal this is left to --resume: the checkpoint keeps the row. Returns the row.
-        """
+        After a stop signal this is left to --resume: the checkpoint keeps the row. Returns the row."""
         if self.args.dtype == "float16":
             row = row | {"skipped": self.values["skipped"]}
         self.row = row if self.to_evaluate else {}
@@ -911,8 +898,7 @@ def copy(source, target):
 def open_run(out, args, start, fresh=False):
     """Makes and locks the run folder, writes args.json and the script, cuts log rows after step `start`.
 
-    Returns the lock, which the caller keeps open. ValueError when another process has it.
-    """
+    Returns the lock, which the caller keeps open. ValueError when another process has it."""
     os.makedirs(out, exist_ok=True)
     lock = open(os.path.join(out, "lock"), "a", opener=no_links)
     try:
@@ -1003,8 +989,7 @@ def made_with():
 def save(state, out, milestone=None):
     """Writes out/last.pt (the one before becomes prev.pt) and a second name, milestone; never half a file.
 
-    Temporary file, fsync, re-opened as a loader would, renamed. OSError in one line if it cannot be written.
-    """
+    Temporary file, fsync, re-opened as a loader would, renamed. OSError in one line if that fails."""
     tmp, link, last = (os.path.join(out, name) for name in ("last.pt.tmp", "link.tmp", "last.pt"))
     try:
         with create(tmp, "xb") as f:
@@ -1093,8 +1078,7 @@ def load(path, opener=None):
 def restore_optimizer(optimizer, model, state):
     """Puts the moments of a checkpoint into the optimizer of a model that has its first weights.
 
-    ValueError unless each parameter has them, but those that never had a gradient: they are as at the start.
-    """
+    ValueError unless each parameter has them, but those that never had a gradient: they are as before."""
     groups = zip(optimizer.state_dict()["param_groups"], state["optimizer"]["param_groups"], strict=True)
     optimizer.load_state_dict({"state": state["optimizer"]["state"],           # the flags give the rest
                                "param_groups": [now | {"lr": then["lr"]} for now, then in groups]})
@@ -1132,8 +1116,7 @@ def states(parts):
 def load_newest(out):
     """Returns the newest sound checkpoint of a run folder; what is wrong with last.pt if it is prev.pt.
 
-    Others may write to the folder, so a link is none.
-    """
+    Others may write to the folder, so a link is none."""
     try:
         return load(os.path.join(out, "last.pt"), no_links), None
     except ValueError as e:
@@ -1152,8 +1135,7 @@ def load_run(out, run, fixed=(), **parts):
     """Puts the newest sound checkpoint of a run folder into `parts` (see restore); returns it.
 
     That is last.pt, else prev.pt, which it announces. ValueError unless the checkpoint has the method,
-    config, data and args of `run`; MAY_CHANGE lists the flags that may differ, unless they are in `fixed`.
-    """
+    config, data and args of `run`; MAY_CHANGE lists the flags that may differ, unless they are in `fixed`."""
     state, wrong = load_newest(out)
     if wrong:
         say(f"{wrong}\ncontinuing from the one before it, {os.path.join(out, 'prev.pt')}")

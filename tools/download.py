@@ -16,7 +16,6 @@ import csv
 import datetime
 import errno
 import fcntl
-import hashlib
 import http.client
 import json
 import os
@@ -215,15 +214,6 @@ def count_rows(path):
     return len(data.read_table(path)[0])
 
 
-def checksum(path, algorithm):
-    """Return the hexadecimal md5 or sha256 of a file."""
-    found = hashlib.new(algorithm)
-    with open(path, "rb") as f:
-        while chunk := f.read(1 << 20):
-            found.update(chunk)
-    return found.hexdigest()
-
-
 def check_kind(path):
     """Raise ValueError for what servers send in place of data."""
     with open(path, "rb") as f:
@@ -241,9 +231,9 @@ def verify(path, digest, rows):
     """Return the manifest's entry of a sound file; ValueError: why it is not sound.
     Sound: by its published digest; without one, by reading it to the end. The manifest proves nothing."""
     check_kind(path)
-    sha256, how = checksum(path, "sha256"), ALGORITHM[len(digest)]
-    if digest and checksum(path, how) != digest:
-        raise ValueError(f"{how} {checksum(path, how)}, but the published file has {digest}")
+    sha256, how = data.file_digest(path), ALGORITHM[len(digest)]
+    if digest and data.file_digest(path, None, how) != digest:
+        raise ValueError(f"{how} {data.file_digest(path, None, how)}, but the published file has {digest}")
     if not digest:
         n, how = count_rows(path), "rows" if rows else "read to its end, no published checksum or rows"
         if rows not in (None, n):

@@ -38,6 +38,15 @@ def test_columns_by_name(tmp_path):
                                              delimiter=";")))
 
 
+@pytest.mark.parametrize("text, message", [
+    (";sequence;label\n0;ACGT;0\n1;ACGA;1\n", "no column sequence .*or see .*--delimiter ';'"),   # of pandas
+    ("LOCUS,sequence,klass\nx,ACGT,0\ny,ACGA,1\n", "no column label")])
+def test_tables_that_begin_like_another_format(tmp_path, text, message):
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(ValueError, match=f"t.csv: line 1: {message}"):
+        data.read_table(tmp_path / "t.csv")
+
+
 def test_the_second_of_each_pair_alone(tmp_path):
     (tmp_path / "t.csv").write_text("sequence,sequence_2,label\nACGTACGTAC,TTTT,0\nTTGACCATGA,GGGG,1\n")
     flags = data.column_flags(argparse.Namespace(sequence_column="Sequence_2"))

@@ -309,6 +309,15 @@ def test_load_hf_refuses(hf, tmp_path, monkeypatch, case):
     assert os.listdir(tmp_path) == ["hf"]                    # nothing was executed
 
 
+def test_load_hf_reads_no_pipe(hf, tmp_path):
+    """A pipe or a device may never end."""
+    folder = shutil.copytree(hf[2], tmp_path / "hf")
+    (folder / "model.safetensors").unlink()
+    os.mkfifo(folder / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="no model.safetensors"):
+        models.load_hf(folder)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_load_hf_reads_old_files(hf, tmp_path, capsys, zipped):
     theirs, ours, folder = hf

@@ -148,6 +148,7 @@ def test_embeddings_and_scores_of_pairs():
     ({}, [*PAIRS, ("ACGT", "")], "sequence 7: no sequence_2; complete"),
     ({}, [("", "ACGT")], "sequence 0: no sequence; complete"),
     ({}, [("ACGT", "AC\nGT")], r"sequence 0: '\\n' is not a DNA letter"),
+    ({}, [("ACGT", "AC"), ("AC", "GX")], r"sequence 1: 'X' is not a DNA letter \(in 'AC GX'\)"),
     ({}, [*PAIRS, "ACGT"], "give a list of one string"), ({}, [("AC",) * 3], "give a list of one string")])
 def test_what_reads_no_pairs_says_so(spec, sequences, message):
     net = finetune.build_net(({} if "kind" in spec else SPEC) | {"n_out": 2} | spec).eval()
