@@ -201,9 +201,8 @@ def gene_mask(tokens, npmi_rank, centers):
     tokens int64 (B, T), npmi_rank by token id (0 = highest NPMI, specials last), centers bool (B, T). 2k - 1
     masked tokens hide all letters of the one in the middle.
     """
-    k, maskable, best = k_of(npmi_rank), tokens > data.MASK, best_tokens(tokens, npmi_rank, centers)
-    near = data.span_mask(centers, maskable, (k - 1) // 2, k // 2)
-    return near | data.span_mask(best, maskable, k - 1, k - 1)
+    k, best = k_of(npmi_rank), best_tokens(tokens, npmi_rank, centers)
+    return random_mask(tokens, npmi_rank, centers) | data.span_mask(best, tokens > data.MASK, k - 1, k - 1)
 
 
 def top_tokens(tokens, npmi_rank, m):
@@ -508,7 +507,6 @@ Next, your own DNA: its words, in seconds, and a model for a laptop (--help list
                 run.save()
             run.end_step()
 
-    run.say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
     if args.demo:
         say_what_it_learnt()
     training.finish()

@@ -1107,7 +1107,8 @@ DELIMITER = {".csv": ",", ".tsv": "\t", ".txt": "\t"}
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 WHOLE = re.compile(r"0|-?[1-9]\d*", re.ASCII)
 DIGITS = re.compile(r"\d+", re.ASCII)                        # 01, 02, 10: names where one begins with a zero
-CLASS_NAME = re.compile(r"(?!=|[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$)[^\x00-\x1f\x7f-\x9f]+", re.IGNORECASE)
+CLASS_NAME = re.compile(r"(?!=|[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$)[^\x00-\x1f\x7f-\x9f\u2028\u2029]+",
+                        re.IGNORECASE)
 
 
 def task_names(args):

@@ -121,11 +121,10 @@ def make_views(bases, views, reach, mask_rate=MASK_RATE, noise=NOISE, flip=FLIP)
 
 def view_pair(text):
     """An argparse type: STUDENT+TEACHER of the letters that make_views knows; the student needs M."""
-    student, plus, teacher = text.partition("+")
-    for letters in (student, teacher):
-        if letters != "none" and (set(letters) - set("MDITNR") or len(set(letters)) < len(letters)):
-            plus = ""
-    if not plus or not teacher or "M" not in student:
+    student, _, teacher = text.partition("+")
+    sound = [letters == "none" or set(letters) <= set("MDITNR") and 0 < len(letters) == len(set(letters))
+             for letters in (student, teacher)]
+    if not all(sound) or "M" not in student:
         raise argparse.ArgumentTypeError(f"{text!r}: give STUDENT+TEACHER, each some of M D I T N R or none; "
                                          f"the student needs M, as {VIEWS}")
     return text
@@ -478,7 +477,6 @@ if __name__ == "__main__":
                 run.save()
             run.end_step()
 
-    run.say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
     if args.demo and teacher:
         row = validate(args.steps)                           # on all ranks
         if run.rank == 0:

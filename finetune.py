@@ -107,7 +107,7 @@ OWN_METRICS = {"classes": ["mcc", "acc", "balanced_acc", "f1_macro", "f1_binary"
                "targets": ["pcc", "spearman"], "labels": ["auroc", "auprc", "f1_macro"]}      # of --tasks
 
 
-def get_protocol(name, task, shots, init, flags):
+def get_protocol(name, task, shots, kind, flags):
     """Numbers of a protocol for one task; later ones win: its own, group, task, few-shot, CNN, flags."""
     base, changes = PROTOCOLS[name]
     p = base | changes.get(task.split("/")[0], {}) | changes.get(task, {})
@@ -116,7 +116,7 @@ def get_protocol(name, task, shots, init, flags):
             dict(batch_size=15, lr=5e-5, epochs=5)
     if "epochs" in flags:
         p |= {"max_steps": 0}
-    return p | (CNN if init in ("cnn", "penguinn") else {}) | flags
+    return p | (CNN if kind in ("cnn", "penguinn") else {}) | flags
 
 
 def main_metric(protocol, task):
@@ -718,13 +718,14 @@ class Model:
 
     def __init__(self, init, net, device):
         self.init, self.net, self.device = init, net.to(device).eval(), device
+        self.pool = net.spec["pool"]                         # with which a head was trained
 
     def classes(self):
         """Names of the outputs; ValueError if the model is not fine-tuned."""
         if "classes" not in self.net.spec:
             raise ValueError(f"--init {self.init}: not fine-tuned; make a classifier with finetune.py")
         names = self.net.spec["classes"]
-        for name in map(str, names):                         # they become cells of a table
+        for name in names:                                   # they become cells of a table
             if re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", name):
                 raise ValueError(f"--init {self.init}: a control character in the class {data.quoted(name)}; "
                                  f"rename it and train again")
@@ -761,16 +762,20 @@ class Model:
         if net.BODY != "bert" or "classes" in net.spec or not net.bert.ln_head.weight.any():
             raise ValueError(f"--init {self.init}: no masked-LM head to score with; give a BERT as "
                              f"randommask.py or cm_gems.py pretrains it (a classifier has predict)")
-        if getattr(sequences, "first", None) is not None or any(isinstance(x, tuple) for x in sequences):
+        rows = data.as_rows(sequences)
+        if rows.first is not None:
             raise ValueError("score takes single sequences, not pairs; score each by itself")
         log_p = functools.partial(models.log_p, net.bert, stride=net.stride)
-        return self.apply(sequences, lambda tokens, mask, n_windows: models.pooled(
+        return self.apply(rows, lambda tokens, mask, n_windows: models.pooled(
             *models.in_parts(log_p, self.micro_batch_size, tokens, mask), n_windows))[:, 0]
 
     def predict(self, sequences, empty=False):
         """Probabilities of the classes or labels, or the values of a regression: (n, number of outputs).
         NaN where the network reads no base, unless empty=True."""
         self.classes()                                       # is it fine-tuned?
+        if self.net.BODY == "backbone" and self.net.spec["pool"] != self.pool:
+            raise ValueError(f"pool={self.net.spec['pool']!r}: {self.init} was fine-tuned with "
+                             f"{self.pool!r}; load it without pool= to predict")
         outputs = self.apply(sequences, empty=empty)
         if self.net.spec["multilabel"]:
             return special.expit(outputs)
@@ -782,9 +787,9 @@ def load_model(init, device="cpu", eval_network=None, pool=None, **changes):
     strands ("average": means over both strands)."""
     spec, weights = read_network(init, eval_network)
     spec |= {name: value for name, value in {"dtype": "float32", **changes}.items() if value is not None}
-    net = build_net(spec, weights)
-    net.spec["pool"] = pool or net.spec["pool"]              # a trained head keeps its width
-    return Model(init, net, device)
+    model = Model(init, build_net(spec, weights), device)
+    model.net.spec["pool"] = pool or model.pool              # a trained head keeps its width
+    return model
 
 
 def scores(outputs, labels, task):
@@ -1028,6 +1033,12 @@ def fine_tune(net, parts, task, run, folder, args):
             "tested_step": best["step"] or done}
 
 
+def labels_split(args):
+    """Whether the column `split` of --csv holds labels or targets, by the flags."""
+    columns = args.targets or args.multilabel or [data.column_flags(args)["label"] or ""]
+    return "split" in map(str.lower, columns)
+
+
 def read_csv(args):
     """--csv -> (Task, splits): one table is split, two are train and test, three train, dev and test."""
     first, *others = args.csv
@@ -1039,14 +1050,15 @@ def read_csv(args):
         raise ValueError(f"--targets or --multilabel {' '.join(columns)}: give each column once")
     flags = data.column_flags(args)
     rows, classes = data.read_own_tables(args.csv, columns, multilabel, flags)
-    labels = {*names, (flags["label"] or "").lower()}
-    for path in args.csv if others and "split" not in labels else ():
+    for path in args.csv if others and not labels_split(args) else ():
         splits = data.read_columns(path, {"split": ["split"]}, ["split"], flags["delimiter"])[0].get("split")
         if len(set(splits or ())) > 1:
             raise ValueError(f"{path}: column split: rows of several splits in one of {len(args.csv)} "
                              f"tables; give this table alone, or one table for each split")
     if not others:
         table = data.read_groups(first, args.split_by, flags["delimiter"])
+        if labels_split(args):
+            table[1].pop("split", None)
         rows = data.split_table(table, rows[0], args.split_by, args.split, args.seed, classes)
     stem, _ = os.path.splitext(os.path.basename(first).removesuffix(".gz"))
     metric = "pcc" if args.targets else "auroc" if multilabel else "mcc"
@@ -1136,8 +1148,8 @@ def complete(spec, key, args, task, longest):
 
 def model_path(key, folder):
     """Where the model of a run goes: TASK/INIT.pt, or under the run's id if another run has that name."""
-    name = key["init"].removesuffix("/last.pt").rstrip("/").split("/")[-1].removesuffix(".pt").split()[0]
-    name = name.split(":")[-1].strip(".") or "model"         # of ./last.pt
+    name = key["init"].removesuffix("/last.pt").rstrip("/").split("/")[-1].removesuffix(".pt").split(":")[-1]
+    name = "".join(name.split()[:1]).strip(".") or "model"   # of ./last.pt
     name = ("random_" if key["init"].startswith("random:") else "") + name
     parent, identity = os.path.split(folder)
     path = os.path.join(parent, f"{name}.pt")
@@ -1246,7 +1258,7 @@ def check_parts(parts, task, key):
                 raise ValueError(f"{task.name}: {name} has mean {mean:.3g} and sd {sd:.3g} in train, which "
                                  f"float32 cannot hold; give it in other units")
     chosen_by = key["metric"] if dev and not task.regression and key["numbers"]["select"] == "score" else ""
-    if chosen_by in ("mcc", "auroc", "auprc") and not vary(dev.labels):
+    if chosen_by in ("mcc", "auroc", "auprc", "f1_binary") and not vary(dev.labels):
         raise ValueError(f"{task.name}: all dev rows are of one class, so {chosen_by} cannot choose the "
                          f"weights; give rows of each class")
 
@@ -1390,7 +1402,7 @@ def make_key(plan, task, start, digest, args):
     flags, p = {}, LINEAR.get(plan.protocol, {})             # a linear model ignores the grid
     if not is_linear(plan.init, args.mode):
         flags = dict(plan.flags)
-        p = get_protocol(plan.protocol, task.name, plan.shots, plan.init, flags)
+        p = get_protocol(plan.protocol, task.name, plan.shots, start.spec["kind"], flags)
         if task.regression and p["select"] == "score":
             p["select"] = "loss"                             # PCC ignores the scale
         if p["select"] == "last" and len(grid(args)) > 1:
@@ -1476,8 +1488,7 @@ def add_protocol_flags(parser):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training.make_parser(__doc__)
     positive, group = number(int, 1), parser.add_argument_group("data")
     add = group.add_mutually_exclusive_group(required=True).add_argument
     add("--task", nargs="+", help=f"benchmark sets (emp/H3) or groups: {' '.join(data.GROUPS)}")

@@ -427,6 +427,14 @@ def covered(x, starts, n, k=1, stride=1):
     return x.float().cpu()[real], first[:, None] + torch.arange(k)
 
 
+def over_bases(x, covered, n):
+    """Means (n, C) over n bases of x (N, C), each of which covers bases (N, width); NaN where none does."""
+    x, total = F.pad(x.float(), (0, 1), value=1.0), torch.zeros(n, x.shape[1] + 1)
+    for at in covered.T:
+        total.index_add_(0, at, x)
+    return total[:, :-1] / total[:, -1:]
+
+
 def in_parts(function, size, *windows):
     """function(*windows) on at most `size` windows at a time; for a gradient, it computes each part twice.
 

@@ -248,7 +248,6 @@ if __name__ == "__main__":
                 run.save()
             run.end_step()
 
-    run.say(f"done     {args.steps} steps; checkpoint {args.out}/last.pt, log {args.out}/log.jsonl")
     if args.demo and args.mask != "single" and args.stride == 1:                # then a span hides one base
         loss = evaluate(1)                                   # on all ranks
         if run.rank == 0:

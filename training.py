@@ -172,10 +172,15 @@ def folder_name(text):
     return file_name(text)
 
 
+def make_parser(description):
+    """Returns an argparse parser that keeps the lines of the description and takes whole flags only."""
+    return argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def new_parser(description, strands=True):
     """Returns the parser of a pretraining script, with the flags of what is read (strands: --strands too)."""
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(description)
     add = parser.add_argument_group("data").add_argument
     add("--genome", type=file_name, nargs="+", default=["hg38"],
         help="FASTA files, plain or gzip; or hg38; or demo (hg38)")
@@ -561,11 +566,18 @@ def share_out(costs, world):
     return [sorted(share) for share in shares]
 
 
+def say(*lines, **kwargs):
+    """Prints on rank 0."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*lines, **kwargs, flush=True)
+
+
 class Run:
     """What a pretraining loop needs to know about its run: ranks, steps, clock, run folder, stop signals.
 
     The sums of a step (losses, counts) and the gradient norm stay on the device; the host reads them while
     the device works on the next step, or at once where a log row or a checkpoint is due."""
+    say = staticmethod(say)
 
     def __init__(self, args, writes):
         if writes and not args.dry_run:
@@ -588,11 +600,6 @@ class Run:
         self.row = {}                                        # of this step, while its evaluation is not done
         self.cost = lambda i, n, size: 1                     # of micro-batch i, for even shares
         self.fixed = ()                                      # flags of MAY_CHANGE that may not, here
-
-    def say(self, *lines, **kwargs):
-        """Prints on rank 0."""
-        if self.rank == 0:
-            print(*lines, **kwargs)
 
     def open(self, method, config, fingerprint, parts, values=None):
         """Opens and locks the run folder; at --resume loads the checkpoint into `parts` and `values`.
@@ -682,6 +689,8 @@ class Run:
             self.step = step
             yield step
         release_signals()
+        self.say(f"done     {self.args.steps} steps; checkpoint {self.args.out}/last.pt, log "
+                 f"{self.args.out}/log.jsonl")
 
     def trial_steps(self):
         """Yields steps of one micro-batch a rank, says what the run would take, and leaves: --dry_run."""
@@ -776,7 +785,7 @@ class Run:
         """Says the speed and the time left; the first time also that a CPU would take days."""
         left = (self.args.steps - self.step) * self.per_step / self.speed / 3600
         self.say(f"speed    {self.speed:,.0f} {self.unit}/s, {memory(self.device)}, {left:.2g} h left after "
-                 f"step {self.step} of {self.args.steps}", flush=True)
+                 f"step {self.step} of {self.args.steps}")
         if self.device.type == "cpu" and left > DAYS * 24 and not self.slow:
             self.say(f"note: on this CPU the run would take {left / 24:,.0f} days; use a GPU, fewer "
                      f"--steps or a smaller network")
@@ -791,12 +800,11 @@ class Run:
             self.in_a_row = 0 if finite else self.in_a_row + 1
             self.values["skipped"] += not finite
         if not math.isfinite(sum(self.sums)) or not finite and not 0 < self.in_a_row < SKIPS:
-            if self.rank == 0:
-                advice = f"the checkpoint in {self.args.out} is older: use it with --init and a lower --lr" \
-                    if has_checkpoint(self.args.out) else "start again with a lower --lr"
-                print(f"error: step {step}: not finite (sums of losses and counts "
-                      f"{', '.join(map(str, self.sums))}; gradient norm {self.norm}); {advice}",
-                      file=sys.stderr)
+            advice = f"the checkpoint in {self.args.out} is older: use it with --init and a lower --lr" \
+                if has_checkpoint(self.args.out) else "start again with a lower --lr"
+            sums = ", ".join(map(str, self.sums))
+            self.say(f"error: step {step}: not finite (sums of losses and counts {sums}; gradient norm "
+                     f"{self.norm}); {advice}", file=sys.stderr)
             finish(3)
         self.norm = self.norm if finite else None
 
@@ -1123,12 +1131,6 @@ def load_newest(out):
         if not os.path.exists(os.path.join(out, "prev.pt")):
             raise
         return load(os.path.join(out, "prev.pt"), no_links), e
-
-
-def say(text):
-    """Prints on rank 0."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        print(text, flush=True)
 
 
 def load_run(out, run, fixed=(), **parts):

@@ -402,14 +402,17 @@ MUTANTS += mutants("tools/predict.py", [UNIT["tools"]], {
     "no window at the end": ("in [*range(0, last, step), last]", "in range(0, last + 1, step)")})
 MUTANTS += mutants("tools/embed.py", [UNIT["tools"]], {
     "offsets of each block from 0": ("rows.offsets[1:] + offsets[-1][-1]", "rows.offsets[1:]"),
-    "sums over the k-mers of a base": ("total / count)", "total)")})
+    "bases of each block from 0": ("covered - first, end", "covered, end")})
+MUTANTS += mutants("models.py", [UNIT["tools"], UNIT["mutagenesis"]], {
+    "sums over the k-mers of a base": ("total[:, :-1] / total[:, -1:]", "total[:, :-1]")})
+MUTANTS += mutants("finetune.py", ["tests/unit/test_findna_heads.py", "-k", "predicts"], {
+    "a head reads another pooling": ("self.net.spec[\"pool\"] != self.pool", "False")})
 MUTANTS += mutants("tools/mutagenesis.py", [UNIT["mutagenesis"], "-k", "literal or slope or heads"], {
     "effects without what was before": (" - before", ""),
     "logits for log-odds": (" - outputs[:, [i for", "  # - outputs[:, [i for"),
     "rows of effects in the order of the codes": ('LETTERS = "ACGT"', 'LETTERS = "ATCG"'),
     "substitutes the next letter": ("CODES[part[0]]", "CODES[part[0] - 1]"),
     "the gradient alone": ("kept[0].detach() * torch", "torch"),
-    "sums over the k-mers of a base": ("(total[:, 0] / total[:, 1])", "total[:, 0]"),
     "attention of the first k-mer": ("[:, :, 0].mean(1)", "[:, :, 1].mean(1)")})
 MUTANTS += mutants("models.py", [UNIT["layers"], "-k", "layers"], {
     "BERT has one layer, the last": ("[*self.blocks][:layer]", "[*self.blocks]"),

@@ -9,7 +9,6 @@ Times are CPU seconds of one thread. Peers and ours take turns in every round, i
 ratio = peer / ours, median over rounds [lowest..highest]; "ours again" is the noise floor.
 Every result is checked against the peer's before it is timed. Needs tools/requirements.txt.
 """
-import argparse
 import contextlib
 import copy
 import dataclasses
@@ -757,8 +756,7 @@ def cost(rounds, device="cpu", batch=1, max_seconds=60, shapes=SHAPES, lengths=M
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training.make_parser(__doc__)
     add, positive = parser.add_argument, training.number(int, 1)
     add("items", nargs="*", metavar="ITEM", help="as --only; cost and gpu are run only where they are named")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="of cost and gpu (%(default)s)")

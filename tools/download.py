@@ -10,7 +10,6 @@ verified: by its published checksum, else ("rows") by a strict read of it and th
 DATA_DIR/manifest.json keeps the url, date and sha256 of each file. tools/downloads.tsv lists what is where.
 Proxy: https_proxy; HF_ENDPOINT replaces huggingface.co. Exit code 2: a file is missing or damaged.
 """
-import argparse
 import contextlib
 import csv
 import datetime
@@ -430,8 +429,7 @@ def print_sources():
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training.make_parser(__doc__)
     parser.add_argument("names", nargs="*", help="sources or groups (none: list them)")
     parser.add_argument("--data_dir", type=training.folder_name, default="data",
                         help="where the files go (%(default)s)")

@@ -8,7 +8,6 @@
 per_base[offsets[i]:offsets[i + 1]]. With k-mers, a base has the mean of the k-mers that cover it. A vector is
 NaN where the network reads nothing: sequences shorter than k or all N, bases in no k-mer or cut off.
 """
-import argparse
 import collections
 
 import training                                              # first: it answers Ctrl-C in the slow imports
@@ -18,6 +17,7 @@ import torch
 
 import data
 import finetune
+import models
 from tools.predict import add_flags, count_block, open_model, output, read_blocks, read_sequences, say_counts
 
 WIDTH = 256                                                  # of a name in `ids`
@@ -29,15 +29,13 @@ def per_base(net, rows, micro_batch_size, **layer):
     """Embedding of every base of rows (bases, C): the mean of the hidden states that cover it."""
     average = net.spec["strands"] == "average"
     rows = data.both_strands(rows) if average else rows
-    total, lengths = torch.zeros(len(rows.bases), net.out.in_features), np.diff(rows.offsets)
-    count = torch.zeros(len(rows.bases), 1)
+    lengths, parts = np.diff(rows.offsets), []
     for index in finetune.pieces(net, np.arange(len(lengths)), lengths, micro_batch_size):
         with training.autocast(rows.bases.device, net.spec["dtype"]):
             states, covered = net.per_base(rows, index, **layer)               # (N, C), (N, width)
-        for at in covered.T:
-            total.index_add_(0, at, states.float())
-            count.index_add_(0, at, torch.ones(len(at), 1))
-    states = (total / count).numpy()                         # 0 / 0 is NaN
+        first, end = (int(rows.offsets[i]) for i in (index[0], index[-1] + 1))
+        parts.append(models.over_bases(states, covered - first, end - first))
+    states = torch.cat(parts).numpy()
     return data.mean_of_strands(states) if average else states
 
 
@@ -96,8 +94,7 @@ def embed(model, args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training.make_parser(__doc__)
     add = add_flags(parser)
     add("--pool", choices=("mean", "cls", "both"), default="mean", help="mean, [CLS] or both (%(default)s)")
     add("--layer", type=int, default=-1, help="0: input embeddings, 1: first layer, -1: last (%(default)s)")

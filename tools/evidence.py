@@ -170,10 +170,10 @@ def primary_text(name, root=ROOT):
     return f"{claim.strip('*')}: {difference}, {datasets.split()[0]} datasets, {seeds} seeds: {result}"
 
 
-def spread(values):
-    """Mean ± sd (n) of numbers."""
-    sd = f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.1f}{sd} ({len(values)})"
+def spread(values, digits=1):
+    """Mean ± sd (n) of numbers; "" of none."""
+    sd = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+    return f"{np.mean(values):.{digits}f}{sd} ({len(values)})" if values else ""
 
 
 def score_rows(name, mode, metric=None, root=ROOT):
@@ -184,7 +184,7 @@ def score_rows(name, mode, metric=None, root=ROOT):
              for arm, found in arms.items()}
     rows = [["set", *arms]]
     for task in tasks:
-        rows.append([task, *[spread(means[arm][task]) if task in means[arm] else "" for arm in arms]])
+        rows.append([task, *[spread(means[arm].get(task, [])) for arm in arms]])
     common = [task for task in tasks if all(task in means[arm] for arm in arms)]
     last = [np.mean([np.mean(means[arm][task]) for task in common]) for arm in arms] if common else []
     return rows + [[f"mean of the {len(common)} in all", *[f"{mean:.1f}" for mean in last]]]
@@ -197,11 +197,8 @@ def run_rows(kind, name, *columns, root=ROOT):
         arms.setdefault((row["arm"], row["step"]), []).append(row)
     rows = [["arm", "steps", *columns]]
     for (arm, step), runs in sorted(arms.items()):
-        rows.append([arm, f"{step:,}"])
-        for column in columns:
-            values = np.array([run[column] for run in runs if run.get(column) is not None])
-            sd = f" ± {values.std(ddof=1):.3f}" if len(values) > 1 else ""
-            rows[-1].append(f"{values.mean():.3f}{sd} ({len(values)})" if len(values) else "")
+        known = ([run[column] for run in runs if run.get(column) is not None] for column in columns)
+        rows.append([arm, f"{step:,}", *[spread(values, 3) for values in known]])
     return rows
 
 
@@ -240,7 +237,7 @@ def observe(path):
     found = {f"silhouette_{by}": x for by, x in figures.silhouettes(bert).items()}
     length = (bert.config.block_size - 3) * stride + bert.config.k
     flags = training.load(path)["args"]
-    genome = data.Genome(flags["genome"], flags["cache"])
+    genome = data.open_genome(flags["genome"], flags["data_dir"], flags["cache"], flags["ambiguous"])
     bases, *_ = figures.random_windows(genome, WINDOWS, length, length)
     seen = figures.attention(bert, data.kmer_tokens(bases, bert.config.k, stride, specials=True), stride)
     for layer, row in (("middle", (len(seen["numbers"]) - 1) // 2), ("last", -1)):

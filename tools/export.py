@@ -69,31 +69,20 @@ CITE = {"randommask": "Liang et al., Rethinking the BERT-like Pretraining for DN
         "Sequence Inference", "finetune": "the paper of the pretrained model and of the data set"}
 
 
-def read_log(path):
-    """Rows of a log.jsonl; lines that a kill or a full disk left broken are passed over."""
-    rows = []
-    if os.path.exists(path):
-        with open(path, errors="replace") as f:
-            for line in f:
-                try:
-                    rows.append(dict(json.loads(line)))
-                except (ValueError, TypeError, RecursionError):
-                    continue
-    return rows
-
-
 def recorded(init, state):
     """Scores of a fine-tuned checkpoint in its results.jsonl, else the last losses in the log beside it."""
     if init.startswith(("hf:", "findna:")):                  # no run of ours is beside it
         return []
     rows = finetune.read_rows(os.path.dirname(os.path.dirname(init)))
     numbers = [row["test"] | {"task": row["task"], "seed": row["seed"]} for row in rows
-               if "id" in row and row["id"] == state.get("id")]
-    log = [] if numbers else [row for row in read_log(os.path.join(os.path.dirname(init), "log.jsonl"))
-                              if type(row.get("step")) is int and row["step"] <= state.get("step", math.inf)]
-    if not log:
+               if row["id"] == state.get("id")]
+    path, most = os.path.join(os.path.dirname(init), "log.jsonl"), state.get("step", math.inf)
+    if numbers or not os.path.exists(path):
         return numbers
-    return {name: value for name, value in log[-1].items() if "val" in name or name in ("step", "loss")}
+    with open(path, errors="replace") as f:                  # a kill may have left broken lines
+        log = [json.loads(line) for line in f if 0 < (training.step_of(line) or 0) <= most]
+    return {name: value for name, value in log[-1].items()
+            if "val" in name or name in ("step", "loss")} if log else []
 
 
 def without_paths(value):
@@ -143,10 +132,6 @@ def use_bert(spec):
     return "transformers", tokens, USE_BERT.format(auto=auto, k=spec["k"], given=given)
 
 
-def use_mixer(spec):
-    return "safetensors", "single bases, one-hot A, C, G, T, N", USE_MIXER
-
-
 def write_bert(net, folder, card):
     if "classes" in net.spec:
         problem = "regression" if net.spec["regression"] else \
@@ -165,7 +150,8 @@ def write_mixer(net, folder, card):
     models.save_folder(folder, weights, {"config.json": net.spec, "README.md": card})
 
 
-EXPORTS = {"bert": (use_bert, write_bert), "mixer": (use_mixer, write_mixer)}  # by kind of network
+EXPORTS = {"bert": (use_bert, write_bert), "mixer": (       # by kind of network
+    lambda spec: ("safetensors", "single bases, one-hot A, C, G, T, N", USE_MIXER), write_mixer)}
 
 
 def export(folder, init, eval_network=None, **hub):
@@ -193,8 +179,7 @@ def matching(pattern, example):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training.make_parser(__doc__)
     parser.add_argument("folder", type=file_name, metavar="FOLDER", help="new folder to write")
     parser.add_argument("--init", type=file_name, required=True, help="checkpoint, or hf:FOLDER")
     parser.add_argument("--eval_network", choices=("teacher", "student"),

@@ -9,7 +9,6 @@
 
 Drawing needs matplotlib (tools/requirements.txt).
 """
-import argparse
 import io
 import itertools
 import json
@@ -190,11 +189,8 @@ def random_windows(genome, n, length, least):
 
 def over_bases(of_kmers, k, stride):
     """A value for each k-mer (n, T) -> for each base the mean over the k-mers that contain it (n, L)."""
-    n, T = of_kmers.shape
-    covered = (stride * torch.arange(T)[:, None] + torch.arange(k)).flatten()  # the bases of each k-mer
-    total = torch.zeros(n + 1, int(covered[-1]) + 1)         # last row: number of k-mers
-    total.index_add_(1, covered, torch.cat([of_kmers, torch.ones(1, T)]).repeat_interleave(k, 1))
-    return total[:-1] / total[-1].clamp(min=1)
+    covered = stride * torch.arange(of_kmers.shape[1])[:, None] + torch.arange(k)        # the bases of each
+    return models.over_bases(of_kmers.T, covered, int(covered[-1, -1]) + 1).T
 
 
 @torch.no_grad()
@@ -530,12 +526,11 @@ def plot_comparisons(args):
 
 
 def parse_args():
-    layout = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = argparse.ArgumentParser(description=__doc__, **layout)
+    parser = training.make_parser(__doc__)
     figures = parser.add_subparsers(dest="figure", required=True, metavar="FIGURE")
     for plot in (plot_loss, plot_embeddings, plot_attention, plot_masks, plot_results, plot_comparisons):
         name = plot.__name__.removeprefix("plot_")
-        figure = figures.add_parser(name, **layout)
+        figure = figures.add_parser(name, allow_abbrev=False)
         figure.set_defaults(plot=plot)
         add = figure.add_argument
         if name in ("loss", "embeddings", "attention"):

@@ -8,7 +8,6 @@ without it. The output is the log-odds of a class, log p - log (1 - p), by defau
 predicts for the sequence; or the value of a target. The picture shows all effects of the first sequence and,
 below, each base as high as the output falls when it is substituted (mean).
 """
-import argparse
 import importlib.util
 import io
 import os
@@ -22,7 +21,6 @@ from training import number
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from scipy import stats
 from tqdm import tqdm
 
@@ -82,10 +80,7 @@ def effects(model, codes, at, bar):
 def by_base(net, rows, x):
     """Values x (windows, T) over the inputs of the network -> (L,): the mean of those that cover a base."""
     x, covered = net.spread(x.cpu()[..., None], rows, ONE)   # (N, 1), (N, width)
-    total = torch.zeros(len(rows.bases), 2)
-    for at in covered.T:
-        total.index_add_(0, at, F.pad(x, (0, 1), value=1.0))
-    return (total[:, 0] / total[:, 1]).numpy()               # 0 / 0, where nothing is read, is NaN
+    return models.over_bases(x, covered, len(rows.bases))[:, 0].numpy()
 
 
 def gradient_x_input(net, rows, at):
@@ -221,8 +216,7 @@ def draw(drawn):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training.make_parser(__doc__)
     add = add_flags(parser)
     add("--class", dest="output", metavar="NAME", help="class or target (default: the predicted class)")
     add("--gradient", action="store_true", help="also gradient x input (BERT, ChordMixer, cnn)")

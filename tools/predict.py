@@ -3,7 +3,6 @@
     python -m tools.predict new.fa --init out/finetune/csv_my/randommask.pt              new.predictions.tsv
     python -m tools.predict genome.fa --window 500 --step 100 --init out/finetune/csv_my/randommask.pt
 """
-import argparse
 import collections
 import io
 import itertools
@@ -156,8 +155,7 @@ def predict(model, args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training.make_parser(__doc__)
     add = add_flags(parser)
     add("--empty", action="store_true", help="also predict sequences of which the network reads no base")
     add("--excel_safe", action="store_true", help="an apostrophe before names that begin with =, +, - or @")

@@ -157,12 +157,13 @@ def report_strands(args):
 
 def report_tables(args):
     """Print what an own table holds, or two or three that belong together, split as finetune.py does."""
-    paths, flags = args.tasks, data.column_flags(args)
+    paths = args.tasks
     args = SimpleNamespace(**vars(args), csv=paths, split=None, split_by=None, seed=42)
     functions = {"GC and length": gc_and_length, "5-mer counts": data.kmer_counts}
     task, splits = finetune.read_csv(args)
     leaks = report_splits(task, splits, functions)
-    one = len(paths) == 1 and "split" not in data.read_groups(paths[0], None, flags["delimiter"])[1]
+    groups = data.read_groups(paths[0], None, data.column_flags(args)["delimiter"])[1]
+    one = len(paths) == 1 and ("split" not in groups or finetune.labels_split(args))
     if leaks and not one:
         print("Near-duplicates in train make a test too easy; give one table with --split_by similarity")
     elif leaks:
@@ -203,7 +204,7 @@ if __name__ == "__main__":
     add("--data_dir", type=folder_name, default="data", help="folder of the benchmark sets (%(default)s)")
     add("--fasta", type=file_name, nargs="+", help="genome of coordinate tables: one FASTA, or one a class")
     args = parser.parse_args()
-    status, names = 0, []
+    status = 0
     with training.user_errors():
         if args.tasks[0] == "strands":
             report_strands(args)
@@ -212,11 +213,10 @@ if __name__ == "__main__":
         elif args.targets or args.multilabel:
             raise ValueError("--targets, --multilabel: belong to tables of your own; drop them")
         else:
-            names = data.task_names(args.tasks)
-    for name in names:
-        try:
-            report_task(data.TASKS[name], args.data_dir, args.fasta)
-        except ValueError as e:                              # go on: the next set may be there
-            print(f"  not read: {training.plain(str(e))}")
-            status = 2
+            for name in data.task_names(args.tasks):
+                try:
+                    report_task(data.TASKS[name], args.data_dir, args.fasta)
+                except ValueError as e:                      # go on: the next set may be there
+                    print(f"  not read: {training.plain(str(e))}")
+                    status = 2
     parser.exit(status)

@@ -7,7 +7,6 @@
 results/paper.csv holds the papers' numbers and their caveats. A column of ours is one setup (--init, mode and
 whatever differs between runs of a task); a row is one task with one metric.
 """
-import argparse
 import csv
 import io
 import itertools
@@ -328,8 +327,7 @@ def write_table(out, paper_csv=PAPER):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training.make_parser(__doc__)
     parser.add_argument("out", type=training.file_name, nargs="?", default="out/finetune", metavar="OUT",
                         help="folder of results.jsonl (%(default)s)")
     parser.add_argument("--results", type=training.file_name, nargs="*", metavar="OUT",

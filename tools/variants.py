@@ -7,7 +7,6 @@
 Pretrained: log P(ALT) - log P(REF) of masked k-mers or bases. Fine-tuned: the change of each class's
 log P, or of each predicted value. --embedding: distances of embeddings. Formulas: docs/variants.md.
 """
-import argparse
 import collections
 import functools
 import itertools
@@ -359,8 +358,7 @@ def main(args):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = training.make_parser(__doc__)
     add = add_model_flags(parser)
     add("file", type=file_name, metavar="VCF", help="plain, gzip or bgzip")
     add("--fasta", type=file_name, nargs="+", required=True, help="genome of the calls, plain or gzip")

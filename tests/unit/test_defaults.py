@@ -279,6 +279,15 @@ def test_a_regression_is_chosen_by_loss():
         assert key["numbers"]["select"] == select
 
 
+@pytest.mark.parametrize("init", ["cnn", "random:out/x/cnn.pt", "out/x/cnn.pt"])
+def test_a_cnn_has_its_own_optimizer(init):
+    """Also one that starts from a checkpoint, or from random weights of one."""
+    args = SimpleNamespace(mode="finetune", class_weights=None, seed=1, strands=None, split_by=None)
+    task, plan = "gb/human_enhancers_cohn", finetune.Plan("", None, 0, init, "martinek", {})
+    key = finetune.make_key(plan, data.TASKS[task], finetune.Start({"kind": "cnn"}, None, "x", ""), "", args)
+    assert (key["numbers"]["lr"], key["numbers"]["weight_decay"]) == (1e-3, 0)
+
+
 def test_the_dropout_and_blocks_of_a_run():
     """Yu 4.4: dropout 0.1, also in a ChordMixer; --blocks log2: the first ceil(log2 L) of each layer."""
     args = SimpleNamespace(pool="mean", head="linear", blocks="log2", strands=None, long=None, dtype="")

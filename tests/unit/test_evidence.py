@@ -224,7 +224,8 @@ def test_observations(tmp_path, monkeypatch):
         (out / arm / "7").mkdir(parents=True)
         (out / arm / "7/log.jsonl").write_text('{"step": 9}\n')
         for name in names:
-            state |= {"args": {"stride": stride, "genome": [str(fasta)], "cache": None}}
+            state |= {"args": {"stride": stride, "genome": ["demo"] if arm == "apart" else [str(fasta)],
+                               "data_dir": str(tmp_path), "cache": None, "ambiguous": "N"}}
             torch.save(state | {"step": 2 if name == "step_2" else 9}, out / arm / "7" / f"{name}.pt")
     (out / "scores").mkdir()
     (out / "scores/results.jsonl").write_text("")

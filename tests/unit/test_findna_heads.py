@@ -11,6 +11,7 @@ from harness import random_dna
 import data
 import finetune
 import models
+from tools import embed
 
 K = 3                                                        # [CLS] of a pretraining sequence of 20 bases
 SIZES = {"transformer": dict(length=20 + K, n_layer=1, n_head=2, n_embd=8, dropout=0.0),
@@ -105,6 +106,23 @@ def test_both_poolings_train_and_reload(kind, tmp_path):
     whole = finetune.build_net(net.spec | {"classes": ["a", "b"], "regression": False}, net.state_dict())
     whole.spec["pool"] = "mean"                              # as load_model(pool="mean") does
     assert finetune.apply(whole.eval(), rows, 9, whole.embed).shape == (5, net.out.in_features)
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_vectors_of_bases_do_not_depend_on_the_pooling(kind):
+    net, texts, rows = make(kind, "both", [20, 5, 20], strands="forward", dtype="float32")
+    want = torch.cat([read_alone(net, text, K)[0] for text in texts])
+    np.testing.assert_allclose(embed.per_base(net, rows, 2), want, atol=1e-5)
+
+
+def test_a_head_predicts_from_the_pooling_it_was_trained_with(monkeypatch):
+    net, texts, _ = make("chordmixer", "mean", classes=["a", "b"], regression=False)
+    spec = net.spec | {"strands": "forward", "dtype": "float32"}
+    monkeypatch.setattr(finetune, "read_network", lambda *_: (dict(spec), net.state_dict()))
+    whole, other = (finetune.load_model("x.pt", pool=pool) for pool in (None, "cls"))
+    assert whole.predict(texts).shape == (len(texts), 2) and other.embed(texts).shape == (len(texts), 24)
+    with pytest.raises(ValueError, match="pool='cls': x.pt was fine-tuned with 'mean'; load it"):
+        other.predict(texts)
 
 
 def test_bert_pools_both():

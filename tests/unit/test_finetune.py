@@ -243,6 +243,8 @@ def test_labels_that_teach_nothing_are_refused():
     parts, task = {"train": some_rows([0, 1]), "dev": some_rows([1, 1])}, task_of("a", "b", regression=False)
     with pytest.raises(ValueError, match="csv/t: all dev rows are of one class"):
         finetune.check_parts(parts, task, key)
+    with pytest.raises(ValueError, match="so f1_binary cannot choose the weights"):
+        finetune.check_parts(parts, task, key | {"metric": "f1_binary"})
     finetune.check_parts(parts, task, key | {"numbers": {"select": "loss"}})
     finetune.check_parts(parts | {"dev": None}, task, {"numbers": {}, "metric": "mcc"})
 
@@ -280,6 +282,13 @@ def test_both_strands_are_one_sequence():
     assert not data.rows_in(parts["dev"], parts["train"]).any()
     counts = finetune.count_rows(parts | {"dev": None}, None, data.rows_in(parts["test"], rows))
     assert counts["train_reverse_complements"] == 30 and counts["test_in_train"] == 3
+
+
+@pytest.mark.parametrize("init, name", [
+    ("out/rm/last.pt", "rm"), ("./last.pt", "model"), ("/last.pt", "model"), ("a/ /last.pt", "model"),
+    ("x/.pt", "model"), ("hf:models/dnabert 6/", "dnabert"), ("random:out/cnn.pt", "random_cnn")])
+def test_the_file_of_a_model_has_a_name(init, name):
+    assert finetune.model_path({"init": init}, "csv_t/id") == f"csv_t/{name}.pt"
 
 
 def test_two_runs_of_one_name_that_end_at_once(tmp_path, monkeypatch):

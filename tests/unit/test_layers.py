@@ -108,6 +108,7 @@ def test_score_is_the_literal_pseudo_log_likelihood(k, stride):
     model, long = deep_bert(stride, k), random_dna(65, np.random.default_rng(9))
     texts = [text[:31 + k] for text in TEXTS]                # one window
     want = [literal_score(model.net.bert, text, k, stride) for text in texts]
+    assert np.array_equal(model.score(iter(texts)), model.score(texts))
     assert model.score(texts) == pytest.approx(want, abs=1e-4) and np.std(want) > 0.01
     if stride == 1:                                          # a mean over the k-mers of two windows
         n, m = 32, 65 - k + 1 - 32

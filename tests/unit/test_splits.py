@@ -151,6 +151,10 @@ def test_a_column_split_in_one_of_several_tables_is_refused(table):
             split(None, csv=tables)
     assert {*split(None, csv=[other, other])} == {"train", "test"}               # of one split is fine
     assert {*split(None, csv=[one, one], label_column="split")} == {"train", "test"}       # these are labels
+    assert {name: len(texts) for name, texts in split(one, label_column="split").items()} == {
+        "train": 192, "dev": 24, "test": 24}
+    numbers = write(table.path, **table.columns, split=list(map(str, range(240))))
+    assert len(split(numbers, targets=["Split"])["train"]) == 192
 
 
 @pytest.mark.parametrize("by, of", [("Gene", "gene"), ("gene", "gene"), ("similarity", "window")])
@@ -272,6 +276,10 @@ def test_the_report_on_several_tables(table, tmp_path):
         assert said in out
     assert "task" in refused(report(str(table.path), "emp/H3"))
     assert "--targets, --multilabel: belong" in refused(report("emp/H3", "--targets", "y"))
+
+
+def test_a_report_into_a_folder_that_cannot_be_made():
+    assert "/proc/none" in refused(report("demo", "--data_dir", "/proc/none"))
 
 
 def test_the_report_on_labels(table):
