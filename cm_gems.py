@@ -143,6 +143,9 @@ def npmi_table(args, genome):
     chosen = np.array([name in wanted for name in genome.contigs])[at]
     with data.stoppable("counting k-mers"):
         counts = count_kmers(genome.bases, genome.intervals[chosen], args.k)
+    if not counts[-1].sum():
+        raise ValueError(f"no {args.k}-mer to count in {', '.join(contigs)[:80]}; name contigs with "
+                         f"sequence (with --bed, in its intervals) in --npmi_contigs")
     if counts[-1].sum() < 4 ** args.k:
         raise ValueError(f"genome too small for an NPMI: {counts[-1].sum()} {args.k}-mers, of {4 ** args.k} "
                          f"different ones; use a larger genome, a smaller --k or --npmi_table")
@@ -273,6 +276,12 @@ def print_masks(masker, npmi_rank, tokens, centers, masked):
               "".join(".#o*"[mark] for mark in marks[n, row]), sep="\n")
 
 
+def idle(args):
+    """Returns the names of the flags that do nothing beside the others."""
+    of = {"cm_gems": ["switch_drop", "switch_after"], "cm_step": ["cm_step_stages", "cm_step_easy"]}
+    return [name for strategy, names in of.items() if strategy != args.strategy for name in names]
+
+
 def parse_args():
     parser, positive = training.new_parser(__doc__), number(int, 1)
     add = parser.add_argument_group("model").add_argument
@@ -309,7 +318,7 @@ def parse_args():
     add("--steps", type=positive, default=10_000, help="steps (%(default)s)")
     training.add_run_flags(parser, "out/cm_gems", eval_windows=2000)
     parser.set_defaults(**MODELS[parser.parse_args().model])
-    return training.parse_flags(parser, DEMO)
+    return training.parse_flags(parser, DEMO, idle)
 
 
 def complete_args(args):

@@ -207,6 +207,17 @@ def pass_over(windows, seed, first, n):
                            for epoch in np.unique(epochs)])
 
 
+def idle(args):
+    """Returns the names of the flags that do nothing beside the others."""
+    teacher = ["cl_softmax", "cl_space", "temp_student", "temp_teacher", "ema", "center_momentum"]
+    sizes = {"chordmixer": ["track_size", "hidden"], "transformer": ["n_head", "n_embd"]}
+    others = {"noise": "N", "flip": "R", "translocation": "T"}
+    return [*(["alpha"] if args.objective != "both" else []), *(teacher if args.objective == "mnm" else []),
+            *(name for name, letter in others.items() if letter not in args.views),
+            *sizes["transformer" if args.backbone == "chordmixer" else "chordmixer"],
+            *(["epochs"] if args.steps else [])]
+
+
 def parse_args():
     parser, positive = training.new_parser(__doc__, strands=False), number(int, 1)      # but R in --views
     positive_float = number(float, 1e-9)
@@ -223,7 +234,7 @@ def parse_args():
     add("--init", type=file_name, help="start from these weights: a checkpoint, or findna:FILE")
     add = parser.add_argument_group("method").add_argument
     add("--preset", choices=("released",), help="views, center momentum, epochs of the released code")
-    add("--windows", type=positive, default=100_000, help="windows of an epoch (%(default)s)")
+    add("--windows", type=number(int, 1, 10 ** 9), default=100_000, help="windows of an epoch (%(default)s)")
     add("--fresh_windows", action="store_true", help="draw new windows at each step, not one set for all")
     add("--objective", choices=("both", "mnm", "cl"), default="both",
         help="both losses, mnm: masked bases only, cl: contrastive only (%(default)s)")
@@ -252,7 +263,7 @@ def parse_args():
     training.add_run_flags(parser, "out/findna", eval_windows=512, eval_every=2000)
     if parser.parse_args().preset:
         parser.set_defaults(**RELEASED)
-    return training.parse_flags(parser, DEMO)
+    return training.parse_flags(parser, DEMO, idle)
 
 
 def complete_args(args):

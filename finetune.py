@@ -786,7 +786,16 @@ def load_model(init, device="cpu", eval_network=None, pool=None, **changes):
     """A checkpoint, hf:FOLDER or findna:FILE -> Model. changes, where not None: pool, long, stride, dtype,
     strands ("average": means over both strands)."""
     spec, weights = read_network(init, eval_network)
-    spec |= {name: value for name, value in {"dtype": "float32", **changes}.items() if value is not None}
+    if eval_network and (spec["kind"] != "mixer" or "classes" in spec):
+        raise ValueError(f"--eval_network {eval_network}: {init} has one network; drop it")
+    readers = {"stride": ("bert", "hf"), "long": ("bert", "hf", "mixer")}      # of k-mers, of windows
+    changes = {name: value for name, value in {"dtype": "float32", **changes}.items() if value is not None}
+    for name, value in (changes | ({"pool": pool} if pool else {})).items():
+        if name not in ("pool", "long", "stride", "dtype", "strands") or not SPEC[name](value):
+            raise ValueError(f"{name}={value!r:.20}: no such option or value; see the flags of tools.embed")
+        if spec["kind"] not in readers.get(name, HEADS):
+            raise ValueError(f"--{name}: not for a network of the kind {spec['kind']}; drop it")
+    spec |= changes
     model = Model(init, build_net(spec, weights), device)
     model.net.spec["pool"] = pool or model.pool              # a trained head keeps its width
     return model

@@ -239,10 +239,11 @@ def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
     add("--demo", action="store_true", help="train a tiny model on a synthetic genome")
 
 
-def parse_flags(parser, demo):
+def parse_flags(parser, demo, idle=lambda args: ()):
     """Parses the command line. --demo and --size replace defaults, --resume takes the run's args.json.
 
-    A flag on the command line wins over both; load_run refuses one that would make it another run."""
+    A flag on the command line wins over both; load_run refuses one that would make it another run.
+    idle(args): names of the flags that do nothing beside the others, of which a line says so."""
     outlive_streams()
     args = parser.parse_args()
     if args.demo:
@@ -255,7 +256,11 @@ def parse_flags(parser, demo):
         raise ValueError("--init and --resume: a resumed run has its own weights; drop one of them")
     if args.resume and has_checkpoint(args.out):
         parser.set_defaults(**read_args(parser, args))
-    return parser.parse_args()
+        return parser.parse_args()
+    unused = [f"--{name}" for name in idle(args) if getattr(args, name) != parser.get_default(name)]
+    if unused and read_ranks()[0] == 0:
+        print(f"note: {', '.join(unused)}: without effect beside the other flags", flush=True)
+    return args
 
 
 def complete_warmup(args, share):
@@ -580,7 +585,7 @@ class Run:
     say = staticmethod(say)
 
     def __init__(self, args, writes):
-        if writes and not args.dry_run:
+        if args.resume or writes and not args.dry_run:
             check_out(args.out, args.resume)
         self.device, args.dtype, self.rank, self.world = set_up(args.device, args.dtype)
         if args.demo:
@@ -625,29 +630,44 @@ class Run:
         if self.args.resume and all_reduce(here).item() != self.start * self.world:
             raise ValueError(f"--resume: rank {self.rank} reads step {self.start} in {self.args.out}, others "
                              f"another step; give all nodes the same folder")
-        if self.rank == 0:
-            self.lock = open_run(self.args.out, self.args, self.start - bool(self.row),
-                                 fresh=not self.args.resume)
-            self.track = open_tracker(self.args, self.start)
+        wrong = None
+        try:
+            if self.rank == 0:
+                self.lock = open_run(self.args.out, self.args, self.start - bool(self.row),
+                                     fresh=not self.args.resume)
+                self.track = open_tracker(self.args, self.start)
+        except (ValueError, OSError) as e:
+            wrong = e
+        self.raise_on_all(wrong)
+
+    def raise_on_all(self, wrong):
+        """Raises what this rank alone may have met (an exception or None); the others then leave with 2."""
+        if all_reduce(torch.tensor([float(wrong is not None)], device=self.device)).item():
+            raise wrong or SystemExit(2)
 
     def check_memory(self, build, length, teachers=0):
         """ValueError unless weights, gradients, moments and a micro-batch of `length` tokens fit in memory.
 
         build(args): the network, here on no device, so that nothing is allocated; teachers: its copies."""
         args, size = self.args, 4 if self.args.dtype == "float32" else 2.5       # some stay float32
-        with torch.device("meta"):
-            model = build(argparse.Namespace(**vars(args) | {"init": None}))
+        try:
+            with torch.device("meta"):
+                model = build(argparse.Namespace(**vars(args) | {"init": None}))
+        except (RuntimeError, TypeError):                    # more than 64 bits can count
+            raise ValueError("memory: no machine holds a network of this size; give a smaller one") from None
         fixed = 4 * (4 + teachers) * sum(p.numel() for p in model.parameters())
         each = size * length * model.saved_per_token(length, self.device.type == "cuda")
         n, free = min(args.micro_batch_size, args.batch_size), free_memory(self.device)
         self.needs = f"about {(fixed + n * each) / 1e9:.2g} GB of {free / 1e9:.2g} GB free"
+        wrong = None
         if fixed + n * each > free:
             fits, size = int(max(0.9 * free - fixed, 0) / each), getattr(args, "size", "none")
             advice = "--size small" if size in (None, "base") else "a smaller network"
             advice = f"--micro_batch_size {fits} or {advice}" if fits else advice
-            raise ValueError(f"memory: the run needs {self.needs} ({fixed / 1e9:.2g} GB for the network and "
-                             f"its optimizer, the rest for {n} sequences of {length} at once); use "
-                             f"{'a larger machine' if args.resume else advice}")
+            parts = f"{fixed / 1e9:.2g} GB for the network and its optimizer, the rest for {n} sequences"
+            wrong = ValueError(f"memory: the run needs {self.needs} ({parts} of {length} at once); use "
+                               f"{'a larger machine' if args.resume else advice}")
+        self.raise_on_all(wrong)
 
     def describe(self, model, genome, passes, per_step, unit="tokens"):
         """Says what the run is. per_step: tokens (or bases) of a step, from which the speed is computed."""

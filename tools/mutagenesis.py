@@ -144,6 +144,8 @@ def agreement(found, x):
 
 def mutate(model, args):
     """Writes the table; returns what `draw` takes of the first sequences, and the name of the picture."""
+    if model.net.spec.get("pairs"):
+        raise ValueError(f"--init {args.init}: fine-tuned on pairs of sequences; use a model of single ones")
     for flag, fits in (("gradient", model.net.READER), ("attention", model.net.BODY == "bert")):
         if getattr(args, flag) and not fits:
             raise ValueError(f"--{flag}: not for a network of the kind {model.net.spec['kind']}; drop it")

@@ -139,6 +139,8 @@ def report_strands(args):
     """Print how much the predictions of args.init differ between a sequence and its reverse complement."""
     if not args.init or len(args.tasks) < 2:
         raise ValueError("strands: give files with sequences, and the model with --init")
+    if args.targets or args.multilabel:
+        raise ValueError("--targets, --multilabel: the model knows its outputs; drop them")
     model = finetune.load_model(args.init, strands="forward")
     for file in args.tasks[1:]:
         sequences = read_sequences(SimpleNamespace(**vars(args), file=file, window=None, step=None))
@@ -208,6 +210,8 @@ if __name__ == "__main__":
     with training.user_errors():
         if args.tasks[0] == "strands":
             report_strands(args)
+        elif args.init:
+            raise ValueError("--init: belongs to strands; drop it")
         elif all(name.lower().endswith(TABLES) for name in args.tasks):
             report_tables(args)
         elif args.targets or args.multilabel:

@@ -222,10 +222,13 @@ def open_scorer(args):
         weights = models.load_findna(args.init[7:], args.eval_network)[1]
     elif not args.init.startswith("hf:"):
         state = training.load(args.init)
-        args.eval_network = args.eval_network or finetune.choose_network(args.init, state)
+        if state["method"] == "findna":
+            args.eval_network = args.eval_network or finetune.choose_network(args.init, state)
         weights = state.get(args.eval_network, state["model"])
     model = open_model(args)
     net = model.net
+    if net.spec.get("pairs"):
+        raise ValueError(f"--init {args.init}: fine-tuned on pairs of sequences; use a model of single ones")
     args.strands, net.spec["strands"] = net.spec["strands"], "forward"         # windows differ by the strand
     if net.spec["kind"] == "mixer" and "classes" not in net.spec and not args.embedding:
         net.spec["pool"] = "cls"                             # inputs then end with [CLS], as in pretraining

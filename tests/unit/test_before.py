@@ -124,7 +124,8 @@ def test_too_little_memory(make_run, monkeypatch, free, flags, advice):  # noqa:
     monkeypatch.setattr(training, "free_memory", lambda device: free)
     base = dict(k=6, block_size=512, n_layer=12, n_head=12, n_embd=768, dropout=0.1, seed=1, init=None,
                 size=None)
-    run = make_run(**base | {"batch_size": 512, "micro_batch_size": 64} | flags)
+    run = make_run(**base | {"batch_size": 512, "micro_batch_size": 64})
+    vars(run.args).update(flags)
     if advice is None:
         run.check_memory(randommask.build_model, 512)
         assert run.needs == "about 53 GB of 99 GB free"

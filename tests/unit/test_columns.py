@@ -94,7 +94,8 @@ def test_report_on_strands(tmp_path, monkeypatch, capsys):
     net.out.bias.data.zero_()
     model = finetune.Model("x", net, "cpu")
     monkeypatch.setattr(finetune, "load_model", lambda init, strands: model if strands == "forward" else None)
-    report.report_strands(argparse.Namespace(tasks=["strands", str(tmp_path / "t.fa")], init="x"))
+    none = dict(targets=None, multilabel=None)
+    report.report_strands(argparse.Namespace(tasks=["strands", str(tmp_path / "t.fa")], init="x", **none))
     line = capsys.readouterr().out
     one, two = model.predict(texts), model.predict(other)
     assert ": 40 sequences (and 1 that the network does not read)" in line
@@ -102,7 +103,7 @@ def test_report_on_strands(tmp_path, monkeypatch, capsys):
     gap, r = np.mean(abs(one[:, 1] - two[:, 1])), np.corrcoef(one[:, 1], two[:, 1])[0, 1]
     assert f"yes: mean difference {gap:.3g}, correlation {r:.3f}" in line
     write_fasta(tmp_path / "one.fa", {"a": texts[0], "b": "NNN"})
-    report.report_strands(argparse.Namespace(tasks=["strands", str(tmp_path / "one.fa")], init="x"))
+    report.report_strands(argparse.Namespace(tasks=["strands", str(tmp_path / "one.fa")], init="x", **none))
     assert capsys.readouterr().out.endswith("one.fa: 1 sequences (and 1 that the network does not read)\n")
     with pytest.raises(ValueError, match="--init"):
         report.report_strands(argparse.Namespace(tasks=["strands"], init=None))

@@ -117,6 +117,27 @@ def test_score_is_the_literal_pseudo_log_likelihood(k, stride):
         assert np.isnan(model.score(["A" * (k - 1)])[0])
 
 
+@pytest.mark.parametrize("wrong", [
+    dict(strands="both"), dict(strand="average"), dict(long="trunc"), dict(layer=2), dict(dtype="float99"),
+    dict(stride=0), dict(pool="max"), dict(eval_network="teacher")])
+def test_load_model_refuses_options_that_it_does_not_know(monkeypatch, wrong):
+    """They were ignored, or read as the default."""
+    net = deep_bert().net
+    monkeypatch.setattr(finetune, "read_network", lambda *_: (dict(net.spec), net.state_dict()))
+    right = finetune.load_model("x.pt", strands="average", long="truncate", stride=3, pool="cls")
+    assert right.embed(["ACGTACGT"]).shape == (1, net.bert.config.n_embd)
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))}.*; (see|drop)"):
+        finetune.load_model("x.pt", **wrong)
+
+
+@pytest.mark.parametrize("kind", MIXERS)
+def test_a_mixer_has_no_stride(monkeypatch, kind):
+    spec = {"kind": "mixer", "mixer": MIXERS[kind], "n_cls": 0}
+    monkeypatch.setattr(finetune, "read_network", lambda *_: (spec, None))
+    with pytest.raises(ValueError, match="--stride: not for a network of the kind mixer; drop it"):
+        finetune.load_model("x.pt", stride=5)
+
+
 def test_score_is_refused_without_a_masked_lm_head():
     classifier, headless, mixer = deep_bert(), deep_bert(), finetune.Model("x.pt", finetune.build_net(
         {"kind": "mixer", "mixer": MIXERS["encoder"], "n_cls": 0}), "cpu")

@@ -9,7 +9,9 @@ import torch
 from harness import random_dna, write_fasta
 from test_finetune_rules import BERT
 
+import cm_gems
 import data
+import findna
 import finetune
 import models
 import training
@@ -198,6 +200,19 @@ def test_rows_of_a_table_keep_their_names(tmp_path, head, names):
         for bad in ('"a\tb"', ""):
             path.write_text(path.read_text().replace("e1", bad))
             assert "line 2" in refusal(list, predict.read_sequences(flags_of(path)))
+
+
+@pytest.mark.parametrize("script, flags, unused", [
+    (findna, "--objective mnm --ema 0.9 --hidden 64", "--ema"),
+    (findna, "--backbone transformer --hidden 64 --views M+none --noise 0.5", "--noise, --hidden"),
+    (findna, "--steps 5 --epochs 2 --flip 0.1 --alpha 0.9", "--epochs"),
+    (cm_gems, "--strategy random --switch_after 9", "--switch_after"),
+    (cm_gems, "--cm_step_stages 3 --switch_after 9", "--cm_step_stages"), (cm_gems, "--demo", None)])
+def test_flags_without_effect_are_named(script, flags, unused, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["x.py", *flags.split()])
+    script.parse_args()
+    note = f"note: {unused}: without effect beside the other flags\n"
+    assert capsys.readouterr().out == (note if unused else "")
 
 
 def test_report_counts_intervals_and_rows(tmp_path, capsys):
