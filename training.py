@@ -239,11 +239,14 @@ def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
     add("--demo", action="store_true", help="train a tiny model on a synthetic genome")
 
 
+UNUSED = []                                                  # flags on the command line that do nothing
+
+
 def parse_flags(parser, demo, idle=lambda args: ()):
     """Parses the command line. --demo and --size replace defaults, --resume takes the run's args.json.
 
     A flag on the command line wins over both; load_run refuses one that would make it another run.
-    idle(args): names of the flags that do nothing beside the others, of which a line says so."""
+    idle(args): names of the flags that do nothing beside the others; `describe` says it of those given."""
     outlive_streams()
     args = parser.parse_args()
     if args.demo:
@@ -257,9 +260,7 @@ def parse_flags(parser, demo, idle=lambda args: ()):
     if args.resume and has_checkpoint(args.out):
         parser.set_defaults(**read_args(parser, args))
         return parser.parse_args()
-    unused = [f"--{name}" for name in idle(args) if getattr(args, name) != parser.get_default(name)]
-    if unused and read_ranks()[0] == 0:
-        print(f"note: {', '.join(unused)}: without effect beside the other flags", flush=True)
+    UNUSED[:] = [f"--{name}" for name in idle(args) if getattr(args, name) != parser.get_default(name)]
     return args
 
 
@@ -676,6 +677,8 @@ class Run:
         self.say(f"model    {sum(p.numel() for p in model.parameters()):,} parameters, {self.args.dtype}, "
                  f"{self.world} x {self.device.type}, {self.n_micro} micro-batches of at "
                  f"most {self.args.micro_batch_size} a step{uneven}")
+        if UNUSED:
+            self.say(f"note: {', '.join(UNUSED)}: without effect beside the other flags")
         self.say(f"memory   {self.needs}")
         self.say(f"genome   {' '.join(self.args.genome)}: {genome}")
         if passes > PASSES and not self.args.demo:

@@ -139,7 +139,8 @@ def test_pairs_are_learnt_together(here):
         write_table(f"{name}.csv", head, [("ACGTACGT", *["ACGTACGA"] * (name == "test"), i) for i in (0, 1)])
     assert "only one has a column sequence_2" in refused(tune(csv=["train.csv", "test.csv"]))
     assert "kind penguinn reads no pairs" in refused(tune(csv="pairs.csv", init="penguinn"))
-    assert "not for pairs" in refused(run(["pairs.csv", "--init", row["model"]], script="tools.mutagenesis"))
+    assert "a model of single ones" in refused(run(["pairs.csv", "--init", row["model"]],
+                                                   script="tools.mutagenesis"))
 
 
 def test_a_run_and_its_row(here):

@@ -82,11 +82,14 @@ def test_the_papers_passes_over_another_genome():
 
 
 @pytest.mark.parametrize("passes, demo, warned", [(101, False, True), (99, False, False), (101, True, False)])
-def test_many_passes_are_warned_of(make_run, capsys, passes, demo, warned):  # noqa: F811
+def test_many_passes_and_unused_flags_are_warned_of(make_run, monkeypatch, capsys, passes, demo, warned):  # noqa: F811
     run = make_run(genome=["x"])
     run.args.demo, run.needs = demo, ""
+    monkeypatch.setattr(training, "UNUSED", ["--ema", "--flip"] if warned else [])
     run.describe(torch.nn.Linear(1, 1), "", passes, 1)
-    assert ("warning: 101 passes" in capsys.readouterr().out) == warned
+    said = capsys.readouterr().out
+    assert ("warning: 101 passes" in said) == warned
+    assert ("note: --ema, --flip: without effect beside the other flags\n" in said) == warned
 
 
 def kept_bytes(network, *inputs, **options):

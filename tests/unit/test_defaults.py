@@ -180,7 +180,8 @@ def test_findna_has_one_micro_batch_a_rank_on_gpus(defaults, tmp_path, monkeypat
 def test_more_ranks_than_micro_batches(monkeypatch, resumed, advice):
     """A resumed run refuses another --micro_batch_size, so that the advice differs."""
     monkeypatch.setattr(training, "set_up", lambda *_: (None, "float32", 0, 8))
-    flags = dict(batch_size=64, micro_batch_size=64, resume=resumed, demo=False, device="", dtype="",
+    monkeypatch.setattr(training, "check_out", lambda *_: None)
+    flags = dict(out="", batch_size=64, micro_batch_size=64, resume=resumed, demo=False, device="", dtype="",
                  dry_run=False, track=None)
     with pytest.raises(ValueError, match=advice):
         training.Run(SimpleNamespace(**flags), writes=False)
