@@ -47,7 +47,7 @@ evaluate() {                                    # TABLE INIT SEED FLAGS
 }
 for table in few all; do
     evaluate $table kmer 41
-    for seed in 41 42 43; do
+    for seed in 41 42 43 44 45; do
         evaluate $table penguinn $seed
         for init in out/randommask/dnabert/$seed/last.pt random:out/randommask/dnabert/$seed/last.pt; do
             evaluate $table $init $seed --stride 4 --lr 1e-3

@@ -32,3 +32,4 @@ for seed in 41 42 43; do
     for arm in randommask dnabert single; do evaluate $arm $seed --task $sets --epochs 2 --lr 1e-3; done
     random=random: evaluate dnabert $seed --task $sets --epochs 2 --lr 1e-3
 done
+for seed in 44 45; do pretrain dnabert $seed --mask dnabert; done       # for experiment D alone
