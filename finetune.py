@@ -334,7 +334,8 @@ class HfHead(nn.Module):
         owner, parts = self.windows(rows, index)
         rows_of_ids = [[*self.first, *ids, *self.last] for ids, *_ in parts]
         n, at = torch.tensor(list(map(len, rows_of_ids)))[:, None], torch.arange(max(map(len, rows_of_ids)))
-        tokens = torch.full((len(parts), len(at)), self.hf.config.pad_token_id or 0)     # counts positions
+        pad = self.hf.config.pad_token_id or 0               # some count positions from it
+        tokens = torch.full((len(parts), len(at)), pad)
         tokens[at < n] = torch.tensor(np.concatenate(rows_of_ids))
         real = (at >= len(self.first)) & (at < n - len(self.last))
         tensors = tokens, real, at < n, None if len(owner) == len(index) else owner.bincount()
