@@ -38,3 +38,16 @@ for seed in 31 32 33; do
         evaluate $arm $seed
     done
 done
+
+more_draws() {                                  # INIT SEED: of the sets whose files hold ten draws
+    init=$1; first=$2
+    for shots in 10 50; do
+        sets=splice_40; [ $shots != 10 ] || sets="splice_40 silencer"
+        python finetune.py --init $init --seed $first --seeds 10 --out out/cm_gems/scores --task $sets --shots $shots
+    done
+}
+more_draws kmer 31
+for seed in 31 32 33; do
+    for arm in cm_gems genemask random; do more_draws out/cm_gems/$arm/$seed/last.pt $seed; done
+    more_draws random:out/cm_gems/genemask/$seed/last.pt ${seed}0
+done
