@@ -517,8 +517,8 @@ MUTANTS += mutants("data.py", ["tests/unit/test_columns.py"], {
 MUTANTS += mutants("tools/report.py", ["tests/unit/test_columns.py"], {
     "strands of other sequences": ("x[len(x) // 2:][::-1]]", "x[len(x) // 2:]]")})
 MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
-    "runs of a checkpoint are not averaged": ("np.mean(runs[seed if seed in runs else None])",
-                                              "runs[seed if seed in runs else None][0]"),
+    "runs of a checkpoint are not averaged": ("np.mean(each[:n] if n > 1 else each)", "each[0]"),
+    "draws that only one arm has": ("np.mean(each[:n] if n > 1 else each)", "np.mean(each)"),
     "the same seeds in each draw": ("size=(draws, 1, gaps.shape[1])", "size=(1, 1, gaps.shape[1])"),
     "p over all cells": ("gaps.mean(1), gaps.mean(0)", "gaps.ravel(), gaps.mean(0)"),
     "the first values of a log": ("for row in read_rows(log) for", "for row in read_rows(log)[::-1] for"),

@@ -83,15 +83,18 @@ def read_scores(name, root=ROOT, metric=None):
 
 def differences(x, y):
     """Arm x minus arm y, each {task: {seed: runs}} -> tasks, array (tasks, seeds): paired by pretraining
-    seed, means over runs. An arm without pretraining seeds is the same for all seeds of the other."""
+    seed, means over the runs. Where both arms have several (draws of rows, in order), those that both have
+    count. An arm without pretraining seeds is the same for all seeds of the other."""
     tasks = [task for task in data.TASKS if task in x and task in y]
     tasks += sorted(task for task in x if task in y and task not in tasks)
     held = [set(arm[task]) for arm in (x, y) for task in tasks if None not in arm[task]]
     seeds = sorted(set.intersection(*held)) if held else [None]
 
-    def value(runs, seed):
-        return np.mean(runs[seed if seed in runs else None])
-    return tasks, np.array([[value(x[t], s) - value(y[t], s) for s in seeds] for t in tasks])
+    def gap(task, seed):
+        runs = [arm[task][seed if seed in arm[task] else None] for arm in (x, y)]
+        n = min(map(len, runs))
+        return float(np.subtract(*(np.mean(each[:n] if n > 1 else each) for each in runs)))
+    return tasks, np.array([[gap(task, seed) for seed in seeds] for task in tasks])
 
 
 def by_dataset(tasks, gaps):

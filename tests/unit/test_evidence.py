@@ -63,6 +63,12 @@ def test_random_weights_of_several_networks_are_told_apart(tmp_path):
                       ("probe", "short, random weights"): {"emp/H3": {1: [25]}}}
 
 
+def test_differences_are_over_the_draws_that_both_arms_have():
+    ten, two = {"silencer 10-shot": {1: [50, 60, 90]}}, {"silencer 10-shot": {1: [40, 40]}}
+    for x, y, want in (ten, two, 15), (two, ten, -15), (ten, ten, 0):
+        np.testing.assert_allclose(evidence.differences(x, y)[1], [[want]])
+
+
 def test_runs_without_a_checkpoint_are_paired_by_their_seed(tmp_path):
     write_experiment(tmp_path, {(checkpoint("long", seed), "emp/H3", None): [score]
                                 for seed, score in ((1, 0.5), (2, 0.75))})
