@@ -402,7 +402,8 @@ MUTANTS += mutants("tools/predict.py", [UNIT["tools"]], {
     "no window at the end": ("in [*range(0, last, step), last]", "in range(0, last + 1, step)")})
 MUTANTS += mutants("tools/embed.py", [UNIT["tools"]], {
     "offsets of each block from 0": ("rows.offsets[1:] + offsets[-1][-1]", "rows.offsets[1:]"),
-    "bases of each block from 0": ("covered - first, end", "covered, end")})
+    "bases of each piece from 0": ("covered - first, end", "covered, end",
+                                   ["tests/unit/test_findna_heads.py", "-k", "vectors"])})
 MUTANTS += mutants("models.py", [UNIT["tools"], UNIT["mutagenesis"]], {
     "sums over the k-mers of a base": ("total[:, :-1] / total[:, -1:]", "total[:, :-1]")})
 MUTANTS += mutants("finetune.py", ["tests/unit/test_findna_heads.py", "-k", "predicts"], {
