@@ -231,8 +231,8 @@ def verify(path, digest, rows):
     Sound: by its published digest; without one, by reading it to the end. The manifest proves nothing."""
     check_kind(path)
     sha256, how = data.file_digest(path), ALGORITHM[len(digest)]
-    if digest and data.file_digest(path, None, how) != digest:
-        raise ValueError(f"{how} {data.file_digest(path, None, how)}, but the published file has {digest}")
+    if digest and (found := data.file_digest(path, None, how)) != digest:
+        raise ValueError(f"{how} {found}, but the published file has {digest}")
     if not digest:
         n, how = count_rows(path), "rows" if rows else "read to its end, no published checksum or rows"
         if rows not in (None, n):
