@@ -51,3 +51,14 @@ for seed in 31 32 33; do
     for arm in cm_gems genemask random; do more_draws out/cm_gems/$arm/$seed/last.pt $seed; done
     more_draws random:out/cm_gems/genemask/$seed/last.pt ${seed}0
 done
+
+larger() {                                      # INIT SEED: the largest training sets up to 100 rows per class
+    init=$1; first=$2
+    few_shot --task cohn_enh --shots 50
+    few_shot --task prom_300 --shots 100
+}
+larger kmer 31
+for seed in 31 32 33; do
+    for arm in cm_gems genemask random; do larger out/cm_gems/$arm/$seed/last.pt $seed; done
+    larger random:out/cm_gems/genemask/$seed/last.pt ${seed}0
+done

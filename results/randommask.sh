@@ -27,7 +27,6 @@ for seed in 21 22 23 41 42 43; do
     for arm in randommask dnabert single; do evaluate $arm $seed --mode probe --task $sets; done
     random=random: evaluate dnabert $seed --mode probe --task $sets
 done
-sets=${sets/tf_h\/2 /}                           # without the largest
 for seed in 41 42 43; do
     for arm in randommask dnabert single; do evaluate $arm $seed --task $sets --epochs 2 --lr 1e-3; done
     random=random: evaluate dnabert $seed --task $sets --epochs 2 --lr 1e-3

@@ -1,0 +1,55 @@
+# Experiment B, tenfold budget, of results/PLAN.md. Run it in the repository's folder: bash results/cm_gems_long.sh
+# It needs data/human_regions.fa.gz, data/GUE and data/fewshot. Run it again to continue: finished runs are skipped.
+set -e
+. results/pretrain.sh
+mkdir -p out/cm_gems_long
+
+python - << 'END'                               # three draws of 50 rows per class from five of GUE's training tables
+import numpy as np
+
+lines = ["name\tfiles\tmetric\tprotocol\n"]
+for name, folder in (("tf_h_2", "tf/2"), ("tf_h_4", "tf/4"), ("tf_m_1", "mouse/1"), ("emp_H3", "EMP/H3"),
+                     ("emp_H3K36me3", "EMP/H3K36me3")):
+    for split in ("train", "test"):
+        with open(f"data/GUE/{folder}/{split}.csv") as f:
+            header, *rows = f.read().splitlines(keepends=True)
+        order = np.random.default_rng(0).permutation(len(rows))
+        parts = {"test": rows} if split == "test" else {
+            draw: [row for label in "01" for row in
+                   [rows[i] for i in order if rows[i].strip().endswith("," + label)][50 * draw:50 * draw + 50]]
+            for draw in range(3)}
+        for part, rows in parts.items():
+            with open(f"out/cm_gems_long/{name}_{part}.csv", "w") as f:
+                f.writelines([header, *rows])
+    lines += [f"{name}/{draw}\t{name}_{draw}.csv {name}_test.csv\tacc\tfewshot\n" for draw in range(3)]
+with open("out/cm_gems_long/drawn.tsv", "w") as f:
+    f.writelines(lines)
+END
+
+pretrain() {                                    # ARM SEED FLAGS
+    arm=$1; seed=$2; shift 2
+    pretrain_run cm_gems.py 15000 out/cm_gems_long/$arm/$seed --seed $seed \
+        --genome data/human_regions.fa.gz --cache out/cm_gems_long/cache \
+        --k 3 --block_size 34 --n_layer 2 --n_head 4 --n_embd 64 --n_inner 256 --dropout 0 --batch_size 64 \
+        --micro_batch_size 32 --lr 5e-3 --log_every 500 "$@"
+}
+
+tune() { python finetune.py --init $init --out out/cm_gems_long/scores "$@"; }
+evaluate() {                                    # INIT SEED
+    init=$1; seed=$2; first=$seed
+    [[ $init != random:* ]] || first=${seed}0   # --seed draws random weights: no two seeds share a network
+    tune --tasks out/cm_gems_long/drawn.tsv --seed $first --seeds 1
+    tune --task prom_core splice_40 silencer prom_300 cohn_enh --shots 10 --seed $first --seeds 3
+    tune --task prom_core splice_40 prom_300 cohn_enh --shots 50 --seed $first --seeds 3
+    tune --task prom_core prom_300 --shots 100 --seed $first --seeds 3
+    tune --mode probe --seed $first --seeds 1 --task \
+        tf_m/0 tf_m/1 tf_h/2 tf_h/4 cpd/tata cpd/all pd/all emp/H3 emp/H3K36me3 ssp/reconstructed
+}
+
+evaluate kmer 61
+for seed in 61 62 63; do
+    pretrain cm_gems $seed --strategy cm_gems --switch_after 6000
+    for arm in genemask random; do pretrain $arm $seed --strategy $arm; done
+    for arm in cm_gems genemask random; do evaluate out/cm_gems_long/$arm/$seed/last.pt $seed; done
+    evaluate random:out/cm_gems_long/genemask/$seed/last.pt $seed
+done
