@@ -255,6 +255,12 @@ def settled(perplexities, drop):
     return len(perplexities) > 1 and abs(perplexities[-1] - perplexities[-2]) < drop
 
 
+def can_switch(args):
+    """True if two evaluations, the second after step --switch_after - 1, precede the last step."""
+    last = (args.steps - 1) // args.eval_every * args.eval_every
+    return last >= max(2 * args.eval_every, args.switch_after)
+
+
 def cm_step_share(step, steps, stages):
     """Returns CM-Step's share of Global at step 1..steps: 0, 1 / stages, ... 1 - 1 / stages."""
     return stages * (step - 1) // steps / stages
@@ -328,8 +334,6 @@ def complete_args(args):
     if args.npmi_table and (args.npmi_contigs or args.npmi != "published"):
         flag = "--npmi_contigs" if args.npmi_contigs else "--npmi"
         raise ValueError(f"--npmi_table and {flag}: a table needs no counting; drop one of them")
-    if args.demo and args.model != "dnabert":
-        raise ValueError(f"--model {args.model}: the demo has a size of its own; drop one of them")
     if args.size not in (None, "base") and args.model != "dnabert":
         raise ValueError(f"--size {args.size}: sets what --model {args.model} sets; drop one of them")
     training.complete_warmup(args, 0.05)                     # 500 of 10,000
@@ -420,6 +424,9 @@ if __name__ == "__main__":
     run.say(f"pieces   half {length} bases, half {args.k} to {length - 1}; {passes:.2g} passes over the "
             f"bases reached")
     run.say(f"masks    {args.strategy}; p " + ", ".join(f"{p:.4g} ({name})" for name, p in center_p.items()))
+    if args.strategy == "cm_gems" and not can_switch(args):
+        run.say(f"note: it stays with GeneMask: no evaluation before step {args.steps} can switch; lower "
+                f"--eval_every or --switch_after")
     if run.start:
         run.say(f"strategy {curriculum['strategy']} in force")
 

@@ -1552,10 +1552,11 @@ def unused_flags(given, starts, args):
     """Those of these flags that change nothing for any of the starts."""
     kinds = {start.spec["kind"] for start in starts}
     nets = kinds - {"kmer"}
+    encoders = ["track_size" not in start.spec["mixer"] for start in starts if start.spec["kind"] == "mixer"]
     used = dict.fromkeys(("k", "block_size", "n_layer", "n_head", "n_embd"), "random" in args.init)
     used |= dict.fromkeys(("head", "blocks", "eval_network"), "mixer" in kinds)
     used |= dict.fromkeys(FLAGS, nets and args.mode == "finetune")
-    used |= {"stride": kinds & {"bert", "hf"}, "long": kinds & {"bert", "hf", "mixer"},
+    used |= {"stride": kinds & {"bert", "hf"}, "long": kinds & {"bert", "hf"} or any(encoders),
              "dropout": used["dropout"] and nets - {"cnn", "penguinn"},
              "pool": nets if args.mode == "probe" else "mixer" in kinds}
     return [name for name in given if not used.get(name, True)]

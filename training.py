@@ -250,6 +250,9 @@ def parse_flags(parser, demo, idle=lambda args: ()):
     outlive_streams()
     args = parser.parse_args()
     if args.demo:
+        for name in ("size", "model", "preset"):             # each is of one script or two
+            if (value := getattr(args, name, None)) != parser.get_default(name):
+                raise ValueError(f"--{name} {value}: the demo has settings of its own; drop one of them")
         parser.set_defaults(**demo)
     if getattr(args, "size", None):
         names = vars(args)                                   # not all scripts have n_inner

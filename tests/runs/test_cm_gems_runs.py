@@ -75,7 +75,8 @@ def test_golden_switch_in_a_run(fresh, which):
 def test_the_last_evaluation_counts_only_where_it_is_due(fresh):
     """After steps 3, 6 and 7: the last one comes too soon after the other to show that all has settled."""
     fresh("cm_gems")
-    assert go("cm_gems", steps=7, eval_every=3, switch_drop=1e9, switch_after=7).code == 0
+    result = go("cm_gems", steps=7, eval_every=3, switch_drop=1e9, switch_after=7)
+    assert result.code == 0 and "note: it stays with GeneMask: no evaluation before step 7" in result.out
     rows = log_rows(Path("out"))
     seen = {row["step"]: row["val_ppl"] for row in rows if "val_ppl" in row}
     assert [*seen] == [3, 6, 7] and not any("switch_step" in row for row in rows)
@@ -88,7 +89,8 @@ def test_strategies(fresh, strategy, share):
     flags, masked = dict(strategy=strategy, block_size=40, batch_size=64, micro_batch_size=32, steps=10), []
     for scale in (1, 2):
         fresh("cm_gems")
-        assert go("cm_gems", p_scale=scale, switch_drop=99, seed=42, **flags).code == 0
+        result = go("cm_gems", p_scale=scale, switch_drop=99, seed=42, **flags)
+        assert result.code == 0 and "stays with GeneMask" not in result.out
         rows = log_rows(Path("out"))
         masked.append(np.mean([row["masked"] for row in rows]))
         assert {row["strategy"] for row in rows} == {strategy} and "switch_step" not in rows[-1]

@@ -208,6 +208,15 @@ def test_switch_and_stages_by_hand():
     assert shares == pytest.approx([stage / 10 for stage in range(10) for _ in range(6)])
 
 
+def test_can_switch_is_what_a_run_does():
+    """The loop of a run whose perplexity never changes: does it switch while there are steps left?"""
+    for steps, every, after in itertools.product(range(1, 9), range(1, 5), range(10)):
+        due = range(every, steps + 1, every)
+        fires = [step for nth, step in enumerate(due) if nth and after <= step < steps]
+        args = SimpleNamespace(steps=steps, eval_every=every, switch_after=after)
+        assert cm_gems.can_switch(args) == bool(fires)
+
+
 def test_pieces():
     windows = torch.randint(4, (20_000, 51), dtype=torch.uint8)
     torch.manual_seed(0)

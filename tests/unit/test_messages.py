@@ -135,14 +135,17 @@ def test_sizes_of_another_network_are_named_as_flags():
 
 
 def start_of(kind):
-    return finetune.Start({"kind": kind}, None, kind, "")
+    mixer = {"mixer": {"track_size": 16}, "encoder": {}}
+    spec = {"kind": "mixer", "mixer": mixer[kind]} if kind in mixer else {"kind": kind}
+    return finetune.Start(spec, None, kind, "")
 
 
 @pytest.mark.parametrize("kinds, mode, unused", [
     (["kmer"], "finetune", "k stride n_layer pool lr dropout long head"),
     (["cnn"], "finetune", "k stride n_layer pool dropout long head"),
     (["bert"], "finetune", "k n_layer pool head"), (["bert"], "probe", "k n_layer lr dropout head"),
-    (["mixer"], "finetune", "k stride n_layer"), (["kmer", "random"], "finetune", "pool head")], ids=str)
+    (["mixer"], "finetune", "k stride n_layer long"), (["encoder"], "finetune", "k stride n_layer"),
+    (["mixer", "bert"], "finetune", "k n_layer"), (["kmer", "random"], "finetune", "pool head")], ids=str)
 def test_flags_that_do_nothing(kinds, mode, unused):
     starts = [start_of("bert" if kind == "random" else kind) for kind in kinds]
     given = "k stride n_layer pool lr dropout long head out".split()
