@@ -194,7 +194,7 @@ def best_tokens(tokens, npmi_rank, centers):
     best, which = rank.min(2)                                # ties: the leftmost
     best_at = torch.where(rank[..., left] == best, at, near.gather(2, which[..., None])[..., 0])
     half, key = (m + 1) // 2, (best * T + at).masked_fill(at == T, torch.iinfo(torch.int64).max)
-    high = lowest(key, torch.where(half < 5, m, half))
+    high = lowest(key, torch.where(half < 5, m, half))       # fewer than 5: all, as GeneMask's code
     return data.mark(F.pad(best_at, (0, 1), value=T).gather(1, high), T)
 
 
@@ -307,10 +307,11 @@ def parse_args():
         help="what is masked, and when (%(default)s)")
     add("--p_scale", type=number(float, 1e-9, 6), default=1.0,
         help="multiplies the probability of a center (%(default)s)")
-    add("--switch_drop", type=number(float, 0), default=1.0,
+    add("--switch_drop", type=number(float, 0), default=1.0,                   # as in the paper
         help="cm_gems: switch when the perplexity changes by less than this (%(default)s)")
     add("--switch_after", type=number(int, 0), default=0, help="cm_gems: do not switch before this step (0)")
-    add("--cm_step_stages", type=positive, default=10, help="stages of cm_step (10; released code: 100)")
+    add("--cm_step_stages", type=positive, default=10,       # the talk's slides
+        help="stages of cm_step (10; released code: 100)")
     add("--cm_step_easy", choices=("genemask", "random"), default="genemask",
         help="cm_step: the masking it starts with (%(default)s; released code: random)")
     add("--npmi", choices=("published", "textbook"), default="published", help="NPMI formula (%(default)s)")
@@ -319,10 +320,10 @@ def parse_args():
     add("--npmi_table", type=file_name,
         help="read NPMI from this CSV, ours or GeneMask's, instead of counting")
     add("--npmi_only", action="store_true", help="count, print the top and bottom k-mers, then stop")
-    add = training.add_optimization_flags(parser, batch_size=250, micro_batch_size=32, lr=8e-4, warmup="5 %%",
-                                          weight_decay=0.01)
+    add = training.add_optimization_flags(                   # GeneMask's pretraining script; steps: the paper
+        parser, batch_size=250, micro_batch_size=32, lr=8e-4, warmup="5 %%", weight_decay=0.01)
     add("--steps", type=positive, default=10_000, help="steps (%(default)s)")
-    training.add_run_flags(parser, "out/cm_gems", eval_windows=2000)
+    training.add_run_flags(parser, "out/cm_gems", eval_windows=2000)           # ours
     parser.set_defaults(**MODELS[parser.parse_args().model])
     return training.parse_flags(parser, DEMO, idle)
 
@@ -338,7 +339,7 @@ def complete_args(args):
         raise ValueError(f"--size {args.size}: sets what --model {args.model} sets; drop one of them")
     training.complete_warmup(args, 0.05)                     # 500 of 10,000
     if args.eval_every is None:
-        args.eval_every = max(1, round(args.steps / 20))
+        args.eval_every = max(1, round(args.steps / 20))     # ours: see docs/cm_gems.md, choice 7
 
 
 def build_model(args):

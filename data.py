@@ -141,7 +141,12 @@ def tokenize(sequences, k=6, stride=1):
 
 def span_mask(centers, maskable, left, right):
     """Return the union of the spans c - left .. c + right around centers, within the maskable positions.
-    centers, maskable: bool (B, T)."""
+    centers, maskable: bool (B, T); left, right: for all rows, or each row's own (B,)."""
+    if torch.is_tensor(left) or torch.is_tensor(right):
+        B, T = centers.shape
+        at = torch.where(centers, torch.arange(T, device=centers.device), T)
+        left, right = (torch.as_tensor(x, device=at.device).expand(B) for x in (left, right))
+        return row_spans(at, maskable, left, right)
     x, width = F.pad(centers & maskable, (right, left)), 1
     while width <= left + right:                             # doubles: position i holds the centers from
         step = min(width, left + right + 1 - width)          # i - right on, `width` of them
@@ -179,7 +184,7 @@ def draw_centers(shape, p, device):
 
 
 def corrupt(tokens, masked, n_vocab):
-    """Replace masked tokens 80/10/10: by [MASK], by a random k-mer (ids 5..n_vocab-1), or not at all.
+    """Replace masked tokens 80/10/10 (BERT's): by [MASK], by a random k-mer (ids 5..n_vocab-1), or not.
     tokens (B, T), masked bool (B, T) -> inputs (B, T), labels (B, T) with -100 where nothing is predicted."""
     n = n_vocab - 5                                          # one draw out of 10 n: 8 n give [MASK], then
     draw = torch.randint(5 - 8 * n, 5 + 2 * n, tokens.shape, device=tokens.device)         # n k-mers, n keep

@@ -47,7 +47,7 @@ import data
 import models
 
 BETAS, EPS = (0.9, 0.999), 1e-8                              # AdamW: DNABERT-2, Liang et al., GeneMask
-SORTED = 50                                                  # batches that are sorted by length together
+SORTED = 50                                                  # batches sorted by length together; ours
 FAR = 1e15                                                   # sd: the square of a target has to fit float32
 
 # warmup: an int counts steps, a float is a share of them; eval_every 0: once an epoch; select: which weights
@@ -64,7 +64,7 @@ DNABERT2["tf_m"]["max_steps"] = 1000                         # replaces the epoc
 LIANG = {"emp": dict(epochs=100), "tf_m": dict(epochs=10), "tf_h": dict(epochs=10), "cpd": dict(epochs=10),
          "pd": dict(epochs=5), "ssp": dict(epochs=10), "eap": dict(epochs=10, batch_size=64)}
 PROTOCOLS = {                                                # name: (numbers, changes for a group or task)
-    # Liang et al. Table 4; unstated, so DNABERT-2's: warm-up, decay, clipping, choice by dev score
+    # Liang et al. Table 4; unstated, so DNABERT-2's: warm-up, decay, clipping; choice by dev score: ours
     "randommask": (BASE | dict(weight_decay=0.0, warmup=50), LIANG),
     # Their Table 5, for Nucleotide Transformer: another lr, but for EMP
     "nt": (BASE | dict(weight_decay=0.0, warmup=50, lr=1e-4), LIANG | {"emp": dict(epochs=100, lr=3e-5)}),
@@ -72,20 +72,20 @@ PROTOCOLS = {                                                # name: (numbers, c
     "cmgems": (BASE | dict(select="loss"), DNABERT2),        # Roy et al.: the same; 2 GPUs x 8 x 2 = 32
     # GeneMask Script-B: no dev set, the last epoch is tested; by shots, see get_protocol; ten draws
     "fewshot": (BASE | dict(select="last", dropout=0.1, seeds=10), {}),
-    # Yu et al. 4.3, 4.4: five runs, 30 % warm-up, cosine; MTcDNA, EMP's decay: the released config_gue.yaml
-    "findna": (BASE | dict(warmup=0.3, schedule="cosine", seeds=5), {
+    # Yu et al. 4.3, 4.4: five runs, 30 % warm-up, cosine; clipping, MTcDNA, decay of EMP, covid: their code
+    "findna": (BASE | dict(warmup=0.3, schedule="cosine", grad_clip=0.5, seeds=5), {
         "gb": dict(batch_size=1024, lr=0.01, weight_decay=0.1, epochs=50),
         "emp": dict(lr=5e-4, weight_decay=0.1, epochs=20, dropout=0.1),
-        "covid": dict(batch_size=256, lr=1e-3, epochs=100, dropout=0.1),
+        "covid": dict(batch_size=256, lr=1e-3, weight_decay=0.01, epochs=100, dropout=0.1),
         "mtcdna": dict(batch_size=16, lr=1e-4, weight_decay=0.1, warmup=0.2, epochs=50, dropout=0.1),
         "mtcdna/1024": dict(epochs=80)}),
-    # Martinek et al.: early stopping on validation loss, 5 repeats; unstated: its 10 %, patience 3, epochs
+    # Martinek et al.: early stopping on validation loss, 5 repeats; its size, patience, the rest: ours
     "martinek": (BASE | dict(batch_size=48, weight_decay=0.1, lr=2e-4, select="loss", patience=3, seeds=5),
                  {}),
     "strict": (BASE, {})}                                    # ours: dev from train, test once, MCC
 # Where linear models (probe, 5-mer baseline) repeat: each run leaves out another share `val` of train
 LINEAR = {"findna": dict(val=0.1)}                           # Yu et al., Table 1: five runs
-# Both CNNs' Adam
+# Adam of both CNNs: Klimentova et al., GenomicBenchmarks
 CNN = dict(batch_size=32, lr=1e-3, weight_decay=0.0, warmup=0, schedule="constant", grad_clip=1e9)
 DEFAULT_PROTOCOL = {"GUE": "randommask", "DeepSTARR": "randommask", "GenomicBenchmarks": "martinek",
                     "MTcDNA": "findna", "few-shot": "fewshot"}                         # others: strict

@@ -27,6 +27,7 @@ import models
 PAPER_STEPS = 480_000                                        # Algorithm 1
 PAPER_PASSES = PAPER_STEPS * 512 * 515 / 2_937_639_113       # 515 bases a window; hg38's chr1-22, X, Y but N
 STEPS = {"small": 100_000, "mini": 30_000, "tiny": 20_000}   # of --size; ours
+WARMUP = 10_000                                              # DNABERT; of other totals 2 %
 EDGES = (30_000, 60_000, 100_000, 150_000)                   # Algorithm 1: last steps of phases 1 to 4
 MILESTONES = (1_000, 30_000, 300_000)                        # checkpoints of Figs 2, 3, 5, 7 and 8
 MASK_RATE = 0.15                                             # section 5.1; / 6 = the P of Algorithm 1
@@ -79,8 +80,8 @@ def parse_args():
         help="growing spans, DNABERT's spans, or single tokens (%(default)s)")
     add("--p", type=number(float, 1e-9, 1),
         help="probability that a token is the center of a span (0.15 / tokens of the first span)")
-    add = training.add_optimization_flags(parser, batch_size=512, micro_batch_size=64, lr=1e-4, warmup="2 %%",
-                                          weight_decay=0.01)
+    add = training.add_optimization_flags(                   # section 5.1; decay: DNABERT
+        parser, batch_size=512, micro_batch_size=64, lr=1e-4, warmup="2 %%", weight_decay=0.01)
     add("--steps", type=positive, help=f"steps; phase edges scale with it ({PAPER_STEPS}; as many passes "
         f"over another genome; --size: {', '.join(f'{size} {n}' for size, n in STEPS.items())})")
     training.add_run_flags(parser, "out/randommask", eval_windows=512, eval_every=5000,
@@ -101,7 +102,7 @@ def complete_args(args, reached=None):
             return                                           # until the genome is open
         windows = (reached or 0) / ((args.block_size - 3) * args.stride + args.k)
         args.steps = math.ceil(PAPER_PASSES * windows / args.batch_size) or STEPS.get(args.size, PAPER_STEPS)
-    training.complete_warmup(args, 0.02)                     # DNABERT: 10,000 of 500,000
+    training.complete_warmup(args, WARMUP / PAPER_STEPS if args.steps == PAPER_STEPS else 0.02)
     if not args.keep:
         args.keep = [max(1, round(step * args.steps / PAPER_STEPS)) for step in MILESTONES]
 

@@ -87,16 +87,17 @@ def test_span_mask():
     for draw in range(300):
         B, T = 1 + draw % 13, 1 + draw % 41
         maskable, centers = torch.rand(B, T) < 0.7, torch.rand(B, T) < draw % 7 / 10
-        left, right, rows = draw % 5, draw % 4, draw % 3 > 0
-        if rows:                                             # each has its own
-            left, right = torch.randint(0, 9, (2, B))
+        left, right, rows = draw % 5, draw % 4, draw % 3
+        if rows:                                             # each has its own, on both sides or on one
+            left, right = torch.randint(0, 9, (2, B)) if rows == 1 else (left, torch.randint(0, 9, (B,)))
         want = torch.zeros(B, T, dtype=torch.bool)
         for b, c in (centers & maskable).nonzero().tolist():
-            low, high = (left[b], right[b]) if rows else (left, right)
+            low, high = (int(torch.as_tensor(side).expand(B)[b]) for side in (left, right))
             want[b, max(0, c - low):c + high + 1] = True
-        at = torch.where(centers, torch.arange(T), T).sort(1).values if rows else centers
-        spans = (data.row_spans if rows else data.span_mask)(at, maskable, left, right)
-        assert torch.equal(spans, want & maskable)
+        assert torch.equal(data.span_mask(centers, maskable, left, right), want & maskable)
+        if rows == 1:
+            at = torch.where(centers, torch.arange(T), T).sort(1).values
+            assert torch.equal(data.row_spans(at, maskable, left, right), want & maskable)
 
 
 def test_corrupt_80_10_10():
