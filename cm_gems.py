@@ -294,7 +294,8 @@ def parse_args():
     add("--k", type=number(int, 2, 9), default=6, help="k-mer length, 2 to 8 (%(default)s)")
     add("--block_size", type=positive, default=512,
         help="tokens; the longest piece has block_size - 1 bases (%(default)s)")
-    add("--model", choices=MODELS, default="dnabert", help="sets --n_layer to --dropout below (%(default)s)")
+    add("--model", choices=MODELS, default="dnabert",
+        help="preset of --n_layer, --n_head, --n_embd, --n_inner and --dropout (%(default)s)")
     training.add_size_flag(add)
     add("--n_layer", type=positive, help="layers (dnabert 12, logo 2)")
     add("--n_head", type=positive, help="attention heads (dnabert 12, logo 8)")

@@ -243,10 +243,13 @@ def parse_args():
     add("--cl_softmax", choices=("features", "tokens"), default="features", help="softmax axis (%(default)s)")
     add("--cl_space", choices=("latent", "projected"), default="projected",
         help="[CLS] outputs before or after the projection to bases (%(default)s)")
-    add("--temp_student", type=positive_float, default=TEMP_STUDENT, help="student's tau (%(default)s)")
-    add("--temp_teacher", type=positive_float, default=TEMP_TEACHER, help="teacher's tau (%(default)s)")
+    add("--temp_student", type=positive_float, default=TEMP_STUDENT,
+        help="tau: temperature of the student's softmax (%(default)s)")
+    add("--temp_teacher", type=positive_float, default=TEMP_TEACHER,
+        help="tau: temperature of the teacher's softmax (%(default)s)")
     add("--ema", type=share, default=EMA, help="teacher's lambda at the start; rises to 1 (%(default)s)")
-    add("--center_momentum", type=share, default=CENTER_MOMENTUM, help="beta (%(default)s)")
+    add("--center_momentum", type=share, default=CENTER_MOMENTUM,
+        help="beta: share of itself that the teacher's center keeps in a step (%(default)s)")
     add("--n_cls", type=positive, default=N_CLS, help="blank [CLS] tokens after the bases (%(default)s)")
     add("--views", type=view_pair, default=VIEWS, metavar="STUDENT+TEACHER",
         help="Mask, Delete, Insert, Translocate, Noise, Reverse complement, none (%(default)s)")

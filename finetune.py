@@ -1485,7 +1485,7 @@ def add_protocol_flags(parser):
         help="sequences that do not fit the network: chunk into windows, or truncate (chunk)")
     add("--class_weights", choices=["balanced"], help="each class gets the same share of the loss")
     add("--strands", choices=("augment", "average"),
-        help="augment: train on both strands; average: and predict the mean over both (default: as given)")
+        help="augment: train on both strands; average: also predict the mean over both (default: as given)")
     add = parser.add_argument_group("optimization (default: the protocol's)").add_argument
     for name, kind, what in (
             ("batch_size", positive, "sequences per step"), ("lr", number(float, 1e-30),

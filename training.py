@@ -228,7 +228,7 @@ def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
         help=f"evaluate every N steps ({eval_every or 'steps / 20'})")
     add("--eval_windows", type=positive, default=eval_windows, help="validation windows (%(default)s)")
     add("--save_every", type=number(float, 0), default=10.0,
-        help="minutes between checkpoints; 0: only at the end (%(default)g)")
+        help="minutes between checkpoints; 0: only at --keep, at a stop and at the end (%(default)g)")
     add("--seed", type=number(int, 0, 2 ** 63), default=42, help="seed of all random draws (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--dtype", choices=DTYPES, default="auto", help=AUTO)
@@ -826,8 +826,8 @@ class Run:
             self.in_a_row = 0 if finite else self.in_a_row + 1
             self.values["skipped"] += not finite
         if not math.isfinite(sum(self.sums)) or not finite and not 0 < self.in_a_row < SKIPS:
-            advice = f"the checkpoint in {self.args.out} is older: use it with --init and a lower --lr" \
-                if has_checkpoint(self.args.out) else "start again with a lower --lr"
+            advice = f"the checkpoint in {self.args.out} is older: use it with --init, another --out and a " \
+                "lower --lr" if has_checkpoint(self.args.out) else "start again with a lower --lr"
             sums = ", ".join(map(str, self.sums))
             self.say(f"error: step {step}: not finite (sums of losses and counts {sums}; gradient norm "
                      f"{self.norm}); {advice}", file=sys.stderr)

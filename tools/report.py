@@ -5,7 +5,6 @@
     python -m tools.report my.csv                              your table, or two or three: finetune.py --csv
     python -m tools.report strands new.fa --init out/finetune/csv_my/randommask.pt     do its strands agree?
 """
-import argparse
 import itertools
 import os
 from types import SimpleNamespace
@@ -196,7 +195,7 @@ def report_task(task, data_dir, fasta):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = training.make_parser(__doc__)
     add = parser.add_argument
     add("tasks", nargs="+", help=f"tasks (emp/H3), groups ({' '.join(data.GROUPS)}), or your tables")
     add("--targets", nargs="+", metavar="COLUMN", help="your tables: number columns of a regression")
