@@ -236,13 +236,13 @@ def observe(path):
     """{column: value} of a BERT: silhouettes of its k-mer embeddings; attention of its middle and last layer
     on windows of its own length, as shares over those of equal attention, and entropy in nats."""
     from tools import figures                                # here, because it imports this through table
-    bert, stride = figures.read_bert(path)
-    found = {f"silhouette_{by}": x for by, x in figures.silhouettes(bert).items()}
-    length = (bert.config.block_size - 3) * stride + bert.config.k
+    net = figures.read_attention(path, "cpu")
+    found = {f"silhouette_{by}": x for by, x in figures.silhouettes(figures.read_bert(path)[0]).items()}
+    length = (net.room - 1) * net.stride + net.k
     flags = training.load(path)["args"]
     genome = data.open_genome(flags["genome"], flags["data_dir"], flags["cache"], flags["ambiguous"])
     bases, *_ = figures.random_windows(genome, WINDOWS, length, length)
-    seen = figures.attention(bert, data.kmer_tokens(bases, bert.config.k, stride, specials=True), stride)
+    seen = figures.attention(net, net.tokens(bases))
     for layer, row in (("middle", (len(seen["numbers"]) - 1) // 2), ("last", -1)):
         shares, (*_, entropy, _) = seen["numbers"][row] / seen["uniform"], seen["numbers"][row]
         found |= {f"{layer}_{what}": float(x) for what, x in zip(("cls", "sep", "near"), shares)}

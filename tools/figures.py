@@ -9,11 +9,13 @@
 
 Drawing needs matplotlib (tools/requirements.txt).
 """
+import functools
 import io
 import itertools
 import json
 import math
 import os
+from collections import namedtuple
 
 import training                                              # first: it answers Ctrl-C in the slow imports
 from training import file_name, folder_name
@@ -37,6 +39,9 @@ COLORS = np.array([[*bytes.fromhex(rgb)] for rgb in (        # Okabe and Ito's p
 REACH = 6                                                    # tokens on either side that count as neighbours
 SHOWN = 120                                                  # bases shown in the figure of the masks
 LISTED = 32                                                  # k-mers of a cluster that are listed
+# What `attention` needs of a network: tokens (1, T) -> attention (layer, H, T, T); bases (n, L) -> tokens
+# (n, T); k and stride of the k-mers, how many it reads at a time, the number of tokens behind them
+Reader = namedtuple("Reader", "weights tokens k stride room n_last")
 PANELS = (                                                   # title, unit, scale, {column of the log: style}
     ("Loss; dots: held out; triangles: masks of the next phase", "nats", "log", {
         "loss": "-", "val_loss": "o", "val_loss_next_phase": "^"}),
@@ -111,6 +116,27 @@ def read_bert(path):
     if spec["kind"] != "bert":
         raise ValueError(f"{path}: a {spec['kind']} network; give a Bert of randommask, cm_gems or finetune")
     return finetune.build_net(spec, weights).bert.eval(), spec["stride"]
+
+
+def read_attention(path, device):
+    """A checkpoint, or hf:FOLDER of any encoder over k-mers -> Reader."""
+    spec, weights = finetune.read_network(path)
+    if spec["kind"] == "bert":
+        net = finetune.build_net(spec, weights).eval().to(device)
+        return Reader(lambda row: torch.stack(net.bert.encode(row, need_weights=True)[1])[:, 0],
+                      functools.partial(data.kmer_tokens, k=net.k, stride=net.stride, specials=True),
+                      net.k, net.stride, net.room, 1)
+    net = finetune.build_net(spec, weights).eval().to(device) if spec["kind"] == "hf" else None
+    if not net or not net.k or not net.has_cls or len(net.first) > 1 or len(net.last) > 1:
+        raise ValueError(f"{path}: not an encoder that reads [CLS] k-mers [SEP]; give a BERT of randommask, "
+                         f"cm_gems or finetune, or hf:FOLDER of one, or of Nucleotide Transformer")
+    net.hf.set_attn_implementation("eager")                  # the others return no weights
+
+    def tokens(bases):
+        ids = [[*net.first, *net.tokenize(data.decode(row))[0], *net.last] for row in bases.cpu().numpy()]
+        return torch.tensor(np.array(ids), device=device)
+    return Reader(lambda row: torch.stack(net.hf(input_ids=row, output_attentions=True).attentions)[:, 0],
+                  tokens, net.k, spec["stride"] or net.k, net.room, len(net.last))
 
 
 def colorings(k):
@@ -194,30 +220,31 @@ def over_bases(of_kmers, k, stride):
 
 
 @torch.no_grad()
-def attention(bert, tokens, stride):
-    """Attention of a Bert on tokens (n, T), [CLS] k-mers [SEP] -> {name: array}.
+def attention(net, tokens):
+    """Attention of a Reader on tokens (n, T), [CLS] k-mers and maybe [SEP] -> {name: array}.
 
     maps (layer, H, T, T): mean over sequences. numbers (layer, 5): the share of a k-mer's attention to [CLS],
-    to [SEP] and to k-mers at most REACH tokens away; its entropy in nats; contrast, what the most attended
-    k-mer of a sequence receives / what its k-mers receive on average. uniform (5,): of equal attention.
-    profiles (2, 2, L): attention to each base of the first sequence, in the middle and the last layer, from
-    [CLS] and from a k-mer; mean over heads and over the k-mers that contain the base.
+    to [SEP] (NaN: there is none) and to k-mers at most REACH tokens away; its entropy in nats; contrast, what
+    the most attended k-mer of a sequence receives / what its k-mers receive on average. uniform (5,): of
+    equal attention. profiles (2, 2, L): attention to each base of the first sequence, in the middle and the
+    last layer, from [CLS] and from a k-mer; mean over heads and over the k-mers that contain the base.
     """
     (n, T), total, entropy, contrast = tokens.shape, 0, 0, 0
+    kmers, n_kmers = slice(1, T - net.n_last), T - 1 - net.n_last
     for i, row in enumerate(tokens):                         # (layer, H, T, T) is large
-        weights = torch.stack(bert.encode(row[None], need_weights=True)[1])[:, 0]
-        total, entropy = total + weights, entropy - weights.xlogy(weights)[:, :, 1:-1].sum(-1).mean((1, 2))
-        received = weights[:, :, 1:-1, 1:-1].mean((1, 2))    # (layer, T - 2)
+        weights = net.weights(row[None])
+        total, entropy = total + weights, entropy - weights.xlogy(weights)[:, :, kmers].sum(-1).mean((1, 2))
+        received = weights[:, :, kmers, kmers].mean((1, 2))  # (layer, T - 2)
         contrast = contrast + received.amax(1) / received.mean(1)
         if i == 0:
             first = weights[[(len(weights) - 1) // 2, -1]].mean(1)             # (2, T, T)
-    maps, at = total / n, torch.arange(T - 2, device=tokens.device)
-    given, near = maps[:, :, 1:-1].mean(1), (at[:, None] - at).abs() <= REACH  # (layer, T - 2, T)
-    to_near = (given[..., 1:-1] * near).sum(-1)
-    numbers = torch.stack([given[..., 0].mean(1), given[..., -1].mean(1), to_near.mean(1), entropy / n,
+    maps, at = total / n, torch.arange(n_kmers, device=tokens.device)
+    given, near = maps[:, :, kmers].mean(1), (at[:, None] - at).abs() <= REACH          # (layer, T - 2, T)
+    to_near, sep = (given[..., kmers] * near).sum(-1), 1 if net.n_last else math.nan
+    numbers = torch.stack([given[..., 0].mean(1), sep * given[..., -1].mean(1), to_near.mean(1), entropy / n,
                            contrast / n], 1)
-    uniform = torch.tensor([1 / T, 1 / T, near.sum() / (T - 2) / T, math.log(T), 1])
-    profiles = [over_bases(torch.stack([x[0], x[1:-1].mean(0)])[:, 1:-1].cpu(), bert.config.k, stride)
+    uniform = torch.tensor([1 / T, sep / T, near.sum() / n_kmers / T, math.log(T), 1])
+    profiles = [over_bases(torch.stack([x[0], x[kmers].mean(0)])[:, kmers].cpu(), net.k, net.stride)
                 for x in first]
     return {"maps": maps.cpu().numpy(), "numbers": numbers.cpu().numpy(), "uniform": uniform.numpy(),
             "profiles": torch.stack(profiles).numpy()}
@@ -458,16 +485,17 @@ def plot_embeddings(args):
 
 def plot_attention(args):
     device, *_ = training.set_up(args.device, "float32", join=False)
-    nets, found, rows = {name: read_bert(path) for name, path in label_paths(args).items()}, {}, []
-    length = min((bert.config.block_size - 3) * stride + bert.config.k for bert, stride in nets.values())
-    longest = max(bert.config.k for bert, _ in nets.values())
+    nets = {name: read_attention(path, device) for name, path in label_paths(args).items()}
+    length, found, rows = min((net.room - 1) * net.stride + net.k for net in nets.values()), {}, []
     genome = data.Genome(args.fasta, args.cache)
-    bases, place, sampled = random_windows(genome, args.windows, length, longest)
-    for name, (bert, stride) in nets.items():
-        tokens = data.kmer_tokens(bases.to(device), bert.config.k, stride, specials=True)
-        a = found[name] = attention(bert.to(device), tokens, stride)
-        rows += [(name, i, *numbers) for i, numbers in enumerate(a["numbers"].tolist(), 1)]
-        rows.append((name, f"uniform, {tokens.shape[1]} tokens", *a["uniform"].tolist()))
+    bases, place, sampled = random_windows(genome, args.windows, length, max(net.k for net in nets.values()))
+    for name, net in nets.items():
+        rest = (bases.shape[1] - net.k) % net.stride         # which no k-mer covers: spelled by some
+        tokens = net.tokens(bases[:, :bases.shape[1] - rest].to(device))
+        a = found[name] = attention(net, tokens)
+        labels = [*range(1, len(a["numbers"]) + 1), f"uniform, {tokens.shape[1]} tokens"]
+        rows += [(name, label, *("" if math.isnan(x) else x for x in numbers))
+                 for label, numbers in zip(labels, [*a["numbers"].tolist(), a["uniform"].tolist()])]
     print(f"{len(bases)} windows of {bases.shape[1]} bases, the same for all, {sampled}")
     columns = ["to [CLS]", "to [SEP]", f"to +-{REACH} k-mers", "entropy", "contrast"]
     print_table(["checkpoint", "layer", *columns], rows)

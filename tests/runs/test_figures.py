@@ -78,15 +78,16 @@ def test_silhouettes_find_what_is_there():
     assert len(np.unique(figures.shades(np.arange(16)), axis=0)) == 16
 
 
-def test_attention_equals_literal_loops_and_sdpa():
+def test_attention_equals_literal_loops_and_sdpa(tmp_path):
     torch.manual_seed(0)
     bert = models.Bert(CONFIG).eval()
     for p in bert.parameters():
         p.data.normal_(std=0.3)                              # attention that is not uniform
+    save(tmp_path / "x.pt", model=bert.state_dict())
     tokens = data.kmer_tokens(torch.randint(4, (3, 22)).to(torch.uint8), 3, 1, specials=True)      # (3, 22)
     x, weights = bert.encode(tokens, need_weights=True)
     torch.testing.assert_close(x, bert.encode(tokens), rtol=1e-5, atol=1e-5)   # SDPA
-    found = figures.attention(bert, tokens, 1)
+    found = figures.attention(figures.read_attention(str(tmp_path / "x.pt"), "cpu"), tokens)
     for layer, w in enumerate(weights):
         w = w.detach().double().numpy()                      # (3, H, 22, 22)
         np.testing.assert_allclose(found["maps"][layer], w.mean(0), atol=1e-6)

@@ -19,7 +19,8 @@ import data
 import finetune
 import models
 import training
-from harness import at_call, equal, random_dna, refused, run
+from harness import at_call, equal, random_dna, refused, run, write_fasta
+from tools import figures
 
 N, LENGTH = 3, 40                                            # k of the ESM's vocabulary; its positions
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24)
@@ -442,3 +443,44 @@ def test_protocol_nt():
                      ("cpd/tata", 1e-4), ("ssp/reconstructed", 1e-4), ("eap", 1e-4)):
         table4 = finetune.get_protocol("randommask", task, None, "", {})
         assert finetune.get_protocol("nt", task, None, "", {}) == table4 | {"lr": lr}
+
+
+@pytest.mark.parametrize("kind, n", [("esm", 10), ("esm_rotary", 10)])
+def test_attention_of_nucleotide_transformer(tmp_path, kind, n):
+    """Fig 9a: [CLS], n k-mers without overlap and no [SEP]."""
+    write_folder(tmp_path / "nt", kind)
+    net = figures.read_attention(f"hf:{tmp_path / 'nt'}", "cpu")
+    assert net[2:4] == (N, N) and net.n_last == 0
+    text = random_dna(2 * N * n, np.random.default_rng(0))
+    bases = torch.from_numpy(data.encode(text)).view(2, -1)
+    tokens, found = net.tokens(bases), figures.attention(net, net.tokens(bases))
+    hf = transformers.AutoModel.from_pretrained(tmp_path / "nt", attn_implementation="eager").eval()
+    with torch.no_grad():
+        layers = hf(input_ids=tokens, output_attentions=True).attentions
+    assert tokens.shape == (2, n + 1) and len(layers) == len(found["numbers"]) == 2
+    for w, numbers in zip(layers, found["numbers"]):
+        w = w.double().numpy()                               # (2, H, n + 1, n + 1)
+        rows = [(i, w[b, h, i]) for b in range(2) for h in range(2) for i in range(1, n + 1)]
+        near = [sum(row[j] for j in range(1, n + 1) if abs(i - j) <= 6) for i, row in rows]
+        want = [np.mean([row[0] for _, row in rows]), np.nan, np.mean(near),
+                np.mean([-(row * np.log(row)).sum() for _, row in rows])]
+        np.testing.assert_allclose(numbers[:4], want, atol=1e-5)
+    assert found["profiles"].shape == (2, 2, N * n)
+    received = layers[-1][0].mean(0)[1:, 1:].mean(0)
+    np.testing.assert_allclose(found["profiles"][1, 1], received.repeat_interleave(N), atol=1e-6)
+
+
+def test_attention_side_by_side(tmp_path, monkeypatch):
+    """A BERT with overlapping k-mers and NT on the same bases; a byte-pair encoder is refused."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    for kind in ("esm", "roberta"):
+        write_folder(tmp_path / kind, kind)
+    models.save_hf(models.Bert(models.BertConfig(69, 40, 2, 2, 16, 32)), "bert")
+    write_fasta(tmp_path / "a.fa", {"a": random_dna(500, np.random.default_rng(0))})
+    flags = "--fasta a.fa --windows 2 --dpi 50 --out f/x".split()
+    result = run(["attention", "hf:bert", "hf:esm", *flags, "--names", "ours", "nt"], script="tools.figures")
+    assert result.code == 0 and "2 windows of 40 bases, the same for all" in result.out, result
+    assert "| nt | uniform, 14 tokens | " in result.out and "| ours | uniform, 40 tokens | " in result.out
+    refusal = refused(run(["attention", "hf:roberta", *flags], script="tools.figures"))
+    assert "hf:roberta: not an encoder that reads [CLS] k-mers" in refusal
