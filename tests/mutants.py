@@ -416,6 +416,20 @@ MUTANTS += mutants("tools/mutagenesis.py", [UNIT["mutagenesis"], "-k", "literal 
     "substitutes the next letter": ("CODES[part[0]]", "CODES[part[0] - 1]"),
     "the gradient alone": ("kept[0].detach() * torch", "torch"),
     "attention of the first k-mer": ("[:, :, 0].mean(1)", "[:, :, 1].mean(1)")})
+MUTANTS += mutants("tools/figures.py", ["tests/unit/test_encoders.py", "-k", "nucleotide_transformer"], {
+    "the last k-mer counts as [SEP]": ("slice(1, T - net.n_last)", "slice(1, T - 1)"),
+    "overlapping k-mers for NT": ('spec["stride"] or net.k', '1')})
+MUTANTS += mutants("data.py", [UNIT["data"], "-k", "span_mask"], {
+    "spans of the first row for all": ("(torch.as_tensor(x, device=at.device).expand(B)",
+                                       "(torch.as_tensor(x, device=at.device).expand(B)[:1].expand(B)")})
+MUTANTS += mutants("cm_gems.py", [UNIT["cm_gems"], "-k", "can_switch"], {
+    "a switch at the last step counts": ("last = (args.steps - 1) //", "last = args.steps //"),
+    "one evaluation is enough": ("max(2 * args.eval_every,", "max(args.eval_every,")})
+MUTANTS += mutants("finetune.py", [UNIT["defaults"], UNIT["messages"]], {
+    "FinDNA clips at 1": ('schedule="cosine", grad_clip=0.5', 'schedule="cosine"'),
+    "--long counts for a ChordMixer": ("or any(encoders)", "or encoders")})
+MUTANTS += mutants("training.py", ["tests/faults/test_faults.py", "-k", "wrong_flags and demo"], {
+    "the demo takes --size": ('name in ("size", "model"', 'name in ("model"')})
 MUTANTS += mutants("models.py", [UNIT["layers"], "-k", "layers"], {
     "BERT has one layer, the last": ("[*self.blocks][:layer]", "[*self.blocks]"),
     "a block for a layer": ("else layer * c.n_blocks", "else layer"),
