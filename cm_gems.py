@@ -308,7 +308,7 @@ def parse_args():
         help="what is masked, and when (%(default)s)")
     add("--p_scale", type=number(float, 1e-9, 6), default=1.0,
         help="multiplies the probability of a center (%(default)s)")
-    add("--switch_drop", type=number(float, 0), default=1.0,                   # as in the paper
+    add("--switch_drop", type=number(float, 0), default=1.0,                   # released code
         help="cm_gems: switch when the perplexity changes by less than this (%(default)s)")
     add("--switch_after", type=number(int, 0), default=0, help="cm_gems: do not switch before this step (0)")
     add("--cm_step_stages", type=positive, default=10,       # the talk's slides
@@ -321,7 +321,7 @@ def parse_args():
     add("--npmi_table", type=file_name,
         help="read NPMI from this CSV, ours or GeneMask's, instead of counting")
     add("--npmi_only", action="store_true", help="count, print the top and bottom k-mers, then stop")
-    add = training.add_optimization_flags(                   # GeneMask's pretraining script; steps: the paper
+    add = training.add_optimization_flags(                   # GeneMask's pretraining script; steps: slides
         parser, batch_size=250, micro_batch_size=32, lr=8e-4, warmup="5 %%", weight_decay=0.01)
     add("--steps", type=positive, default=10_000, help="steps (%(default)s)")
     training.add_run_flags(parser, "out/cm_gems", eval_windows=2000)           # ours

@@ -129,7 +129,9 @@ def kmer_tokens(bases, k, stride, specials=False):
 
 def tokenize(sequences, k=6, stride=1):
     """Turn DNA strings into ids (B, T + 2): [CLS] k-mers [SEP], right-padded with [PAD].
-    A sequence shorter than k gives [CLS] [SEP]."""
+    A sequence shorter than k gives [CLS] [SEP]. ValueError for one string."""
+    if isinstance(sequences, str):
+        raise ValueError("sequences: give a list of strings, not one string")
     longest = max(map(len, sequences), default=0)
     text = "".join(sequence.ljust(longest, "N") for sequence in sequences)
     bases = torch.from_numpy(encode(text, longest).reshape(len(sequences), longest))
@@ -356,8 +358,11 @@ class Genome:
         parts = self.cut(held_out, length)
         n_bases = [int(np.diff(part).sum()) for part in parts]
         n_contigs = [len(np.unique(np.searchsorted(ends, part[:, 0], side="right"))) for part in parts]
+        n_known = int(np.diff(self.intervals).sum()) + (0 if self.drawn or self.bed else self.n_ambiguous)
+        missed = n_known - sum(n_bases)
         lines = [f"reach    training windows: {n_bases[0]:,} bases in {n_contigs[0]:,} of {len(ends):,} "
-                 f"contigs; validation windows: {n_bases[1]:,} bases in {n_contigs[1]:,}"]
+                 f"contigs; validation windows: {n_bases[1]:,} bases in {n_contigs[1]:,}"
+                 + (f"; never read: {missed:,}" if missed else "")]
         sizes, lines = np.diff(ends, prepend=0), lines + self.repeated(held_out)
         if not val_contigs and (held_out[held_out > 0] == sizes[held_out > 0]).all():
             lines.append(f"held out {np.count_nonzero(held_out):,} whole contigs, by a hash of names: no "
@@ -366,8 +371,6 @@ class Genome:
         if self.bed:
             lines.append(f"bed      {(sizes < length).sum():,} of {len(sizes):,} stretches without N, "
                          f"{sizes[sizes < length].sum():,} bases, are shorter than a window: never read")
-        n_known = int(sizes.sum()) + (0 if self.drawn or self.bed else self.n_ambiguous)
-        missed = n_known - sum(n_bases)
         if missed > n_known / 10:
             where = "intervals" if self.bed else "contigs"
             lines.append(f"warning: {missed:,} of {n_known:,} bases ({missed / n_known:.1%}) are never read, "

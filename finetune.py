@@ -786,6 +786,7 @@ class Model:
 def load_model(init, device="cpu", eval_network=None, pool=None, **changes):
     """A checkpoint, hf:FOLDER or findna:FILE -> Model. changes, where not None: pool, long, stride, dtype,
     strands ("average": means over both strands)."""
+    init = os.fspath(init)
     spec, weights = read_network(init, eval_network)
     if eval_network and (spec["kind"] != "mixer" or "classes" in spec):
         raise ValueError(f"--eval_network {eval_network}: {init} has one network; drop it")
@@ -1541,7 +1542,8 @@ def parse_args():
     add("--micro_batch_size", type=positive, default=128, help="windows per forward pass (%(default)s)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     add("--dtype", choices=training.DTYPES, default="auto", help=training.AUTO)
-    add("--compile", action="store_true", help="torch.compile the network")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False,
+        help="torch.compile the network (default: no)")
     if parser.parse_args().demo:
         parser.set_defaults(**DEMO)
     args = parser.parse_args()

@@ -508,6 +508,8 @@ def copy_weights(model, init, load):
         config, weights = vars(source.config), source.state_dict()
     elif init.startswith("findna:") and isinstance(model, BaseModel):
         config, weights = load_findna(init[7:])
+    elif init.startswith(("hf:", "findna:")):
+        raise ValueError(f"--init {init}: hf: is for BERTs, findna: for findna.py; give a checkpoint")
     else:
         state = load(init)
         config, weights = state["config"], state["model"]

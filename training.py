@@ -653,6 +653,8 @@ class Run:
         """ValueError unless weights, gradients, moments and a micro-batch of `length` tokens fit in memory.
 
         build(args): the network, here on no device, so that nothing is allocated; teachers: its copies."""
+        if self.args.show_masks:                             # trains nothing
+            return
         args, size = self.args, 4 if self.args.dtype == "float32" else 2.5       # some stay float32
         try:
             with torch.device("meta"):

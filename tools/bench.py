@@ -767,6 +767,8 @@ def parse_args():
     add("--max_seconds", type=training.number(float, 0), default=60,
         help="cost: steps that would take longer are counted, but not run (%(default)s)")
     args = parser.parse_args()
+    if args.items and args.only and not args.out:
+        parser.error("--only and ITEM: two ways to name the same; drop one of them")
     if ("gpu" in args.items) != bool(args.out) or args.out and len(args.items) > 1:
         parser.error("gpu: give it alone, with --out DIR")
     unknown = set(args.items or args.only or ()) - {*ITEMS, "cost"} - ({"gpu"} if args.out else set())

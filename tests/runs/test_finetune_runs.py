@@ -383,7 +383,7 @@ def test_predict_and_export(here):
     for tool in ("predict", "embed"):
         flags = ["t.fa", "--init", MODEL, "--out", "t.fa.tsv"]
         assert "exists" in refused(run(flags, script=f"tools.{tool}"))
-    assert np.allclose(finetune.load_model(str(MODEL)).predict(texts), p, atol=1e-5)
+    assert np.allclose(finetune.load_model(Path(MODEL)).predict(texts), p, atol=1e-5)
 
 
 def test_several_labels_a_sequence(here):

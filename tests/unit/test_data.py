@@ -67,6 +67,7 @@ def test_tokens(k):
             want = [literal_ids(data.decode(row), k, stride) for row in bases]
             assert data.kmer_tokens(bases, k, stride).tolist() == want
     assert "sequence 1, position 2" in refusal(data.tokenize, ["ACGT", "ACX"], k)
+    assert "give a list of strings" in refusal(data.tokenize, "ACGT", k)
 
 
 @pytest.mark.skipif(not GOLDEN.exists(), reason="no shared data")
@@ -515,7 +516,8 @@ def test_what_no_window_reaches_is_counted(tmp_path):
         n, (line, warning) = genome.reach(length, val_contigs)
         known = sum(len(text) - text.count("N") for text in texts.values())
         assert n == n_bases[0] and f"training windows: {n:,} bases in {n_train} of 6 contigs" in line
-        assert f"validation windows: {n_bases[1]:,} bases in {n_val}" in line
+        assert f"validation windows: {n_bases[1]:,} bases in {n_val}; never read: " in line
+        assert line.endswith(f" {known - sum(n_bases):,}")
         assert f"{known - sum(n_bases):,} of {known:,} bases" in warning and "--ambiguous random" in warning
         assert len(drawn.reach(length, val_contigs)[1]) == 1  # over 90 % now
 

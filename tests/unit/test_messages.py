@@ -125,6 +125,12 @@ def test_no_memory_is_one_line(capsys):
     assert capsys.readouterr().err.startswith("error: not enough memory; raise the limit (ulimit -v, or")
 
 
+def test_folders_of_another_kind_of_network_are_refused():
+    mixer = models.BaseModel(models.ChordMixer(models.ChordMixerConfig(64, 1, 8, 64)))
+    for model, init in ((mixer, "hf:x"), (models.Bert(models.BertConfig(**BERT)), "findna:x")):
+        assert "hf: is for BERTs, findna: for findna.py" in refusal(models.copy_weights, model, init, None)
+
+
 def test_sizes_of_another_network_are_named_as_flags():
     model, config = models.Bert(models.BertConfig(**BERT)), BERT | dict(vocab_size=4 ** 5 + 5, n_inner=64)
     states = {"x": config, "findna": {"length": 9, "n_layer": 1}, "odd": BERT | {"vocab_size": "7"}}
