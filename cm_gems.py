@@ -256,7 +256,7 @@ def settled(perplexities, drop):
 
 
 def can_switch(args):
-    """True if two evaluations, the second after step --switch_after - 1, precede the last step."""
+    """True if a second evaluation, or a later one, comes from --switch_after on and before the last step."""
     last = (args.steps - 1) // args.eval_every * args.eval_every
     return last >= max(2 * args.eval_every, args.switch_after)
 
