@@ -44,7 +44,8 @@ def test_a_run_of_days_on_a_cpu_is_remarked_upon(make_run, capsys, monkeypatch, 
     monkeypatch.setattr(training, "memory", str)
     run.device, run.speed, run.per_step = SimpleNamespace(type=device), 1.0, days * 864
     run.tell_speed()
-    assert ("the run would take 3 days" in capsys.readouterr().out) == said
+    out = capsys.readouterr().out
+    assert ("the run would take 3 days" in out) == ("days" in out) == said
     run.tell_speed()
     assert "would take" not in capsys.readouterr().out       # once
 
