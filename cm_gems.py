@@ -194,7 +194,7 @@ def best_tokens(tokens, npmi_rank, centers):
     best, which = rank.min(2)                                # ties: the leftmost
     best_at = torch.where(rank[..., left] == best, at, near.gather(2, which[..., None])[..., 0])
     half, key = (m + 1) // 2, (best * T + at).masked_fill(at == T, torch.iinfo(torch.int64).max)
-    high = lowest(key, torch.where(half < 5, m, half))       # fewer than 5: all, as GeneMask's code
+    high = lowest(key, torch.where(half < 5, m, half))       # fewer than 5: all, as in GeneMask's code
     return data.mark(F.pad(best_at, (0, 1), value=T).gather(1, high), T)
 
 

@@ -221,7 +221,7 @@ def idle(args):
 def parse_args():
     parser, positive = training.new_parser(__doc__, strands=False), number(int, 1)      # but R in --views
     positive_float = number(float, 1e-9)
-    add = parser.add_argument_group("model").add_argument    # section 4.1; sizes: released code
+    add = parser.add_argument_group("model").add_argument    # length: the paper; sizes: its code
     add("--length", type=number(int, EDIT + 1), default=1000, help="bases of a window (%(default)s)")
     add("--backbone", choices=("chordmixer", "transformer"), default="chordmixer",
         help="network (%(default)s)")

@@ -80,7 +80,7 @@ def parse_args():
         help="growing spans, DNABERT's spans, or single tokens (%(default)s)")
     add("--p", type=number(float, 1e-9, 1),
         help="probability that a token is the center of a span (0.15 / tokens of the first span)")
-    add = training.add_optimization_flags(                   # section 5.1; decay: DNABERT
+    add = training.add_optimization_flags(                   # the paper; decay: DNABERT
         parser, batch_size=512, micro_batch_size=64, lr=1e-4, warmup="about 2 %%", weight_decay=0.01)
     add("--steps", type=positive, help=f"steps; phase edges scale with it ({PAPER_STEPS}; as many passes "
         f"over another genome; --size: {', '.join(f'{size} {n}' for size, n in STEPS.items())})")

@@ -20,7 +20,6 @@ evaluate() {                                    # INIT SEED FLAGS
 
 evaluate kmer 41
 bert="--block_size 34 --n_layer 2 --n_head 4 --n_embd 64 --dropout 0"
-gems="$bert --k 3 --n_inner 256 --batch_size 64 --micro_batch_size 32"
 for seed in 41 42 43; do                        # 7.1 TFLOP each: 2.960, 1.368 and 1.230 GFLOP a step
     pretrain randommask randommask $seed 2400 $bert --k 4 --batch_size 128 --micro_batch_size 128 --warmup 120
     pretrain cm_gems cm_gems $seed 5190 $gems --switch_after 2076

@@ -5,10 +5,8 @@ set -e
 
 pretrain() {                                    # ARM SEED FLAGS
     arm=$1; seed=$2; shift 2
-    pretrain_run cm_gems.py 1500 out/cm_gems/$arm/$seed --seed $seed \
-        --genome data/human_regions.fa.gz --cache out/cm_gems/cache \
-        --k 3 --block_size 34 --n_layer 2 --n_head 4 --n_embd 64 --n_inner 256 --dropout 0 --batch_size 64 \
-        --micro_batch_size 32 --lr 5e-3 --log_every 100 "$@"
+    pretrain_run cm_gems.py 1500 out/cm_gems/$arm/$seed --seed $seed $gems --lr 5e-3 \
+        --genome data/human_regions.fa.gz --cache out/cm_gems/cache --log_every 100 "$@"
 }
 
 few_shot() { python finetune.py --init $init --seed $first --seeds 3 --out out/cm_gems/scores "$@"; }

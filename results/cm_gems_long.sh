@@ -7,31 +7,31 @@ mkdir -p out/cm_gems_long
 python - << 'END'                               # three draws of 50 rows per class from five of GUE's training tables
 import numpy as np
 
-lines = ["name\tfiles\tmetric\tprotocol\n"]
+def read(path):
+    with open(f"data/GUE/{path}.csv") as f:
+        return f.readlines()                    # the first one is the header
+
+def write(name, lines):
+    with open(f"out/cm_gems_long/{name}", "w") as f:
+        f.writelines(lines)
+
+tasks = ["name\tfiles\tmetric\tprotocol\n"]
 for name, folder in (("tf_h_2", "tf/2"), ("tf_h_4", "tf/4"), ("tf_m_1", "mouse/1"), ("emp_H3", "EMP/H3"),
                      ("emp_H3K36me3", "EMP/H3K36me3")):
-    for split in ("train", "test"):
-        with open(f"data/GUE/{folder}/{split}.csv") as f:
-            header, *rows = f.read().splitlines(keepends=True)
-        order = np.random.default_rng(0).permutation(len(rows))
-        parts = {"test": rows} if split == "test" else {
-            draw: [row for label in "01" for row in
-                   [rows[i] for i in order if rows[i].strip().endswith("," + label)][50 * draw:50 * draw + 50]]
-            for draw in range(3)}
-        for part, rows in parts.items():
-            with open(f"out/cm_gems_long/{name}_{part}.csv", "w") as f:
-                f.writelines([header, *rows])
-    lines += [f"{name}/{draw}\t{name}_{draw}.csv {name}_test.csv\tacc\tfewshot\n" for draw in range(3)]
-with open("out/cm_gems_long/drawn.tsv", "w") as f:
-    f.writelines(lines)
+    header, *rows = read(f"{folder}/train")
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    classes = [[row for row in rows if row.strip().endswith(f",{label}")] for label in "01"]
+    write(f"{name}_test.csv", read(f"{folder}/test"))
+    for draw in range(3):
+        write(f"{name}_{draw}.csv", [header, *(row for part in classes for row in part[50 * draw:50 * draw + 50])])
+        tasks.append(f"{name}/{draw}\t{name}_{draw}.csv {name}_test.csv\tacc\tfewshot\n")
+write("drawn.tsv", tasks)
 END
 
 pretrain() {                                    # ARM SEED FLAGS
     arm=$1; seed=$2; shift 2
-    pretrain_run cm_gems.py 15000 out/cm_gems_long/$arm/$seed --seed $seed \
-        --genome data/human_regions.fa.gz --cache out/cm_gems_long/cache \
-        --k 3 --block_size 34 --n_layer 2 --n_head 4 --n_embd 64 --n_inner 256 --dropout 0 --batch_size 64 \
-        --micro_batch_size 32 --lr 5e-3 --log_every 500 "$@"
+    pretrain_run cm_gems.py 15000 out/cm_gems_long/$arm/$seed --seed $seed $gems --lr 5e-3 \
+        --genome data/human_regions.fa.gz --cache out/cm_gems_long/cache --log_every 500 "$@"
 }
 
 tune() { python finetune.py --init $init --out out/cm_gems_long/scores "$@"; }
