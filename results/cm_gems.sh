@@ -46,7 +46,7 @@ more_draws() {                                  # INIT SEED: of the sets whose f
 }
 more_draws kmer 31
 for seed in 31 32 33; do
-    for arm in cm_gems genemask random; do more_draws out/cm_gems/$arm/$seed/last.pt $seed; done
+    for arm in cm_gems genemask random global cm_step; do more_draws out/cm_gems/$arm/$seed/last.pt $seed; done
     more_draws random:out/cm_gems/genemask/$seed/last.pt ${seed}0
 done
 
@@ -57,6 +57,6 @@ larger() {                                      # INIT SEED: the largest trainin
 }
 larger kmer 31
 for seed in 31 32 33; do
-    for arm in cm_gems genemask random; do larger out/cm_gems/$arm/$seed/last.pt $seed; done
+    for arm in cm_gems genemask random global cm_step; do larger out/cm_gems/$arm/$seed/last.pt $seed; done
     larger random:out/cm_gems/genemask/$seed/last.pt ${seed}0
 done

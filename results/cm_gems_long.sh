@@ -53,3 +53,9 @@ for seed in 61 62 63; do
     for arm in cm_gems genemask random; do evaluate out/cm_gems_long/$arm/$seed/last.pt $seed; done
     evaluate random:out/cm_gems_long/genemask/$seed/last.pt $seed
 done
+for seed in 61 62 63; do
+    for arm in global cm_step; do
+        pretrain $arm $seed --strategy $arm
+        evaluate out/cm_gems_long/$arm/$seed/last.pt $seed
+    done
+done

@@ -29,7 +29,7 @@ for seed in 11 12 13 14 15; do
     probe cl $seed teacher
     random=random: probe findna $seed
 done
-for seed in 11 12 13; do
+for seed in 11 12 13 14 15; do
     pretrain transformer $seed --backbone transformer --n_layer 2 --n_embd 48 --n_head 4
     probe transformer $seed teacher
     for views in M+none M+DIT MDT+DIT; do

@@ -31,4 +31,9 @@ for seed in 41 42 43; do
     for arm in randommask dnabert single; do evaluate $arm $seed --task $sets --epochs 2 --lr 1e-3; done
     random=random: evaluate dnabert $seed --task $sets --epochs 2 --lr 1e-3
 done
+again="--epochs 2 --lr 1e-3 --seeds 2"            # two more fine-tuning seeds of each network
+for seed in 41 42 43; do
+    for arm in randommask dnabert single; do evaluate $arm $seed --task $sets $again --seed ${seed}0; done
+    random=random: evaluate dnabert $seed --task $sets $again --seed ${seed}0
+done
 for seed in 44 45; do pretrain dnabert $seed --mask dnabert; done       # for experiment D alone
