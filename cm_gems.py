@@ -32,7 +32,7 @@ HG38_NPMI_CONTIGS = ["chr1", "chr2", "chr3"]                 # GeneMask's publis
 BETAS, EPS = (0.9, 0.98), 1e-6                               # GeneMask's pretraining script
 MODELS = {"dnabert": dict(n_layer=12, n_head=12, n_embd=768, n_inner=3072, dropout=0.1),     # and its configs
           "logo": dict(n_layer=2, n_head=8, n_embd=256, n_inner=3072, dropout=0.0)}
-CHUNK = 1 << 17                                              # k-mers counted at a time: their ids fit in L2
+KMERS_AT_ONCE = 1 << 17                                      # k-mers counted at a time: their ids fit in L2
 DEMO = dict(genome=["demo"], k=3, block_size=34, n_layer=2, n_head=4, n_embd=64, n_inner=256, dropout=0.0,
             lr=5e-3, batch_size=64, micro_batch_size=32, steps=2500, switch_drop=0.5, switch_after=1200,
             out="out/demo_cm_gems", eval_windows=256)
@@ -64,8 +64,8 @@ def count_kmers(bases, intervals, k):
     tails = np.where(inside, bases[tails.clip(0)], np.uint8(4))
     but = (ends[:, None] - np.arange(k - 1, 0, -1))[inside]
     starts = int(ends[-1:].sum()) - k + 1
-    for low in range(0, starts, CHUNK):                      # of many short intervals at a time
-        high = min(low + CHUNK, starts)
+    for low in range(0, starts, KMERS_AT_ONCE):              # of many short intervals at a time
+        high = min(low + KMERS_AT_ONCE, starts)
         first, last = np.searchsorted(but, (low, high))
         chunk = join_intervals(bases, intervals, ends, low, high + k - 1)
         table += count_starts(chunk, k, but[first:last] - low)
@@ -170,7 +170,7 @@ def lowest(key, n):
     return torch.where(torch.arange(S, device=key.device) < n[:, None], at, T)
 
 
-def random_mask(tokens, npmi_rank, centers):
+def center_mask(tokens, npmi_rank, centers):
     """Masks the k tokens around every center, as DNABERT: bool (B, T)."""
     k = k_of(npmi_rank)
     return data.span_mask(centers, tokens > data.MASK, (k - 1) // 2, k // 2)
@@ -205,7 +205,7 @@ def gene_mask(tokens, npmi_rank, centers):
     masked tokens hide all letters of the one in the middle.
     """
     k, best = k_of(npmi_rank), best_tokens(tokens, npmi_rank, centers)
-    return random_mask(tokens, npmi_rank, centers) | data.span_mask(best, tokens > data.MASK, k - 1, k - 1)
+    return center_mask(tokens, npmi_rank, centers) | data.span_mask(best, tokens > data.MASK, k - 1, k - 1)
 
 
 def top_tokens(tokens, npmi_rank, m):
@@ -222,7 +222,7 @@ def global_mask(tokens, npmi_rank, m):
     return data.span_mask(top, tokens > data.MASK, reach, reach)
 
 
-MASKERS = {"random": random_mask, "genemask": gene_mask,     # (tokens, npmi_rank, centers) -> masked
+MASKERS = {"random": center_mask, "genemask": gene_mask,     # (tokens, npmi_rank, centers) -> masked
            "global": lambda tokens, npmi_rank, centers: global_mask(tokens, npmi_rank, centers.sum(1))}
 
 

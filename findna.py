@@ -347,7 +347,8 @@ if __name__ == "__main__":
         teacher = None if args.objective == "mnm" else copy.deepcopy(model).eval().requires_grad_(False)
         alpha = {"both": args.alpha, "mnm": 1.0, "cl": 0.0}[args.objective]
         projected, dim = args.cl_space == "projected", 2 if args.cl_softmax == "features" else 1
-        width = 5 if projected else model.config.n_embd
+        width, L = 5 if projected else model.config.n_embd, args.length + args.n_cls
+        flops_per_base = L / args.length * model.flops_per_token(L, bool(teacher))
         center = torch.zeros(args.n_cls, width if teacher else 0, device=device)
         n_masked, n_q = round(args.mask_rate * args.length), center.shape[2 - dim]     # terms of the two sums
         parts = {"model": model, "optimizer": optimizer}
@@ -482,6 +483,7 @@ if __name__ == "__main__":
                 row |= {"cl_loss": cl / n_q, "ema": ema} if teacher else {}
                 row |= {"lr": lr, "grad_norm": run.norm, "masked": n_masked / args.length,
                         "tokens_per_s": run.speed}
+                row |= run.mfu(flops_per_base)
                 row = run.log(row, validate)
                 if step > args.warmup and not warned and row.get("q_information", 1) < COLLAPSED:
                     warned = True

@@ -1050,7 +1050,7 @@ def labels_split(args):
     return "split" in map(str.lower, columns)
 
 
-def read_csv(args):
+def read_user_csv(args):
     """--csv -> (Task, splits): one table is split, two are train and test, three train, dev and test."""
     first, *others = args.csv
     if len(others) > 2:
@@ -1107,7 +1107,7 @@ def read_benchmark(path):
 def read_own(line, args):
     """A line of --tasks -> (Task, splits)."""
     flags = {name: line[name] for name in ("targets", "multilabel")} | {"csv": line["files"]}
-    task, splits = read_csv(argparse.Namespace(**vars(args) | flags))
+    task, splits = read_user_csv(argparse.Namespace(**vars(args) | flags))
     if line["metric"] in ("f1_binary", "auroc") and not task.multilabel and len(task.classes) > 2:
         raise ValueError(f"{line['place']}: metric {line['metric']} is for two classes, not "
                          f"{len(task.classes)}; use mcc")
@@ -1438,7 +1438,7 @@ def run_all(plans, starts, args, device):
                 raise InterruptedError
             source = plan.name, plan.shots, plan.repeat if plan.shots else None
             if cached != source:                             # a set is read once, a few-shot draw each time
-                task, splits = read_csv(args) if args.csv else read_own(args.own[plan.name], args) if (
+                task, splits = read_user_csv(args) if args.csv else read_own(args.own[plan.name], args) if (
                     plan.name in args.own) else (data.TASKS[plan.name], data.read_task(
                         plan.name, args.data_dir, plan.shots, plan.repeat % 10, args.fasta))
                 cached = source

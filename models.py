@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 PAD, MASK = 0, 4                                             # ids of tokens
 MASKED = 0.15                                                # of the tokens at a time in log_p: BERT's
-EPS = 1e-12                                                  # LayerNorm epsilon (DNABERT's config.json)
+NORM_EPS = 1e-12                                             # LayerNorm epsilon (DNABERT's config.json)
 
 
 def check_sizes(config):
@@ -87,9 +87,9 @@ class Block(nn.Module):
         super().__init__()
         C = config.n_embd
         self.n_head, self.p = config.n_head, config.dropout
-        self.qkv, self.proj, self.ln_attn = nn.Linear(C, 3 * C), nn.Linear(C, C), nn.LayerNorm(C, EPS)
+        self.qkv, self.proj, self.ln_attn = nn.Linear(C, 3 * C), nn.Linear(C, C), nn.LayerNorm(C, NORM_EPS)
         self.fc, self.fc_out = nn.Linear(C, config.n_inner), nn.Linear(config.n_inner, C)
-        self.ln_mlp = nn.LayerNorm(C, EPS)
+        self.ln_mlp = nn.LayerNorm(C, NORM_EPS)
 
     def forward(self, x, mask=None, need_weights=False, first=None):
         B, T, C = x.shape
@@ -112,9 +112,9 @@ class Bert(nn.Module):
         self.tok_emb = nn.Embedding(V, C, padding_idx=PAD)   # tied to the decoder of the masked-LM head
         self.pos_emb = nn.Embedding(config.block_size, C)
         self.type_emb = nn.Embedding(2, C)                   # BERT's segments; DNA uses row 0 only
-        self.ln_emb = nn.LayerNorm(C, EPS)
+        self.ln_emb = nn.LayerNorm(C, NORM_EPS)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.head, self.ln_head = nn.Linear(C, C), nn.LayerNorm(C, EPS)
+        self.head, self.ln_head = nn.Linear(C, C), nn.LayerNorm(C, NORM_EPS)
         self.head_bias = nn.Parameter(torch.zeros(V))
         for name, p in self.named_parameters():              # N(0, 0.02), biases 0 (DNABERT's config.json)
             if p.dim() == 2:
@@ -332,6 +332,13 @@ class BaseModel(nn.Module):
     def forward(self, one_hot):
         x = self.backbone(one_hot)
         return x, self.head(x)
+
+    def flops_per_token(self, L, teacher):
+        """Training FLOPs per position in matrix products; a teacher adds its forward pass."""
+        c, n = self.config, sum(p.numel() for name, p in self.named_parameters()
+                                if p.dim() == 2 and "pos_emb" not in name)
+        attention = 0 if isinstance(self.backbone, ChordMixer) else 2 * c.n_layer * L * c.n_embd
+        return (8 if teacher else 6) * (n + attention)
 
     def saved_per_token(self, L, fused):
         """Numbers a base that the forward pass keeps for the backward pass; fused: as in a Bert."""
@@ -555,10 +562,10 @@ def vocabulary(k):
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map("".join, itertools.product("ATCG", repeat=k))]
 
 
-SIZES = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings", "n_layer": "num_hidden_layers",
-         "n_head": "num_attention_heads", "n_embd": "hidden_size", "n_inner": "intermediate_size",
-         "dropout": "hidden_dropout_prob"}                   # BertConfig: config.json
-STOCK = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": EPS, "type_vocab_size": 2,
+HF_SIZES = {"vocab_size": "vocab_size", "block_size": "max_position_embeddings",
+            "n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_embd": "hidden_size",
+            "n_inner": "intermediate_size", "dropout": "hidden_dropout_prob"}  # BertConfig: config.json
+STOCK = {"model_type": "bert", "hidden_act": "gelu", "layer_norm_eps": NORM_EPS, "type_vocab_size": 2,
          "is_decoder": False, "position_embedding_type": "absolute"}
 KMER_COUNTS = [4 ** k for k in range(1, 20)]
 MODULES = {                                                  # ours: in transformers (qkv: three, stacked)
@@ -657,7 +664,7 @@ def save_hf(model, folder, classes=(), problem="single_label_classification", ca
     for ours, tensor in model.state_dict().items():
         names = stock_names(ours)
         tensors |= zip(names, [part.clone() for part in tensor.cpu().chunk(len(names))])
-    config = STOCK | {stock: getattr(c, ours) for ours, stock in SIZES.items()} | {
+    config = STOCK | {stock: getattr(c, ours) for ours, stock in HF_SIZES.items()} | {
         "architectures": ["BertForMaskedLM"], "attention_probs_dropout_prob": c.dropout,
         "torch_dtype": "float32", "stride": stride}
     if classes:
@@ -700,7 +707,7 @@ def read_config(path):
     for key, value in STOCK.items():
         if found[key] != value:
             raise ValueError(f"{key} is {found[key]!r:.80}, expected {value!r}")
-    config = BertConfig(**{ours: found.get(stock) for ours, stock in SIZES.items()})
+    config = BertConfig(**{ours: found.get(stock) for ours, stock in HF_SIZES.items()})
     if config.k > 8:
         raise ValueError(f"{config.k}-mers, expected at most 8-mers")
     if type(found["stride"]) is not int or not 1 <= found["stride"] <= config.k:
@@ -841,7 +848,7 @@ def transformers_package():
 
 
 LOCAL = {"trust_remote_code": False, "local_files_only": True}                 # no code, no downloads
-UNUSED = "pooler", "contact_head"                            # parts for transformers' own tasks
+HF_UNUSED = "pooler", "contact_head"                         # parts for transformers' own tasks
 FROM_CONFIG = "position_ids", "inv_freq"                     # in old files; they follow from the config
 
 
@@ -861,7 +868,7 @@ def make_other(config, dropout=None):
     except Exception as e:                                   # hostile settings can raise anything
         raise ValueError(f"transformers {transformers.__version__} cannot make a network of config.json "
                          f"({type(e).__name__} {str(e).strip()!r:.100})") from None
-    for name in UNUSED:
+    for name in HF_UNUSED:
         if hasattr(net, name):
             setattr(net, name, None)
     return net.train()
@@ -943,9 +950,9 @@ def read_other(folder):
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **LOCAL)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
     wrong = [*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])]
-    wrong = [name for name in wrong if not name.startswith(UNUSED)]
+    wrong = [name for name in wrong if not name.startswith(HF_UNUSED)]
     unused = [name for name in found["unexpected_keys"] if not name.endswith(FROM_CONFIG)]
-    spare = [name for name in UNUSED if hasattr(net, name) and not any(
+    spare = [name for name in HF_UNUSED if hasattr(net, name) and not any(
         lost.startswith(name) for lost in found["missing_keys"])]
     parts, prefix = [name for name, _ in net.named_children()], f"{net.base_model_prefix}."
     wrong += [name for name in unused if name.removeprefix(prefix).split(".")[0] in parts]
@@ -980,7 +987,7 @@ def load_other(folder):
                          f"that transformers has, with weights and tokenizer") from None
     print(f"{folder}: {type(net).__name__} of transformers (trust_remote_code=False); weights not used: "
           f"{', '.join(unused) or 'none'}", flush=True)
-    weights = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith(UNUSED)}
+    weights = {name: tensor for name, tensor in net.state_dict().items() if not name.startswith(HF_UNUSED)}
     return config, files, weights
 
 

@@ -239,7 +239,7 @@ def add_run_flags(parser, out, eval_windows, eval_every=None, keep="none"):
     add("--demo", action="store_true", help="train a tiny model on a synthetic genome")
 
 
-UNUSED = []                                                  # flags on the command line that do nothing
+IDLE = []                                                    # flags on the command line that do nothing
 
 
 def parse_flags(parser, demo, idle=lambda args: ()):
@@ -263,7 +263,7 @@ def parse_flags(parser, demo, idle=lambda args: ()):
     if args.resume and has_checkpoint(args.out):
         parser.set_defaults(**read_args(parser, args))
         return parser.parse_args()
-    UNUSED[:] = [f"--{name}" for name in idle(args) if getattr(args, name) != parser.get_default(name)]
+    IDLE[:] = [f"--{name}" for name in idle(args) if getattr(args, name) != parser.get_default(name)]
     return args
 
 
@@ -682,8 +682,8 @@ class Run:
         self.say(f"model    {sum(p.numel() for p in model.parameters()):,} parameters, {self.args.dtype}, "
                  f"{self.world} x {self.device.type}, {self.n_micro} micro-batches of at "
                  f"most {self.args.micro_batch_size} a step{uneven}")
-        if UNUSED:
-            self.say(f"note: {', '.join(UNUSED)}: without effect beside the other flags")
+        if IDLE:
+            self.say(f"note: {', '.join(IDLE)}: without effect beside the other flags")
         self.say(f"memory   {self.needs}")
         self.say(f"genome   {' '.join(self.args.genome)}: {genome}")
         if passes > PASSES and not self.args.demo:

@@ -155,7 +155,7 @@ MUTANTS += mutants("models.py", [UNIT["models"]], {
     "no scaling of attention": ("q / math.sqrt(q.shape[-1])", "q"),
     "padding is attended where dropout is": ('masked_fill(~mask, float("-inf"))', "masked_fill(~mask, -1.0)"),
     "positions start at 1": ("self.pos_emb.weight[:T]", "self.pos_emb.weight[-T:]"),
-    "LayerNorm eps of torch": ("EPS = 1e-12", "EPS = 1e-5"),
+    "LayerNorm eps of torch": ("NORM_EPS = 1e-12", "NORM_EPS = 1e-5"),
     "an export skips by another stride": ("{{1,{stride - 1}}}", "{{1,{stride}}}"),
     "an export passes N over": ('"[ACGTN]", "[acgtn]", [(letter', '"[ACGT]", "[acgtn]", [(letter'),
     "rotates the other way": ("(at + shift) % length", "(at - shift) % length", [UNIT["findna"]])})
@@ -313,6 +313,9 @@ MUTANTS += mutants("finetune.py", [UNIT["finetune"], "-k", "windows"], {
 MUTANTS += mutants("tools/embed.py", [UNIT["strands"], "-k", "per_base"], {
     "bases in float32 whatever --dtype": ('autocast(rows.bases.device, net.spec["dtype"])',
                                           'autocast(rows.bases.device, "float32")')})
+MUTANTS += mutants("models.py", [UNIT["bench"], "-k", "flops"], {
+    "FinDNA's teacher costs nothing": ("(8 if teacher else 6) *", "6 *"),
+    "FinDNA-T's attention costs nothing": ("(n + attention)", "n")})
 MUTANTS += mutants("training.py", [UNIT["training"], "-k", "mfu"], {
     "an A1000 is an A100": ('if re.search(rf"\\b{gpu}\\b", name)', "if gpu in name")})
 MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "columns_of_their_own or dtypes"], {
@@ -537,7 +540,7 @@ MUTANTS += mutants("tools/evidence.py", ["tests/unit/test_evidence.py"], {
     "draws that only one arm has": ("np.mean(each[:n] if n > 1 else each)", "np.mean(each)"),
     "the same seeds in each draw": ("size=(draws, 1, gaps.shape[1])", "size=(1, 1, gaps.shape[1])"),
     "p over all cells": ("gaps.mean(1), gaps.mean(0)", "gaps.ravel(), gaps.mean(0)"),
-    "the first values of a log": ("for row in read_rows(log) for", "for row in read_rows(log)[::-1] for"),
+    "the first values of a log": ("for row in read_jsonl(log) for", "for row in read_jsonl(log)[::-1] for"),
     "verdicts on one seed or set": ("min(gaps.shape) < 2", "min(gaps.shape) < 1"),
     "shares that depend on the length": ('seen["numbers"][row] / seen["uniform"]', 'seen["numbers"][row]'),
     "observations of any step are one": ('row["arm"], row["step"]), []', 'row["arm"], 9), []'),

@@ -195,7 +195,7 @@ def fetch(url, path, cap, unreachable):
     raise ValueError(f"{reason} ({TRIES} tries)")
 
 
-def count_rows(path):
+def count_records(path):
     """Count the rows of a table, records of a FASTA or tensors of weights, by reading all of it strictly."""
     name = os.path.basename(path)
     if name.endswith(".json"):
@@ -234,7 +234,7 @@ def verify(path, digest, rows):
     if digest and (found := data.file_digest(path, None, how)) != digest:
         raise ValueError(f"{how} {found}, but the published file has {digest}")
     if not digest:
-        n, how = count_rows(path), "rows" if rows else "read to its end, no published checksum or rows"
+        n, how = count_records(path), "rows" if rows else "read to its end, no published checksum or rows"
         if rows not in (None, n):
             raise ValueError(f"{n:,} rows, but the published file has {rows:,}")
         rows = n

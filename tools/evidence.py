@@ -34,7 +34,7 @@ WINDOWS = 128                                                # whose attention i
 Comparison = namedtuple("Comparison", "claim mode primary sets gaps interval p verdict")
 
 
-def read_rows(path):
+def read_jsonl(path):
     """Rows of a JSON lines file, as dicts."""
     with open(path, encoding="utf-8") as f:
         return [json.loads(line) for line in f]
@@ -63,7 +63,7 @@ def read_scores(name, root=ROOT, metric=None):
     out. ValueError if an arm's rows of a task differ in their settings, or those of a seed in their weights.
     """
     alike = {}
-    rows, scores = read_rows(os.path.join(root, "results", f"{name}.jsonl")), {}
+    rows, scores = read_jsonl(os.path.join(root, "results", f"{name}.jsonl")), {}
     random = {found[2] for row in rows if (found := CHECKPOINT.fullmatch(row["init"])) and found[1]}
     for row in rows:
         arm, seed = arm_of(row, len(random) > 1)
@@ -142,7 +142,7 @@ def compare(line, root=ROOT):
     return x._replace(sets=len(tasks), gaps=gaps, interval=(low, high), p=p, verdict=result)
 
 
-def comparison_lines(root=ROOT):
+def planned_comparisons(root=ROOT):
     """{experiment: its lines of comparisons.csv}."""
     found = {}
     with open(os.path.join(root, "results", "comparisons.csv"), newline="", encoding="utf-8") as f:
@@ -154,7 +154,7 @@ def comparison_lines(root=ROOT):
 def comparison_rows(name, root=ROOT):
     """Cells of the table of an experiment's comparisons; the primary one is bold."""
     rows = [["claim", "mode", "datasets", "seeds", "difference [95 %]", "p, datasets", "p, seeds", "verdict"]]
-    for x in (compare(line, root) for line in comparison_lines(root)[name]):
+    for x in (compare(line, root) for line in planned_comparisons(root)[name]):
         claim = f"**{x.claim}**" if x.primary else x.claim
         numbers = [""] * 5
         if x.gaps is not None:
@@ -196,7 +196,7 @@ def score_rows(name, mode, metric=None, root=ROOT):
 def run_rows(kind, name, *columns, root=ROOT):
     """Cells of the table of pretraining runs, or of observations, at each step of an arm: mean ± sd (n)."""
     arms = {}
-    for row in read_rows(os.path.join(root, "results", f"{name}.{kind}.jsonl")):
+    for row in read_jsonl(os.path.join(root, "results", f"{name}.{kind}.jsonl")):
         arms.setdefault((row["arm"], row["step"]), []).append(row)
     rows = [["arm", "steps", *columns]]
     for (arm, step), runs in sorted(arms.items()):
@@ -226,7 +226,7 @@ def fill(text, root=ROOT):
 
 def add_rows(path, rows, *key):
     """Adds dicts to a JSON lines file. A row replaces one of the same key: of a run that was done again."""
-    old = read_rows(path) if os.path.exists(path) else []
+    old = read_jsonl(path) if os.path.exists(path) else []
     rows = {tuple(row[name] for name in key): row for row in [*old, *rows]}
     with data.new_path(path, replace=True) as f:
         f.write("".join(json.dumps(row) + "\n" for row in rows.values()).encode())
@@ -254,12 +254,12 @@ def collect(out, root=ROOT):
     """Adds the rows of an experiment's folder to results/: its scores, how each pretraining ended, and what
     is seen in the checkpoints of a run that kept some."""
     target, ends = os.path.join(root, "results", os.path.basename(os.path.normpath(out))), []
-    add_rows(f"{target}.jsonl", read_rows(os.path.join(out, "scores", "results.jsonl")), "id")
+    add_rows(f"{target}.jsonl", read_jsonl(os.path.join(out, "scores", "results.jsonl")), "id")
     seen = []
     for log in sorted(glob.glob(os.path.join(glob.escape(out), "*", "*", "log.jsonl"))):
         folder, (arm, seed) = os.path.dirname(log), log.split(os.sep)[-3:-1]
         run = {"arm": arm, "seed": int(seed)}
-        ends.append(run | {name: x for row in read_rows(log) for name, x in row.items()})
+        ends.append(run | {name: x for row in read_jsonl(log) for name, x in row.items()})
         kept = sorted(glob.glob(os.path.join(glob.escape(folder), "step_*.pt")))
         for path in [*kept, os.path.join(folder, "last.pt")] if kept else []:
             seen.append(run | {"step": training.load(path)["step"]} | observe(path))

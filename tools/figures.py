@@ -213,7 +213,7 @@ def random_windows(genome, n, length, least):
             f"from {len(set(owner))} of {len(contigs)} records")
 
 
-def over_bases(of_kmers, k, stride):
+def mean_per_base(of_kmers, k, stride):
     """A value for each k-mer (n, T) -> for each base the mean over the k-mers that contain it (n, L)."""
     covered = stride * torch.arange(of_kmers.shape[1])[:, None] + torch.arange(k)        # the bases of each
     return models.over_bases(of_kmers.T, covered, int(covered[-1, -1]) + 1).T
@@ -244,7 +244,7 @@ def attention(net, tokens):
     numbers = torch.stack([given[..., 0].mean(1), sep * given[..., -1].mean(1), to_near.mean(1), entropy / n,
                            contrast / n], 1)
     uniform = torch.tensor([1 / T, sep / T, near.sum() / n_kmers / T, math.log(T), 1])
-    profiles = [over_bases(torch.stack([x[0], x[kmers].mean(0)])[:, kmers].cpu(), net.k, net.stride)
+    profiles = [mean_per_base(torch.stack([x[0], x[kmers].mean(0)])[:, kmers].cpu(), net.k, net.stride)
                 for x in first]
     return {"maps": maps.cpu().numpy(), "numbers": numbers.cpu().numpy(), "uniform": uniform.numpy(),
             "profiles": torch.stack(profiles).numpy()}
@@ -308,7 +308,7 @@ def mask_rows(bases, npmi_rank, k):
     def add(name, stride, draw, *args):
         training.seed(0)
         masked = draw(*args).float()
-        share = over_bases(masked, k, stride) if stride else masked
+        share = mean_per_base(masked, k, stride) if stride else masked
         share = torch.nn.functional.pad(share, (0, bases.shape[1] - share.shape[1]))       # a rest under k
         rows.append((name, masked.mean().item(), share.numpy()))
     for phase, name in enumerate(("1 = DNABERT", "2", "3", "4", "5"), 1):
@@ -420,7 +420,7 @@ def label_paths(args):
     return dict(zip(labels, args.paths))
 
 
-def print_table(heads, rows):
+def print_markdown(heads, rows):
     """Prints a Markdown table."""
     for cells in (heads, ["---"] * len(heads), *rows):
         print("| " + " | ".join(f"{x:.3f}" if isinstance(x, float) else str(x) for x in cells) + " |")
@@ -430,7 +430,7 @@ def plot_loss(args):
     logs = {run: read_log(path) for run, path in label_paths(args).items()}
     columns = [name for name in ("loss", "val_loss", "val_loss_span", "val_mnm_loss", "val_acc", "masked")
                if any(name in log for log in logs.values())]
-    print_table(["run", "step", *columns], [
+    print_markdown(["run", "step", *columns], [
         [run, log["loss"][0][-1], *(log.get(name, ("", [""]))[1][-1] for name in columns)]
         for run, log in logs.items()])
     for run, log in logs.items():
@@ -463,8 +463,8 @@ def plot_loss(args):
 def plot_embeddings(args):
     found = {name: embeddings(read_bert(path)[0]) for name, path in label_paths(args).items()}
     heads = dict.fromkeys(head for _, _, scores in found.values() for head in scores)
-    print_table(["silhouette", *heads], [[name, *(scores.get(head, "") for head in heads)]
-                                         for name, (_, _, scores) in found.items()])
+    print_markdown(["silhouette", *heads], [[name, *(scores.get(head, "") for head in heads)]
+                                            for name, (_, _, scores) in found.items()])
     one = len(found) == 1                                    # then draw every coloring, else the center only
     panels = [(by if one else name, xy, classes[by], scores[by])
               for name, (xy, classes, scores) in found.items() for by in (classes if one else ["center"])]
@@ -498,7 +498,7 @@ def plot_attention(args):
                  for label, numbers in zip(labels, [*a["numbers"].tolist(), a["uniform"].tolist()])]
     print(f"{len(bases)} windows of {bases.shape[1]} bases, the same for all, {sampled}")
     columns = ["to [CLS]", "to [SEP]", f"to +-{REACH} k-mers", "entropy", "contrast"]
-    print_table(["checkpoint", "layer", *columns], rows)
+    print_markdown(["checkpoint", "layer", *columns], rows)
     return {"": draw_attention(found, place), "_maps": draw_maps(found)}
 
 
@@ -511,7 +511,7 @@ def plot_masks(args):
     bases, _, sampled = random_windows(genome, 1000, 509 + args.k, args.k)     # 510 k-mers, as in pretraining
     print(f"{len(bases)} windows of {bases.shape[1]} bases {sampled}")
     rows = mask_rows(bases, cm_gems.npmi_rank(cm_gems.npmi(counts)), args.k)
-    print_table(["masking", "masked", "bases hidden"], [
+    print_markdown(["masking", "masked", "bases hidden"], [
         (name, masked, float((share == 1).mean())) for name, masked, share in rows])
     hidden = np.stack([share == 1 for _, _, share in rows])  # (rows, n, L)
     means = hidden.mean((1, 2))
@@ -535,7 +535,7 @@ def plot_masks(args):
 def plot_results(args):
     ours, papers = result_points(*args.paths)
     points = [(model, *key, *point) for model, cells in ours.items() for key, point in cells.items()]
-    print_table(["model", "task", "shots", "metric", "100 x mean", "sd", "seeds"], points)
+    print_markdown(["model", "task", "shots", "metric", "100 x mean", "sd", "seeds"], points)
     figures = {}
     if any(not point[2] for point in points):
         figures[""] = draw_results(ours, papers)
@@ -546,8 +546,8 @@ def plot_results(args):
 
 def plot_comparisons(args):
     found = {name: [x for x in map(evidence.compare, lines) if x.gaps is not None]
-             for name, lines in evidence.comparison_lines().items()}
-    print_table(["experiment", "claim", "mode", "difference", "low", "high", "verdict"], [
+             for name, lines in evidence.planned_comparisons().items()}
+    print_markdown(["experiment", "claim", "mode", "difference", "low", "high", "verdict"], [
         (name, x.claim, x.mode, float(x.gaps.mean()), *map(float, x.interval), x.verdict)
         for name, comparisons in found.items() for x in comparisons])
     return {"": draw_comparisons(found)}

@@ -125,7 +125,7 @@ def explain(model, codes, at, checks, bar):
     return model.classes()[at], found, more
 
 
-def table_lines(name, codes, label, found, more):
+def effect_lines(name, codes, label, found, more):
     """The lines of one sequence: one for each substitution."""
     for at, ref in enumerate(data.decode(codes)):
         for alt, effect in zip(LETTERS, found[:, at]):
@@ -164,7 +164,7 @@ def mutate(model, args):
             if data.BETWEEN in codes:
                 raise ValueError(f"{args.file}: sequence_2: not for pairs; give single sequences")
             label, found, more = explain(model, codes, at, checks, bar)
-            f.writelines(table_lines(name, codes, label, found, more))
+            f.writelines(effect_lines(name, codes, label, found, more))
             rows = data.rows_of(codes, [len(codes)], None, {})
             counts.update(count_block(model.net, rows, finetune.n_bases(model.net, rows)))
             for check, x in more.items():

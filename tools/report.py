@@ -161,7 +161,7 @@ def report_tables(args):
     paths = args.tasks
     args = SimpleNamespace(**vars(args), csv=paths, split=None, split_by=None, seed=42)
     functions = {"GC and length": gc_and_length, "5-mer counts": data.kmer_counts}
-    task, splits = finetune.read_csv(args)
+    task, splits = finetune.read_user_csv(args)
     leaks = report_splits(task, splits, functions)
     groups = data.read_groups(paths[0], None, data.column_flags(args)["delimiter"])[1]
     one = len(paths) == 1 and ("split" not in groups or finetune.labels_split(args))
@@ -171,7 +171,7 @@ def report_tables(args):
         print("Near-duplicates in train make a test too easy. Split by --split_by similarity instead:")
         args.split_by = "similarity"
         try:
-            task, splits = finetune.read_csv(args)
+            task, splits = finetune.read_user_csv(args)
         except ValueError as e:                              # one group may hold nearly all rows
             print(f"  not possible: {training.plain(str(e))}")
         else:

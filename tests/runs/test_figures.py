@@ -123,9 +123,9 @@ def test_the_densest_cluster_is_listed(capsys):
 
 
 @pytest.mark.parametrize("k, stride", [(6, 1), (6, 6), (6, 4), (3, 1)])
-def test_over_bases(k, stride):
+def test_mean_per_base(k, stride):
     of_kmers = torch.rand(2, 9)
-    found = figures.over_bases(of_kmers, k, stride)
+    found = figures.mean_per_base(of_kmers, k, stride)
     assert found.shape == (2, 8 * stride + k)
     for base in range(found.shape[1]):
         on_it = [of_kmers[:, t] for t in range(9) if t * stride <= base < t * stride + k]

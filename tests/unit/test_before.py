@@ -86,7 +86,7 @@ def test_the_papers_passes_over_another_genome():
 def test_many_passes_and_unused_flags_are_warned_of(make_run, monkeypatch, capsys, passes, demo, warned):  # noqa: F811
     run = make_run(genome=["x"])
     run.args.demo, run.needs = demo, ""
-    monkeypatch.setattr(training, "UNUSED", ["--ema", "--flip"] if warned else [])
+    monkeypatch.setattr(training, "IDLE", ["--ema", "--flip"] if warned else [])
     run.describe(torch.nn.Linear(1, 1), "", passes, 1)
     said = capsys.readouterr().out
     assert ("warning: 101 passes" in said) == warned

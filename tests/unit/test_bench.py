@@ -32,9 +32,13 @@ def test_flops_equal_hand_calculations():
     assert n == sum(p.numel() for p in models.BaseModel(models.ChordMixer(MIXER)).parameters())
     _, both = bench.count_flops(lambda device: made(SHAPES["FinDNA"], device=device))
     assert both - flops == 2 * mixer_products(tokens, 1)     # the teacher's forward pass
+    per_token = models.BaseModel(models.ChordMixer(MIXER)).flops_per_token
+    assert tokens * per_token(1010, False) == 6 * mixer_products(tokens, 1)
+    assert tokens * per_token(1010, True) == 8 * mixer_products(tokens, 1)
     _, flops = bench.count_flops(lambda device: made(SHAPES["FinDNA-T"], device=device))
     once = encoder_products(BATCH, 1010, 1)
     assert flops == 2 * (4 * once - tokens * 5 * 16)
+    assert tokens * models.BaseModel(models.Encoder(ENCODER)).flops_per_token(1010, True) == 8 * once
     _, flops = bench.count_flops(lambda device: made(SHAPES["DNABERT"], device=device))
     rows, T = BATCH * 10, 102                                # 998 3-mers in windows of 100
     slots = models.mask_capacity(rows * T, 0.15, 3)

@@ -138,7 +138,7 @@ def npmi_by_definition(texts, k, f_min, max_part, halve_p):
 
 @pytest.mark.parametrize("k", [2, 3, 4, 6])
 def test_npmi_and_counts_by_definition(k, tmp_path, monkeypatch):
-    monkeypatch.setattr(cm_gems, "CHUNK", 37)
+    monkeypatch.setattr(cm_gems, "KMERS_AT_ONCE", 37)
     rng = np.random.default_rng(k)                           # with N, some under k bases
     texts = [random_dna(n, rng, "AACGTNNA"[:4 + n % 3]) for n in (1, k - 1, k, 40, 300)] + ["ACAC" * 50]
     genome = data.Genome(write_fasta(tmp_path / "a.fa", {str(i): text for i, text in enumerate(texts)}))

@@ -78,7 +78,7 @@ def test_a_split_column_with_another_delimiter(tmp_path):
     (tmp_path / "t.csv").write_text("\n".join(["sequence;label;split", *rows]))
     args = argparse.Namespace(csv=[str(tmp_path / "t.csv")], targets=None, multilabel=None, split=None,
                               split_by=None, seed=1, delimiter=";")
-    _, splits = finetune.read_csv(args)
+    _, splits = finetune.read_user_csv(args)
     assert [len(splits[split].labels) for split in ("train", "dev", "test")] == [8, 4, 2]
 
 

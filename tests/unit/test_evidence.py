@@ -73,7 +73,7 @@ def test_runs_without_a_checkpoint_are_paired_by_their_seed(tmp_path):
     write_experiment(tmp_path, {(checkpoint("long", seed), "emp/H3", None): [score]
                                 for seed, score in ((1, 0.5), (2, 0.75))})
     path = tmp_path / "results/toy.jsonl"
-    rows = evidence.read_rows(path)
+    rows = evidence.read_jsonl(path)
     rows += [row | {"init": "penguinn", "seed": seed, "score": 0.25} for seed, row in zip((1, 2), rows)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     scores = evidence.read_scores("toy", tmp_path)
@@ -90,7 +90,7 @@ def test_rows_of_other_settings_are_not_averaged(tmp_path, key, other, seed):
     write_experiment(tmp_path, {(checkpoint("long", 1), "emp/H3", None): [0.5, 0.7],
                                 (checkpoint("long", 2), "emp/H3", None): [0.5]})
     path = tmp_path / "results/toy.jsonl"
-    rows = [row | {"weights": row["init"]} for row in evidence.read_rows(path)]
+    rows = [row | {"weights": row["init"]} for row in evidence.read_jsonl(path)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert evidence.read_scores("toy", tmp_path)["probe", "long"]["emp/H3"] == {1: [50, 70], 2: [50]}
     rows[seed] |= {key: other}
@@ -119,7 +119,7 @@ def test_another_metric(tmp_path):
                                 for arm in ("a", "b") for seed in (1, 2)})
     path = tmp_path / "results/toy.jsonl"
     rows = [row | {"test": {"auroc": 0.75 if "/a/" in row["init"] else 0.5}}
-            for row in evidence.read_rows(path)]
+            for row in evidence.read_jsonl(path)]
     rows += [row | {"task": "ssp/reconstructed", "test": {"auroc": None}} for row in rows]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "results/comparisons.csv").write_text(
@@ -194,16 +194,16 @@ def test_collect(tmp_path):
     (out / "scores/results.jsonl").write_text('{"id": "1"}\n')
     (tmp_path / "results").mkdir()
     evidence.collect(str(out), tmp_path)
-    assert evidence.read_rows(tmp_path / "results/toy.jsonl") == [{"id": "1"}]
-    assert evidence.read_rows(tmp_path / "results/toy.pretraining.jsonl")[0] == {
+    assert evidence.read_jsonl(tmp_path / "results/toy.jsonl") == [{"id": "1"}]
+    assert evidence.read_jsonl(tmp_path / "results/toy.pretraining.jsonl")[0] == {
         "arm": "long", "seed": 11, "step": 9000, "val_acc": 0.25, "switch_step": 1}
     log = out / "long/2/log.jsonl"                           # done again on another machine: 11 is not there
     log.write_text('{"step": 9000, "val_acc": 0.75}\n')
     shutil.rmtree(out / "long/11")
     (out / "scores/results.jsonl").write_text('{"id": "2"}\n{"id": "1", "score": 0.5}\n')
     evidence.collect(str(out), tmp_path)
-    assert evidence.read_rows(tmp_path / "results/toy.jsonl") == [{"id": "1", "score": 0.5}, {"id": "2"}]
-    rows = evidence.read_rows(tmp_path / "results/toy.pretraining.jsonl")
+    assert evidence.read_jsonl(tmp_path / "results/toy.jsonl") == [{"id": "1", "score": 0.5}, {"id": "2"}]
+    rows = evidence.read_jsonl(tmp_path / "results/toy.pretraining.jsonl")
     assert [(row["arm"], row["seed"], row["val_acc"]) for row in rows] == [
         ("long", 11, 0.25), ("long", 2, 0.75), ("short", 2, 0.75)]
     log.write_text('{"step": 9000, "val_acc": 0.5}\n')
@@ -237,7 +237,7 @@ def test_observations(tmp_path, monkeypatch):
     (out / "scores/results.jsonl").write_text("")
     (tmp_path / "results").mkdir()
     evidence.collect(str(out), tmp_path)
-    seen = evidence.read_rows(tmp_path / "results/toy.observations.jsonl")
+    seen = evidence.read_jsonl(tmp_path / "results/toy.observations.jsonl")
     assert [(row["arm"], row["seed"], row["step"]) for row in seen] == [
         ("apart", 7, 2), ("apart", 7, 9), ("overlapping", 7, 2), ("overlapping", 7, 9)]
     for row in seen:

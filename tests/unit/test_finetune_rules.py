@@ -219,7 +219,7 @@ def test_splits_are_those_of_the_seed(out, seed):
     write_csv("t.csv", texts, labels)
     args = SimpleNamespace(csv=["t.csv"], targets=None, multilabel=None, split=(0.7, 0.2, 0.1), split_by=None,
                            seed=seed)
-    _, splits = finetune.read_csv(args)
+    _, splits = finetune.read_user_csv(args)
     train, rest = sk_split(range(100), labels, 0.7, seed)
     dev, test = sk_split(rest, labels, 0.2 / (0.2 + 0.1), seed)
     for split, want in (("train", train), ("dev", dev), ("test", test)):

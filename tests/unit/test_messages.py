@@ -220,7 +220,7 @@ def test_rows_of_a_table_keep_their_names(tmp_path, head, names):
 def test_flags_without_effect_are_named(script, flags, unused, monkeypatch):
     monkeypatch.setattr("sys.argv", ["x.py", *flags.split()])
     script.parse_args()
-    assert ", ".join(training.UNUSED) == unused
+    assert ", ".join(training.IDLE) == unused
 
 
 def test_report_counts_intervals_and_rows(tmp_path, capsys):

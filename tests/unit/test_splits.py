@@ -123,7 +123,7 @@ def write(path, **columns):
 def split(path, **flags):
     """{split: sequences} of one table, as finetune.py reads it."""
     flags = dict(csv=[path], targets=None, multilabel=None, split=None, split_by=None, seed=42) | flags
-    splits = finetune.read_csv(SimpleNamespace(**flags))[1]
+    splits = finetune.read_user_csv(SimpleNamespace(**flags))[1]
     return {name: [data.decode(rows.bases[start:end]) for start, end in itertools.pairwise(rows.offsets)]
             for name, rows in splits.items() if rows}
 
