@@ -60,14 +60,14 @@ SPLITS = {"train": 0, "dev": 1, "val": 1, "validation": 1, "test": 2}          #
 
 
 def quoted(text):
-    """Quote text from outside for a message: without terminal escapes, at most 80 characters."""
+    """Quotes text from outside for a message: without terminal escapes, at most 80 characters."""
     if isinstance(text, (bytes, bytearray)):
         text = text.decode("utf-8", "replace")
     return repr(text)[:80]
 
 
 def encode(text, width=None):
-    """Turn DNA text of any case into uint8 codes (L,): A,T,C,G,N = 0..4; other IUPAC codes become N.
+    """Turns DNA text of any case into uint8 codes (L,): A,T,C,G,N = 0..4; other IUPAC codes become N.
     ValueError names the position of any other letter; width: length of the sequences in the text."""
     bases = CODE[np.frombuffer(text.encode("ascii", "replace"), np.uint8)]
     if bases.size and bases.max() > 4:
@@ -78,31 +78,31 @@ def encode(text, width=None):
 
 
 def decode(bases):
-    """Turn uint8 codes (L,) into text over A, T, C, G, N."""
+    """Turns uint8 codes (L,) into text over A, T, C, G, N."""
     return np.frombuffer(b"ATCGN", np.uint8)[np.asarray(bases)].tobytes().decode()
 
 
 def reverse_complement(bases):
-    """Return the other strand of codes (..., L), numpy or torch, read 5' to 3'. N stays N."""
+    """Returns the other strand of codes (..., L), numpy or torch, read 5' to 3'. N stays N."""
     flipped = bases.flip(-1) if torch.is_tensor(bases) else np.asarray(bases)[..., ::-1]
     return flipped ^ (flipped < 4)
 
 
 @functools.cache
 def channels(device):
-    """Return the table of one_hot (13, 5): rows A,T,C,G,N,BLANK, from SOFT on -A,...; columns A,C,G,T,N."""
+    """Returns the table of one_hot (13, 5): rows A,T,C,G,N,BLANK, from SOFT on -A,...; columns A,C,G,T,N."""
     rows = torch.eye(8, 5, device=device)[torch.tensor([0, 3, 1, 2, 4, 5, 6, 7], device=device)]
     return torch.cat([rows, -rows[:5]])
 
 
 def one_hot(bases):
-    """Turn codes (B, L) into float (B, L, 5), A,C,G,T,N; a BLANK (masked, padding, [CLS]) is zeros, and a
+    """Turns codes (B, L) into float (B, L, 5), A,C,G,T,N; a BLANK (masked, padding, [CLS]) is zeros, and a
     base with SOFT added has -1 in place of 1."""
     return F.embedding(bases.int(), channels(bases.device))
 
 
 def kmer_numbers(bases, k):
-    """Turn codes (B, L) uint8 into base-4 numbers (B, L - k + 1), int16 or int32; an N spoils them."""
+    """Turns codes (B, L) uint8 into base-4 numbers (B, L - k + 1), int16 or int32; an N spoils them."""
     codes = bases.to(torch.int16 if k < 8 else torch.int32)
     numbers, width = codes, 1                                # of `width` bases
     for digit in bin(k)[3:]:                                 # double and add: 3 passes for k = 6
@@ -113,7 +113,7 @@ def kmer_numbers(bases, k):
 
 
 def kmer_tokens(bases, k, stride, specials=False):
-    """Turn codes (B, L) uint8 into k-mer ids (B, (L - k) // stride + 1) int64; a k-mer with an N is [UNK].
+    """Turns codes (B, L) uint8 into k-mer ids (B, (L - k) // stride + 1) int64; a k-mer with an N is [UNK].
     stride 1: DNABERT's overlapping tokens; stride k: non-overlapping ones, without what is left at the end.
     specials=True puts [CLS] before and [SEP] after each row."""
     ids = kmer_numbers(bases, k)[:, ::stride] + 5
@@ -128,7 +128,7 @@ def kmer_tokens(bases, k, stride, specials=False):
 
 
 def tokenize(sequences, k=6, stride=1):
-    """Turn DNA strings into ids (B, T + 2): [CLS] k-mers [SEP], right-padded with [PAD].
+    """Turns DNA strings into ids (B, T + 2): [CLS] k-mers [SEP], right-padded with [PAD].
     A sequence shorter than k gives [CLS] [SEP]. ValueError for one string."""
     if isinstance(sequences, str):
         raise ValueError("sequences: give a list of strings, not one string")
@@ -142,7 +142,7 @@ def tokenize(sequences, k=6, stride=1):
 
 
 def span_mask(centers, maskable, left, right):
-    """Return the union of the spans c - left .. c + right around centers, within the maskable positions.
+    """Returns the union of the spans c - left .. c + right around centers, within the maskable positions.
     centers, maskable: bool (B, T); left, right: for all rows, or each row's own (B,)."""
     if torch.is_tensor(left) or torch.is_tensor(right):
         B, T = centers.shape
@@ -157,7 +157,7 @@ def span_mask(centers, maskable, left, right):
 
 
 def row_spans(at, maskable, left, right):
-    """Return span_mask of the centers at (B, S), T: none; left, right (B,): each row's own."""
+    """Returns span_mask of the centers at (B, S), T: none; left, right (B,): each row's own."""
     B, T = maskable.shape
     weight = F.pad(maskable, (0, 1)).gather(1, at).to(torch.int16)
     first, end = (at - left[:, None]).clamp_(0, T), (at + (right[:, None] + 1)).clamp_(max=T)
@@ -166,12 +166,12 @@ def row_spans(at, maskable, left, right):
 
 
 def mark(at, T):
-    """Mark the positions at (B, S), of which T is none: bool (B, T)."""
+    """Marks the positions at (B, S), of which T is none: bool (B, T)."""
     return torch.zeros(len(at), T + 1, dtype=torch.bool, device=at.device).scatter_(1, at, True)[:, :T]
 
 
 def draw_positions(shape, p, device):
-    """Draw centers (B, S): each of T positions is one with probability p, independently of the others. In
+    """Draws centers (B, S): each of T positions is one with probability p, independently of the others. In
     order, then T. It draws the geometric gaps between centers, which takes far fewer random numbers than
     positions. The mean + 10 standard deviations + 10 gaps always reach the end of a row."""
     B, T = shape
@@ -181,12 +181,12 @@ def draw_positions(shape, p, device):
 
 
 def draw_centers(shape, p, device):
-    """Draw bool (B, T) where each position is a center with probability p, independently of the others."""
+    """Draws bool (B, T) where each position is a center with probability p, independently of the others."""
     return mark(draw_positions(shape, p, device), shape[1])
 
 
 def corrupt(tokens, masked, n_vocab):
-    """Replace masked tokens 80/10/10 (BERT's): by [MASK], by a random k-mer (ids 5..n_vocab-1), or not.
+    """Replaces masked tokens 80/10/10 (BERT's): by [MASK], by a random k-mer (ids 5..n_vocab-1), or not.
     tokens (B, T), masked bool (B, T) -> inputs (B, T), labels (B, T) with -100 where nothing is predicted."""
     n = n_vocab - 5                                          # one draw out of 10 n: 8 n give [MASK], then
     draw = torch.randint(5 - 8 * n, 5 + 2 * n, tokens.shape, device=tokens.device)         # n k-mers, n keep
@@ -223,7 +223,7 @@ class Genome:
                 f"({self.n_ambiguous:,} {codes}), fingerprint {self.fingerprint}")
 
     def restrict(self, bed):
-        """Keep to the intervals of a BED file (None: keep all); those that overlap or touch are one."""
+        """Keeps to the intervals of a BED file (None: keep all); those that overlap or touch are one."""
         if bed:
             found, line = read_bed(bed, self)
             self.intervals = parts_within(self.intervals, found)
@@ -233,7 +233,7 @@ class Genome:
             self.fingerprint += f"+bed{zlib.crc32(self.intervals.tobytes()):08x}"
 
     def repeats(self, weight, device):
-        """Return the case_edges on a device, for in_repeats; None where --repeat_weight is 1."""
+        """Returns the case_edges on a device, for in_repeats; None where --repeat_weight is 1."""
         if weight == 1:
             return None
         edges, n = self.index["case"], len(self.bases)
@@ -246,7 +246,7 @@ class Genome:
         return torch.from_numpy(edges).to(device)
 
     def fetch(self, contig, start, end, strand="+"):
-        """Return the text of contig[start:end], 0-based half-open; strand '-': its reverse complement."""
+        """Returns the text of contig[start:end], 0-based half-open; strand '-': its reverse complement."""
         if contig not in self.contigs:
             raise ValueError(f"contig {quoted(contig)} is not in the genome; use one of "
                              f"{', '.join([*self.contigs][:5])} ...")
@@ -257,7 +257,7 @@ class Genome:
         return decode(reverse_complement(bases) if strand == "-" else bases)
 
     def split(self, length, val_contigs=()):
-        """Return the intervals (n, 2) for training and for validation that hold a window of `length` bases.
+        """Returns the intervals (n, 2) for training and for validation that hold a window of `length` bases.
         Validation is val_contigs where given, else the last 1 % of each contig whose 1 % holds a window; if
         none does, whole contigs by a hash of their names, until they hold 1 % of the bases."""
         train, val = self.cut(self.held_out(length, val_contigs), length)
@@ -266,7 +266,7 @@ class Genome:
         return train, val
 
     def named(self, parts, flag):
-        """Return the contigs that a flag names. parts: its text, split at commas, which names may hold, too:
+        """Returns the contigs that a flag names. parts: its text, split at commas, which names may hold, too:
         the longest name counts."""
         found, most = [], 1 + max(name.count(",") for name in self.contigs)
         at = 0
@@ -281,7 +281,7 @@ class Genome:
         return found
 
     def repeated(self, held_out):
-        """Return a line in a list if contigs repeat others, on either strand: how many held-out bases of the
+        """Returns a line in a list if contigs repeat others, on either strand: how many held-out bases of the
         contigs are then also trained on. Contigs of equal length and ends are compared, by digests."""
         ends, groups = self.index["ends"], {}
         sizes = np.diff(ends, prepend=0)
@@ -309,7 +309,7 @@ class Genome:
                 f"{held_out.sum():,} held-out bases are also trained on; give each contig once"]
 
     def held_out(self, length, val_contigs=()):
-        """Return how many bases at the end of each contig are for validation; see split."""
+        """Returns how many bases at the end of each contig are for validation; see split."""
         sizes = np.diff(self.index["ends"], prepend=0)
         wanted = set(self.named(val_contigs, "--val_contigs"))
         held_out = sizes * [name in wanted for name in self.contigs] if val_contigs else sizes // 100
@@ -327,7 +327,7 @@ class Genome:
         return held_out
 
     def cut(self, held_out, length):
-        """Return the intervals that hold a window, before and in the held-out bases that end each contig."""
+        """Returns the intervals that hold a window, before and in the held-out bases that end each contig."""
         ends, (start, end) = self.index["ends"], self.intervals.T
         cut = (ends - held_out)[np.searchsorted(ends, start, side="right")]
         cut = np.clip(cut, start, end)                       # training before it, validation from it on
@@ -335,7 +335,7 @@ class Genome:
         return train[cut - start >= length], val[end - cut >= length]
 
     def too_small(self, length, val_contigs, trains):
-        """Return why a split has no window of `length` bases for training or, if `trains`, for validation."""
+        """Returns why a split has no window of `length` bases to train on or, if `trains`, to validate on."""
         sizes = np.diff(self.intervals)[:, 0]
         if sizes.max() < length:
             return (f"no window of {length} bases without N (longest: {sizes.max():,}); use shorter windows"
@@ -348,12 +348,12 @@ class Genome:
                 + self.advice())
 
     def advice(self):
-        """Return what to do about N, as the end of a message, where it helps."""
+        """Returns what to do about N, as the end of a message, where it helps."""
         ambiguous = " or --ambiguous random" if self.n_ambiguous and not self.drawn else ""
         return ambiguous + (" or other intervals in --bed" if self.bed else "")
 
     def reach(self, length, val_contigs=()):
-        """Return the number of bases in training windows, and lines that say what windows reach and miss."""
+        """Returns the number of bases in training windows, and lines that say what windows reach and miss."""
         ends, held_out = self.index["ends"], self.held_out(length, val_contigs)
         parts = self.cut(held_out, length)
         n_bases = [int(np.diff(part).sum()) for part in parts]
@@ -380,7 +380,7 @@ class Genome:
 
 
 def open_genome(names, data_dir, cache=None, ambiguous="N", verify=False):
-    """Open the Genome of --genome: FASTA paths, or hg38 (chr1-22, X, Y of data_dir/hg38.fa.gz), or demo."""
+    """Opens the Genome of --genome: FASTA paths, or hg38 (chr1-22, X, Y of data_dir/hg38.fa.gz), or demo."""
     demo, hg38 = (os.path.join(data_dir, name) for name in ("demo.fa", "hg38.fa.gz"))
     if len(names) > 1 and {"demo", "hg38"} & set(names):
         raise ValueError(f"--genome {' '.join(names)}: hg38 and demo stand alone; name one, or FASTA files")
@@ -394,7 +394,7 @@ def open_genome(names, data_dir, cache=None, ambiguous="N", verify=False):
 
 
 def check_file(path):
-    """Raise ValueError unless path is a regular file that can be read."""
+    """Raises ValueError unless path is a regular file that can be read."""
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file; check the path")
     if not os.path.isfile(path):
@@ -405,7 +405,7 @@ def check_file(path):
 
 @contextlib.contextmanager
 def opened(path):
-    """Open a plain or gzip file for reading bytes; ValueError where that fails."""
+    """Opens a plain or gzip file for reading bytes; ValueError where that fails."""
     check_file(path)
     with open(path, "rb") as f:
         reader = gzip.open if f.read(2) == b"\x1f\x8b" else open
@@ -418,7 +418,7 @@ def opened(path):
 
 @contextlib.contextmanager
 def stoppable(work):
-    """Turn SIGINT, SIGTERM and SIGHUP meanwhile into one line and exit code 130, 143 or 129, so that what is
+    """Turns SIGINT, SIGTERM and SIGHUP meanwhile into one line and exit code 130, 143 or 129, so that what is
     half done can be removed. A signal that is ignored (nohup) stays so."""
     main = threading.current_thread() is threading.main_thread()               # only it may set handlers
     before = {which: now for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -442,7 +442,7 @@ def stoppable(work):
 
 @contextlib.contextmanager
 def new_path(path, folder=False, replace=False):
-    """Make a file (yielded open, binary) or a folder (its name) that becomes `path` once it is whole.
+    """Makes a file (yielded open, binary) or a folder (its name) that becomes `path` once it is whole.
     Until then it has a name beside it that no other process uses; an exception leaves nothing. replace: it
     takes the place of a file; else ValueError where there is one, also if it comes in the meantime."""
     path = os.fspath(path).rstrip("/") or "/"
@@ -474,7 +474,7 @@ def new_path(path, folder=False, replace=False):
 
 
 def file_digest(path, blocks=None, algorithm="sha256"):
-    """Return the checksum of a file, or of so many blocks of 4 KiB, spread evenly, in hexadecimal digits."""
+    """Returns the checksum of a file, or of so many blocks of 4 KiB, spread evenly, in hexadecimal digits."""
     digest = hashlib.new(algorithm)
     with open(path, "rb") as f:
         if blocks is None:
@@ -488,7 +488,7 @@ def file_digest(path, blocks=None, algorithm="sha256"):
 
 
 def file_fingerprint(path):
-    """Return [name, size, sha256]; of a file of more than 200 MB the sha256 of 64 blocks, and what changes
+    """Returns [name, size, sha256]; of a file of more than 200 MB the sha256 of 64 blocks, and what changes
     with each write: inode, mtime, and ctime, which no user can set."""
     check_file(path)
     stat = os.stat(path)
@@ -499,12 +499,12 @@ def file_fingerprint(path):
 
 
 def cache_home():
-    """Return the user's cache folder."""
+    """Returns the user's cache folder."""
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "nanodna")
 
 
 def open_cache(paths, cache, source):
-    """Find the cache of these FASTA files, or build it in the first folder that can be written."""
+    """Finds the cache of these FASTA files, or builds it in the first folder that can be written."""
     roots = [cache] if cache else [os.path.dirname(os.path.abspath(paths[0])), cache_home()]
     keep, drawn = source["keep"], ["random"] * (source["ambiguous"] == "random")
     source["files"] = [file_fingerprint(path) for path in paths]
@@ -541,7 +541,7 @@ def check_owner(folder, named):
 
 
 def make_folder(folder):
-    """Make the folder of a cache: nobody else may write to it, nor read it where the place is not ours.
+    """Makes the folder of a cache: nobody else may write to it, nor read it where the place is not ours.
     One that others could write to is made anew, because all of it may be theirs."""
     if os.path.isdir(folder) and os.stat(folder).st_mode & 0o022:          # others may write
         print(f"genome cache {folder}: {PLANTED}; building it again", flush=True)
@@ -558,14 +558,14 @@ def private(path, flags):
 
 
 def new_file(path):
-    """Open a new file of a cache for writing. What has its name, left by a kill or planted, is removed."""
+    """Opens a new file of a cache for writing. What has its name, left by a kill or planted, is removed."""
     with contextlib.suppress(FileNotFoundError):
         os.unlink(path)
     return open(path, "xb", opener=private)
 
 
 def lock_and_build(paths, source, folder):
-    """Build the cache under a lock, so that ranks that start together build it once.
+    """Builds the cache under a lock, so that ranks that start together build it once.
     Returns index, bases where another process was faster, else None: the caller reads what was built."""
     with stoppable("packing the genome"):
         make_folder(folder)
@@ -581,7 +581,7 @@ def lock_and_build(paths, source, folder):
 
 
 def load_cache(folder):
-    """Return (index, bases) of a cache. ValueError and others where it is damaged or may be planted."""
+    """Returns (index, bases) of a cache. ValueError and others where it is damaged or may be planted."""
     owners = {os.geteuid(), 0, os.stat(folder).st_uid}
     with (open(os.path.join(folder, "index.json"), "rb", opener=private) as text,
           open(os.path.join(folder, "bases.u8"), "rb", opener=private) as codes):
@@ -601,7 +601,7 @@ def load_cache(folder):
 
 
 def read_cache(folder, paths, source, verbose=False):
-    """Return (index, bases) of a cache that is whole and made from these sources, else None.
+    """Returns (index, bases) of a cache that is whole and made from these sources, else None.
     The bases are the same mapping that was checked, because the files may be replaced at any moment."""
     if not os.path.exists(os.path.join(folder, "index.json")):
         return None
@@ -621,8 +621,8 @@ def read_cache(folder, paths, source, verbose=False):
 
 
 def is_unchanged(index, paths, source, folder):
-    """Tell whether files that look changed hold what was packed, by all of their bytes; if so, note their
-    new inodes and times in the index, for the next time."""
+    """Tells whether files that look changed hold what was packed, by all of their bytes; if so, notes
+    their new inodes and times in the index, for the next time."""
     there, now = (x | {"files": [file[:2] for file in x["files"]]} for x in (index["source"], source))
     if there != now or index["digests"] != [file_digest(path) for path in paths]:
         return False
@@ -665,12 +665,12 @@ def pack_contigs(paths, source, write):
 
 
 def packed(positions):
-    """Turn positions (n,) int64, in order, into text for index.json that load_cache reads quickly."""
+    """Turns positions (n,) int64, in order, into text for index.json that load_cache reads quickly."""
     return base64.b64encode(zlib.compress(np.diff(positions, prepend=0).tobytes())).decode()
 
 
 def write_whole(path, text):
-    """Write a small file of a cache, whole or not at all."""
+    """Writes a small file of a cache, whole or not at all."""
     tmp = f"{path}.{os.getpid()}.tmp"                        # ranks may write it at the same time
     try:
         with new_file(tmp) as f:
@@ -683,14 +683,14 @@ def write_whole(path, text):
 
 
 def write_index(folder, index):
-    """Write index.json with its checksum."""
+    """Writes index.json with its checksum."""
     text = json.dumps(index, default=packed)
     text = f'{text[:-1]}, "crc_index": {zlib.crc32(text.encode())}}}'
     write_whole(os.path.join(folder, "index.json"), text)
 
 
 def build_cache(paths, source, folder):
-    """Check and pack the FASTA files: write bases.u8 and index.json under other names, then rename them.
+    """Checks and packs the FASTA files: writes bases.u8 and index.json under other names, then renames them.
     Where that fails, only what this has written goes: an older cache stays."""
     bases = os.path.join(folder, "bases.u8")
     try:
@@ -726,7 +726,7 @@ def check_packed(index, bases, paths, source):
 
 
 def contig_names(contigs):
-    """Turn [(path, name, length)] into [[name, length]]; a name that two files share makes all file:name."""
+    """Turns [(path, name, length)] into [[name, length]]; a name that two files share makes all file:name."""
     if len({name for _, name, _ in contigs}) < len(contigs):
         contigs = [(path, f"{os.path.basename(path)}:{name}", n) for path, name, n in contigs]
     if len({name for _, name, _ in contigs}) < len(contigs):
@@ -764,18 +764,18 @@ BAD_LETTER = {b"U": "RNA? replace U by T", b"-": "a gap; remove alignment gaps",
 
 
 def other_format(text):
-    """Return what the first bytes of a file show it to be, or None."""
+    """Returns what the first bytes of a file show it to be, or None."""
     return next((what for start, what in OTHER_FORMATS if re.match(start, text[:1000])), None)
 
 
 def file_start(path):
-    """Return the first bytes of a file, plain or gzip, without byte-order mark and blanks."""
+    """Returns the first bytes of a file, plain or gzip, without byte-order mark and blanks."""
     with opened(path) as f:
         return f.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
 
 
 def fasta_records(path, drawn=False, case=False):
-    """Yield (name, base codes uint8 (L,), number of IUPAC codes other than N) of each record, checked.
+    """Yields (name, base codes uint8 (L,), number of IUPAC codes other than N) of each record, checked.
     Plain, gzip or bgzip; CRLF, blank lines, lower case and uneven lines are accepted.
     drawn: these codes become one of their bases, a function of the position, not N. case: also case_edges."""
     seen, line = set(), 1
@@ -801,7 +801,7 @@ def fasta_records(path, drawn=False, case=False):
 
 
 def raw_records(path):
-    """Yield (number of blank lines before it, bytearray) of each '>' record of a FASTA file."""
+    """Yields (number of blank lines before it, bytearray) of each '>' record of a FASTA file."""
     with opened(path) as f:
         n_blank, record = 0, bytearray(f.readline(CHUNK).removeprefix(b"\xef\xbb\xbf"))
         while record and not record.strip():                 # blank lines before the first record
@@ -829,8 +829,8 @@ def raw_records(path):
 
 
 def contig_codes(body, path, line, drawn=False):
-    """Turn the sequence lines under the header at `line` into codes (L,), number of IUPAC codes but N, number
-    of lines."""
+    """Turns the sequence lines under the header at `line` into codes (L,), the number of IUPAC codes but N,
+    and the number of lines."""
     if b"\r" in body:
         body = body.replace(b"\r\n", b"\n").rstrip(b"\r")
     codes = np.frombuffer(body.translate(FASTA_CODE, b"\n"), np.uint8)
@@ -854,7 +854,7 @@ def contig_codes(body, path, line, drawn=False):
 
 
 def case_edges(body):
-    """Return where lower-case stretches start and end, in turn, in the letters of a contig's lines: int64."""
+    """Returns where lower-case stretches start and end, in turn, in the letters of a contig: int64."""
     if body.isupper():
         return np.zeros(0, np.int64)
     lower = np.frombuffer(b"\0" + body.translate(IS_LOWER, b" \t\r\n") + b"\0", np.uint8)
@@ -862,7 +862,7 @@ def case_edges(body):
 
 
 def draw_bases(codes, body):
-    """Return the codes (L,) of a contig's lines with a base drawn for each 5, an IUPAC code but N."""
+    """Returns the codes (L,) of a contig's lines with a base drawn for each 5, an IUPAC code but N."""
     letters = np.frombuffer(body.translate(None, b"\n").upper(), np.uint8)
     table = np.full((256, 6), 4, np.uint8)                   # each base of a letter equally often
     for letter, bases in DRAWN.items():
@@ -877,7 +877,7 @@ def draw_bases(codes, body):
 
 
 def read_bed(path, genome):
-    """Read a BED file, plain or gzip: intervals (n, 2) in positions of the genome, and a line about it."""
+    """Reads a BED file, plain or gzip: intervals (n, 2) in positions of the genome, and a line about it."""
     found, renamed = [], set()
     with opened(path) as f:
         for n, line in enumerate(f, 1):
@@ -904,7 +904,7 @@ def read_bed(path, genome):
 
 
 def parts_within(a, b):
-    """Return the parts of the intervals a (n, 2) that lie in b (m, 2), in order. In a none may overlap."""
+    """Returns the parts of the intervals a (n, 2) that lie in b (m, 2), in order. In a none may overlap."""
     at, n = np.concatenate([a[:, 1], a[:, 0], b[:, 0], b[:, 1]]), [len(a)] * 2 + [len(b)] * 2
     order = np.argsort(at, kind="stable")                    # at a position: ends of a, starts, ends of b
     in_a, in_b = (np.repeat(steps, n)[order].cumsum() > 0 for steps in ([-1, 1, 0, 0], [0, 0, 1, -1]))
@@ -913,27 +913,27 @@ def parts_within(a, b):
 
 
 def window_table(intervals, length):
-    """Return for draw_starts, by interval: shift from window number to start; windows up to its end."""
+    """Returns for draw_starts, by interval: shift from window number to start; windows up to its end."""
     counts = intervals[:, 1] - intervals[:, 0] - length + 1
     n_up_to = np.cumsum(counts)
     return intervals[:, 0] - (n_up_to - counts), n_up_to
 
 
 def draw_starts(table, n, rng):
-    """Draw n window starts (int64); each window of the table's intervals is equally likely."""
+    """Draws n window starts (int64); each window of the table's intervals is equally likely."""
     shift, n_up_to = table
     number = rng.integers(n_up_to[-1], size=n)
     return number + shift[np.searchsorted(n_up_to, number, side="right")]
 
 
 def to_device(x, device):
-    """Copy a tensor or array of the host to a device. From pinned memory, a GPU does it without a wait."""
+    """Copys a tensor or array of the host to a device. From pinned memory, a GPU does it without a wait."""
     x = x if torch.is_tensor(x) else torch.from_numpy(np.asarray(x))
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def take_windows(bases, starts, length):
-    """Return bases[start:start + length] for each start: uint8 tensor (n, length) on the device of bases."""
+    """Returns bases[start:start + length] for each start: uint8 tensor (n, length) on the device of bases."""
     if torch.is_tensor(bases):
         starts = to_device(starts, bases.device)
         return bases[starts[:, None] + torch.arange(length, device=bases.device)]
@@ -941,7 +941,7 @@ def take_windows(bases, starts, length):
 
 
 def in_repeats(windows, starts, edges):
-    """Tell which bases of the windows (n, L) at `starts` are soft-masked: bool (n, L); None if edges is."""
+    """Tells which bases of the windows (n, L) at `starts` are soft-masked: bool (n, L); None if edges is."""
     if edges is None:
         return None
     at = torch.arange(windows.shape[1], device=edges.device)
@@ -950,28 +950,28 @@ def in_repeats(windows, starts, edges):
 
 
 def either_strand(windows, soft=None):
-    """Turn windows (n, L) and what is soft in them, each with probability 1/2, to the other strand."""
+    """Turns windows (n, L) and what is soft in them, each with probability 1/2, to the other strand."""
     flipped = torch.rand(len(windows), 1, device=windows.device) < 0.5
     windows = torch.where(flipped, reverse_complement(windows), windows)
     return windows, None if soft is None else torch.where(flipped, soft.flip(1), soft)
 
 
 def token_weights(soft, k, stride, repeat_weight):
-    """Return the weights (n, T) of [CLS] k-mers [SEP]: a k-mer's is the mean of its bases', which have
+    """Returns the weights (n, T) of [CLS] k-mers [SEP]: a k-mer's is the mean of its bases', which have
     repeat_weight where soft (n, L), else 1."""
     weights = torch.where(soft, repeat_weight, 1.0)[:, None]
     return F.pad(F.avg_pool1d(weights, k, stride)[:, 0], (1, 1))
 
 
 def resident(bases, device):
-    """Move the bases to a GPU where they take less than a third of its free memory; else leave them."""
+    """Moves the bases to a GPU where they take less than a third of its free memory; else leave them."""
     if device.type == "cuda" and bases.nbytes < torch.cuda.mem_get_info(device)[0] / 3:
         return torch.from_numpy(bases).to(device)
     return bases
 
 
 def base_entropies(bases):
-    """Return two entropies of a base in nats: from its frequency, and given three bases on either side."""
+    """Returns two entropies of a base in nats: from its frequency, and given three bases on either side."""
     sevens = kmer_tokens(torch.from_numpy(bases)[None], 7, 1)[0]
     joint = torch.bincount(sevens, minlength=4 ** 7 + 5)[5:].double().view(64, 4, 64)     # left, base, right
     joint /= joint.sum()
@@ -981,7 +981,7 @@ def base_entropies(bases):
 
 
 def write_demo_genome(path):
-    """Write the synthetic genome of the demos: 4 contigs of 250 kb, the same on every machine.
+    """Writes the synthetic genome of the demos: 4 contigs of 250 kb, the same on every machine.
     An order-3 Markov background; copies of 3 interspersed repeats of 300 bases over 15 % of it, with 10 % of
     their bases mutated; a copy of DEMO_MOTIF about every 500 bases."""
     rng = np.random.default_rng(42)
@@ -1029,14 +1029,14 @@ SUITES = {                                                   # suite: where it c
 
 
 def task(suite, name, folder, length, metric="mcc", classes=BINARY, **rows):
-    """Return a Task; the suite decides how its files are read, and tells its source and licence."""
+    """Returns a Task; the suite decides how its files are read, and tells its source and licence."""
     source, licence = SUITES[suite]
     source = source.format(os.path.basename(folder))
     return Task(name, suite, classes, metric == "pcc", metric, str(length), rows, folder, source, licence)
 
 
 def genomic(name, length, train, test, classes=BINARY):
-    """Return a Task of GenomicBenchmarks."""
+    """Returns a Task of GenomicBenchmarks."""
     return task("GenomicBenchmarks", f"gb/{name}", f"GenomicBenchmarks/{name}", length, "acc", classes,
                 train=train, test=test)
 
@@ -1120,7 +1120,7 @@ CLASS_NAME = re.compile(r"(?!=|[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$)[^\x00-\x1f\x
 
 
 def task_names(args):
-    """Turn names of groups and tasks into task names, each once."""
+    """Turns names of groups and tasks into task names, each once."""
     for name in args:
         if name not in GROUPS and name not in TASKS:
             raise ValueError(f"task {quoted(name)} is unknown; use {' '.join([*GROUPS, *TASKS])}")
@@ -1128,8 +1128,8 @@ def task_names(args):
 
 
 def row_keys(rows, strands=True):
-    """Return one bytes object per sequence, to compare and count. A sequence and its reverse complement share
-    the lesser of the two; strands=False tells them apart."""
+    """Returns one bytes object per sequence, to compare and count. A sequence and its reverse complement
+    share the lesser of the two; strands=False tells them apart."""
     bases, offsets, n = rows.bases.tobytes(), rows.offsets.tolist(), len(rows.bases)
     keys = [bases[start:end] for start, end in zip(offsets, offsets[1:])]
     if not strands:
@@ -1139,19 +1139,19 @@ def row_keys(rows, strands=True):
 
 
 def first_rows(rows):
-    """Return for each row the first one of its sequence, on either strand: int (n,)."""
+    """Returns for each row the first one of its sequence, on either strand: int (n,)."""
     first = {}
     return np.array([first.setdefault(key, i) for i, key in enumerate(row_keys(rows))])
 
 
 def rows_in(rows, others):
-    """Tell which sequences of rows also occur in others: bool (n,)."""
+    """Tells which sequences of rows also occur in others: bool (n,)."""
     keys = set(row_keys(others))
     return np.array([key in keys for key in row_keys(rows)])
 
 
 def fingerprint(splits):
-    """Return 12 hex digits of the sequences and labels of all splits.
+    """Returns 12 hex digits of the sequences and labels of all splits.
     Targets count as float32; if that moves one by over a millionth of their sd, what it loses counts, too."""
     digest = hashlib.sha256()
     for bases, offsets, labels, *_ in filter(None, splits.values()):
@@ -1166,7 +1166,7 @@ def fingerprint(splits):
 
 
 def similar_groups(rows):
-    """Number the groups that equal sequences and near-duplicates form, also through others: int (n,).
+    """Numbers the groups that equal sequences and near-duplicates form, also through others: int (n,).
     Two are near-duplicates if they share, on either strand, at least half as many different 15-mers as the
     shorter has 15-mers. It takes about as long as sorting all 15-mers: one of more than 64 sequences links
     them in runs of 64, which chains a family without comparing all its pairs."""
@@ -1198,7 +1198,7 @@ def similar_groups(rows):
 
 
 def rows_of(bases, lengths, labels, notes, **masks):
-    """Make Rows of base codes. Integer labels are class ids, floats are targets (n, targets), bools labels.
+    """Makes Rows of base codes. Integer labels are class ids, floats are targets (n, targets), bools labels.
     masks: {name: bool over bases}; the rows that hold a True are counted in the notes."""
     if labels is not None:
         labels = np.asarray(labels)
@@ -1217,7 +1217,7 @@ def rows_of(bases, lengths, labels, notes, **masks):
 
 
 def rows_from(sequences, labels=None, notes=None, places=None):
-    """Make Rows of DNA strings, or of pairs of strings. ValueError for what is not DNA; places: what to call
+    """Makes Rows of DNA strings, or of pairs of strings. ValueError for what is not DNA; places: what to call
     each sequence there."""
     places, first, shown = places or [f"sequence {i}" for i in range(len(sequences))], None, sequences
     if sequences and not isinstance(sequences[0], str):
@@ -1244,7 +1244,7 @@ def rows_from(sequences, labels=None, notes=None, places=None):
 
 
 def as_rows(sequences):
-    """Make Rows of what a user gives: strings, or pairs of strings. Rows stay as they are."""
+    """Makes Rows of what a user gives: strings, or pairs of strings. Rows stay as they are."""
     if isinstance(sequences, Rows):
         return sequences
     found = [] if isinstance(sequences, str | dict) else list(sequences)
@@ -1256,36 +1256,36 @@ def as_rows(sequences):
 
 
 def halves(rows):
-    """Return the offsets of the parts of pairs: the first sequence, what is between them, the second."""
+    """Returns the offsets of the parts of pairs: the first sequence, what is between them, the second."""
     start = rows.offsets[:-1]
     return np.append(np.stack([start, start + rows.first, start + rows.first + 1], 1), rows.offsets[-1])
 
 
 def lengths_of(rows, index):
-    """Return the lengths of these sequences: int (B,)."""
+    """Returns the lengths of these sequences: int (B,)."""
     return rows.offsets[index + 1] - rows.offsets[index]
 
 
 def gathered(bases, starts, lengths, width, fill):
-    """Return bases[start:start + length] of each row, (B, width): longer ones cut, shorter ones filled."""
+    """Returns bases[start:start + length] of each row, (B, width): longer ones cut, shorter ones filled."""
     at = torch.arange(width, device=bases.device)
     starts, lengths = (to_device(x, bases.device)[:, None] for x in (starts, lengths))
     return bases[(starts + at).clamp_(max=len(bases) - 1)].masked_fill(at >= lengths, fill)
 
 
 def padded(rows, index, width, fill):
-    """Return the bases (B, width) of these sequences: longer ones cut, shorter ones filled."""
+    """Returns the bases (B, width) of these sequences: longer ones cut, shorter ones filled."""
     return gathered(rows.bases, rows.offsets[index], lengths_of(rows, index), width, fill)
 
 
 def members(sizes):
-    """Return for each member of groups of these sizes the number of its group, and its place there."""
+    """Returns for each member of groups of these sizes the number of its group, and its place there."""
     group = np.repeat(np.arange(len(sizes)), sizes)
     return group, np.arange(len(group)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
 
 def bases_read(rows, lengths, k=1, stride=1):
-    """Count the A, C, G and T in k-mers without N within the first `lengths` bases of each sequence: (n,)."""
+    """Counts the bases in k-mers without N within the first `lengths` bases of each sequence: (n,)."""
     row, at = members(np.diff(rows.offsets))
     first = np.flatnonzero((at % stride == 0) & (at + k <= lengths[row]))      # of each k-mer
     n_known = np.concatenate([[0], np.cumsum(rows.bases < 4)])
@@ -1297,7 +1297,7 @@ def bases_read(rows, lengths, k=1, stride=1):
 
 
 def kmer_counts(rows):
-    """Count the 5-mers without N: float32 (n, 1024); of a pair, those of both side by side (n, 2048)."""
+    """Counts the 5-mers without N: float32 (n, 1024); of a pair, those of both side by side (n, 2048)."""
     if rows.first is not None:
         counts = kmer_counts(rows._replace(offsets=halves(rows), first=None)).reshape(-1, 3, 4 ** KMER)
         return counts[:, ::2].reshape(len(counts), -1)
@@ -1307,12 +1307,12 @@ def kmer_counts(rows):
 
 
 def on_device(rows, device, labels=None):
-    """Return rows with their bases on the device, and these labels."""
+    """Returns rows with their bases on the device, and these labels."""
     return rows._replace(bases=torch.from_numpy(rows.bases).to(device), labels=labels)
 
 
 def other_strands(rows):
-    """Return the bases of the reverse complements, from the last row on; those of a pair stay in place."""
+    """Returns the bases of the reverse complements, from the last row on; those of a pair stay in place."""
     if rows.first is None:
         return reverse_complement(rows.bases)
     offsets = halves(rows)
@@ -1323,7 +1323,7 @@ def other_strands(rows):
 
 
 def both_strands(rows):
-    """Return n Rows with their reverse complements behind: that of sequence i is sequence 2 n - 1 - i."""
+    """Returns n Rows with their reverse complements behind: that of sequence i is sequence 2 n - 1 - i."""
     join = torch.cat if torch.is_tensor(rows.bases) else np.concatenate
     labels, first = (None if x is None else np.concatenate([x, x[::-1]]) for x in (rows.labels, rows.first))
     return rows._replace(bases=join([rows.bases, other_strands(rows)]), labels=labels, first=first,
@@ -1331,19 +1331,19 @@ def both_strands(rows):
 
 
 def mean_of_strands(outputs):
-    """Return the means over both strands of what belongs to the sequences of both_strands: (n, ...)."""
+    """Returns the means over both strands of what belongs to the sequences of both_strands: (n, ...)."""
     n = len(outputs) // 2
     return (outputs[:n] + outputs[n:][::-1]) / 2
 
 
 def random_strands(index, n, seed, step):
-    """Turn indices of n sequences into ones of both_strands, at random: a function of (seed, step)."""
+    """Turns indices of n sequences into ones of both_strands, at random: a function of (seed, step)."""
     other = np.random.default_rng((seed, step, 1)).random(len(index)) < 0.5
     return np.where(other, 2 * n - 1 - index, index)
 
 
 def take_rows(rows, index):
-    """Return the rows of an index array, in its order, with those notes that the base codes can tell."""
+    """Returns the rows of an index array, in its order, with those notes that the base codes can tell."""
     lengths = lengths_of(rows, index)
     row, at = members(lengths)
     bases = rows.bases[rows.offsets[index][row] + at]
@@ -1351,13 +1351,13 @@ def take_rows(rows, index):
 
 
 def classes_of(rows):
-    """Return the class of each row; 0 for all where there are none."""
+    """Returns the class of each row; 0 for all where there are none."""
     has_ids = rows.labels is not None and rows.labels.ndim == 1
     return rows.labels if has_ids else np.zeros(len(rows.offsets) - 1, int)
 
 
 def split_rows(rows, fractions, seed, names=()):
-    """Split Rows at random, class by class, into one Rows per fraction of the different sequences.
+    """Splits Rows at random, class by class, into one Rows per fraction of the different sequences.
     Scikit-learn's stratified split; equal sequences, on either strand, stay together and count with their
     first label. names: of the classes, for the message where one is too small."""
     from sklearn.model_selection import train_test_split
@@ -1374,7 +1374,7 @@ def split_rows(rows, fractions, seed, names=()):
 
 
 def assign_groups(groups, classes, fractions, seed, where):
-    """Return the part of each row, int (n,), with groups (n,) kept whole. In random order, but the largest
+    """Returns the part of each row, int (n,), with groups (n,) kept whole. In random order, but the largest
     first, each goes where the fullest of its classes is the least full, the last ones where nothing is yet.
     where: how messages begin."""
     counts = np.zeros((groups.max() + 1, classes.max() + 1))
@@ -1395,13 +1395,13 @@ def assign_groups(groups, classes, fractions, seed, where):
 
 
 def read_groups(path, by, delimiter=None):
-    """Return for split_table: the path, its columns by and split, where there are such, and their places."""
+    """Returns for split_table: the path, its columns by and split, where there are such, and their places."""
     wanted = {} if by in (None, "similarity") else {by: [by.lower()]}
     return path, *read_columns(path, wanted | {"split": ["split"]}, {"split"} - {by}, delimiter)
 
 
 def split_table(table, rows, by, fractions, seed, names=()):
-    """Split a table in [train, dev, test] (None: no row): as its column split says; else with the rows of a
+    """Splits a table in [train, dev, test] (None: no row): as its column split says; else with the rows of a
     value in a column, or similar sequences, together (by); else row by row. fractions=None: 80, 10, 10 %.
     table: what read_groups returns."""
     shares, (path, columns, places) = fractions or (0.8, 0.1, 0.1), table
@@ -1427,7 +1427,7 @@ def split_table(table, rows, by, fractions, seed, names=()):
 
 
 def too_few(labels, names, error):
-    """Return in words why these labels of the different sequences cannot be split."""
+    """Returns in words why these labels of the different sequences cannot be split."""
     classes, counts = np.unique(labels, return_counts=True)
     if len(classes) < 2:
         return f"{len(labels)} different sequences are too few ({error}); give more"
@@ -1438,7 +1438,7 @@ def too_few(labels, names, error):
 
 
 def table_text(path):
-    """Return the text of a UTF-8 file, plain or gzip."""
+    """Returns the text of a UTF-8 file, plain or gzip."""
     with opened(path) as f:
         content = f.read()
     try:
@@ -1451,7 +1451,7 @@ def table_text(path):
 
 
 def read_csv(path, delimiter):
-    """Read a CSV file strictly: header and rows (lists of str), 'FILE: line N' of each, start of the text.
+    """Reads a CSV file strictly: header and rows (lists of str), 'FILE: line N' of each, start of the text.
     Blank lines are passed over; ValueError where no row follows the header."""
     csv.field_size_limit(1 << 24)
     text, rows, places, line = table_text(path), [], [], 1
@@ -1470,7 +1470,7 @@ def read_csv(path, delimiter):
 
 
 def add_column_flags(add, *names):
-    """Add the flags that say which column of a table is what, and what is between columns."""
+    """Adds the flags that say which column of a table is what, and what is between columns."""
     for name in names:
         add(f"--{name}_column", metavar="COLUMN", help=f"tables: the column of the {name}s")
     add("--delimiter", type=delimiter, help="tables: what separates columns (comma in .csv, else tab)")
@@ -1493,13 +1493,13 @@ def fractions(text):
 
 
 def column_flags(args):
-    """Return what the flags of add_column_flags say: {sequence, label, id, delimiter: text or None}."""
+    """Returns what the flags of add_column_flags say: {sequence, label, id, delimiter: text or None}."""
     found = {name: getattr(args, f"{name}_column", None) for name in ("sequence", "label", "id")}
     return found | {"delimiter": getattr(args, "delimiter", None)}
 
 
 def read_columns(path, wanted, optional=(), delimiter=None):
-    """Read columns of a CSV (.csv) or TSV (.tsv, .txt) file, plain or gzip; other columns are passed over.
+    """Reads columns of a CSV (.csv) or TSV (.tsv, .txt) file, plain or gzip; other columns are passed over.
     wanted: {name: its spellings in the header}; optional: names that may be missing there. Returns
     {name: list of str}, 'FILE: line N' of each row."""
     suffix = os.path.splitext(path.removesuffix(".gz"))[1].lower()
@@ -1534,14 +1534,14 @@ def read_columns(path, wanted, optional=(), delimiter=None):
 
 
 def column_advice(name, start):
-    """Return the flags that may help where a header that starts like this has no column of this name."""
+    """Returns the flags that may help where a header that starts like this has no column of this name."""
     flags = [f"--{name}_column"] if name in ("sequence", "label", "id") else []
     flags += ["--delimiter ';'"] if ";" in start else []
     return f" (or see {' and '.join(flags)})" if flags else ""
 
 
 def label_kind(names):
-    """Return the pattern of a table's own labels: WHOLE numbers where there is one, or names. Digits are
+    """Returns the pattern of a table's own labels: WHOLE numbers where there is one, or names. Digits are
     names if one begins with a zero and no two are the same number."""
     codes = all(map(DIGITS.fullmatch, names)) and len({name.lstrip("0") for name in names}) == len(set(names))
     if codes and not all(map(WHOLE.fullmatch, names)):
@@ -1550,7 +1550,7 @@ def label_kind(names):
 
 
 def class_ids(texts, classes, places):
-    """Turn labels into ids; returns the ids and the classes in their order. '1.0' and '+1' are 1.
+    """Turns labels into ids; returns the ids and the classes in their order. '1.0' and '+1' are 1.
     classes=None takes those found, sorted: all whole numbers or all names, and at least two."""
     names = {text: re.sub(r"^(?:\+|(-))?(\d+)(?:\.0*)?$", r"\1\2", text) for text in dict.fromkeys(texts)}
     kind = label_kind(names.values())
@@ -1572,7 +1572,7 @@ def class_ids(texts, classes, places):
 
 
 def numbers(columns, places):
-    """Turn columns of text into one tuple of finite floats per row."""
+    """Turns columns of text into one tuple of finite floats per row."""
     for column in columns.values():
         for text, place in zip(column, places):
             if not NUMBER.fullmatch(text):
@@ -1583,7 +1583,7 @@ def numbers(columns, places):
 
 
 def zeros_and_ones(columns, places):
-    """Turn columns of 0 and 1 into one tuple of bools per row."""
+    """Turns columns of 0 and 1 into one tuple of bools per row."""
     for name, column in columns.items():
         for text, place in zip(column, places):
             if text not in ("0", "1"):
@@ -1592,7 +1592,7 @@ def zeros_and_ones(columns, places):
 
 
 def join_kmers(text, place):
-    """Turn overlapping k-mers with spaces between them into the sequence they were made of."""
+    """Turns overlapping k-mers with spaces between them into the sequence they were made of."""
     k = text.index(" ")
     sequence = text[::k + 1] + text[len(text) - k + 1:]
     if " ".join(sequence[i:i + k] for i in range(len(sequence) - k + 1)) != text:
@@ -1601,7 +1601,7 @@ def join_kmers(text, place):
 
 
 def read_table(path, classes=None, targets=None, labels=True, multilabel=False, flags=column_flags(None)):
-    """Read a table with columns sequence (or seq) and label (or class): sequences, labels, notes.
+    """Reads a table with columns sequence (or seq) and label (or class): sequences, labels, notes.
     classes: the labels in the order of their ids; None: notes["classes"] holds those found, sorted.
     targets: number columns of a regression, or of 0 and 1 (multilabel); labels=False: sequences only, and
     notes["names"], a column id or name, if there is one of them; flags: of column_flags. K-mer text is
@@ -1637,7 +1637,7 @@ def read_table(path, classes=None, targets=None, labels=True, multilabel=False, 
 
 
 def read_own_tables(paths, columns, multilabel, flags):
-    """Read a user's tables, the classes as in the first one: a list of Rows, and the classes in their order,
+    """Reads a user's tables, the classes as in the first one: a list of Rows, and the classes in their order,
     or the columns if there are any: of targets, or of labels (multilabel). flags: of column_flags."""
     sequences, labels, notes = read_table(paths[0], None, columns, True, multilabel, flags)
     classes = tuple(columns or notes.pop("classes"))
@@ -1657,7 +1657,7 @@ def read_own_tables(paths, columns, multilabel, flags):
 
 
 def say_confusing(names):
-    """Name the classes that a reader would take for one, and those that list others."""
+    """Names the classes that a reader would take for one, and those that list others."""
     alike = {}
     for name in names:
         alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(ascii(name))
@@ -1671,7 +1671,7 @@ def say_confusing(names):
 
 
 def describe_targets(labels, names):
-    """Print how many values each target has, or rows each label; what to do with a target of 0 and 1."""
+    """Prints how many values each target has, or rows each label; what to do with a target of 0 and 1."""
     if labels.dtype == bool:
         print(f"  {', '.join(f'{name} {n:,}' for name, n in zip(names, labels.sum(0)))}", flush=True)
         return
@@ -1684,20 +1684,20 @@ def describe_targets(labels, names):
 
 
 def find(folder, *names):
-    """Return the path of the first of these files that exists, plain or .gz; None where none does."""
+    """Returns the path of the first of these files that exists, plain or .gz; None where none does."""
     paths = (os.path.join(folder, name + suffix) for name in names for suffix in ("", ".gz"))
     return next(filter(os.path.exists, paths), None)
 
 
 def how_to_get(task):
-    """Return the end of a message on missing files."""
+    """Returns the end of a message on missing files."""
     if task.suite == "own":
         return f"({task.name}); check --data_dir and the task's row in data.py"
     return f"({task.name}); run python -m tools.download {task.name}, or get it from {task.source}"
 
 
 def find_files(task, data_dir, wanted):
-    """Return the paths of a task's files. wanted: for each its name, and names of what may replace it."""
+    """Returns the paths of a task's files. wanted: for each its name, and names of what may replace it."""
     folder = os.path.join(data_dir, task.folder)
     found = {names[0]: find(folder, *names) for names in wanted}
     missing = [name for name, path in found.items() if not path]
@@ -1710,14 +1710,14 @@ def find_files(task, data_dir, wanted):
 
 
 def read_tables(task, data_dir, wanted):
-    """Read tables {split: names, as find_files wants them} into {split: Rows}; labels are ids, or targets."""
+    """Reads tables {split: names, for find_files} into {split: Rows}; labels are ids, or targets."""
     ids, targets = [str(i) for i in range(len(task.classes))], task.classes if task.regression else None
     paths = find_files(task, data_dir, wanted.values())
     return {split: rows_from(*read_table(path, ids, targets)) for split, path in zip(wanted, paths)}
 
 
 def class_paths(task, folder, suffix=""):
-    """Return the class files or folders of one split in the order of the ids, not of the directory."""
+    """Returns the class files or folders of one split in the order of the ids, not of the directory."""
     entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     names = {name.removesuffix(".gz").removesuffix(suffix): name for name in entries if name[0] != "."}
     if set(names) != set(task.classes):
@@ -1727,7 +1727,7 @@ def class_paths(task, folder, suffix=""):
 
 
 def read_texts(path):
-    """Read a folder of one-sequence files: texts in the order of the file names, and the paths."""
+    """Reads a folder of one-sequence files: texts in the order of the file names, and the paths."""
     paths = [os.path.join(path, name) for name in sorted(os.listdir(path)) if name[0] != "."]
     if not paths:
         raise ValueError(f"{path}: the folder is empty; unpack the archive again")
@@ -1735,7 +1735,7 @@ def read_texts(path):
 
 
 def read_intervals(path):
-    """Read a coordinate table: [(region, start, end, strand)], places. 0-based, half-open; '' is '+'."""
+    """Reads a coordinate table: [(region, start, end, strand)], places. 0-based, half-open; '' is '+'."""
     columns, places = read_columns(path, {name: [name] for name in ("region", "start", "end", "strand")})
     intervals = []
     for place, region, start, end, strand in zip(places, *columns.values()):
@@ -1748,13 +1748,13 @@ def read_intervals(path):
 
 
 def region_key(name):
-    """Return what all spellings of a region share: no 'chr', no transcript version, one name for chrM."""
+    """Returns what all spellings of a region share: no 'chr', no transcript version, one name for chrM."""
     name = re.sub(r"^chr|^(ENS\w+)\.\d+$", r"\1", name)
     return "MT" if name in ("M", "mitochondrion_genome") else name
 
 
 def open_fasta(path):
-    """Open pyfaidx.Fasta over our own index of exactly this file, in the user's cache folder."""
+    """Opens pyfaidx.Fasta over our own index of exactly this file, in the user's cache folder."""
     import pyfaidx
     key = hashlib.sha256(json.dumps(file_fingerprint(path)).encode()).hexdigest()[:12]
     index = os.path.join(cache_home(), f"{os.path.basename(path)}.{key}.fai")
@@ -1778,7 +1778,7 @@ def open_fasta(path):
 
 
 def cut_intervals(path, fasta):
-    """Cut the intervals of a coordinate table out of a pyfaidx.Fasta: sequences, places."""
+    """Cuts the intervals of a coordinate table out of a pyfaidx.Fasta: sequences, places."""
     intervals, places = read_intervals(path)
     complement = str.maketrans("ACGTacgt", "TGCAtgca")       # other codes all become N
     contigs, sequences = {}, []
@@ -1801,13 +1801,13 @@ def cut_intervals(path, fasta):
 
 
 def coordinate_folder(task, data_dir):
-    """Return where a task's coordinate tables are: coordinates/SET, as in their repository, or its folder."""
+    """Returns the folder of a task's coordinate tables: coordinates/SET, as published, or its own."""
     folder = find(data_dir, f"GenomicBenchmarks/coordinates/{task.name.removeprefix('gb/')}")
     return folder or os.path.join(data_dir, task.folder)
 
 
 def read_classes(task, folder, fastas):
-    """Read a split that has one coordinate table per class (with fastas), or one folder per class."""
+    """Reads a split that has one coordinate table per class (with fastas), or one folder per class."""
     texts, labels, places = [], [], []
     for label, path in enumerate(class_paths(task, folder, ".csv" if fastas else "")):
         sequences, where = cut_intervals(path, fastas[label]) if fastas else read_texts(path)
@@ -1818,8 +1818,9 @@ def read_classes(task, folder, fastas):
 
 
 def read_genomic(task, data_dir, fastas):
-    """Read a set of GenomicBenchmarks: with FASTA files (one, or one per class, in order) from its coordinate
-    tables; else from the package's class folders of one-sequence files; else from {train,test}.csv."""
+    """Reads a set of GenomicBenchmarks: with FASTA files (one, or one per class, in order) from its
+    coordinate tables; else from the package's class folders of one-sequence files; else from
+    {train,test}.csv."""
     folder = os.path.join(data_dir, task.folder)
     if fastas:
         n, n_classes = len(fastas), len(task.classes)
@@ -1834,7 +1835,7 @@ def read_genomic(task, data_dir, fastas):
 
 
 def read_deepstarr(task, data_dir):
-    """Read the published FASTA and activity files, row by row; else sample tables, without a test split."""
+    """Reads the published FASTA and activity files, row by row; else sample tables, without a test split."""
     folder, splits = os.path.join(data_dir, task.folder), {"train": "Train", "dev": "Val", "test": "Test"}
     if find(folder, "sample_train.txt") and not find(folder, "Sequences_Train.fa"):
         print(f"{task.name}: sample tables, not the published splits; there is no test split", flush=True)
@@ -1853,7 +1854,7 @@ def read_deepstarr(task, data_dir):
 
 
 def read_mtcdna(task, data_dir):
-    """Read the cDNA of two mice and two turtles: transcripts of more than 5,000 bases, cut or N-padded.
+    """Reads the cDNA of two mice and two turtles: transcripts of more than 5,000 bases, cut or N-padded.
     60 % train, 20 % dev, 20 % test by train_test_split twice, seed 1 (FinDNA's code; unstratified)."""
     from sklearn.model_selection import train_test_split
     folder, length = os.path.join(data_dir, task.folder), int(task.length)
@@ -1880,7 +1881,7 @@ def read_mtcdna(task, data_dir):
 
 
 def read_few_shot(task, data_dir, shots, draw):
-    """Read N rows per class to train on, and the test file. No dev set: Splice-40's is part of its test.
+    """Reads N rows per class to train on, and the test file. No dev set: Splice-40's is part of its test.
     Where a file holds ten sets of N, draw 0..9 is one: a slice of each class after a seeded shuffle."""
     train, n_sets, *tests = FEW_SHOT[task.name]
     wanted = {"train": [train.format(shots)], "test": [name.format(shots) for name in tests]}
@@ -1900,7 +1901,7 @@ def read_few_shot(task, data_dir, shots, draw):
 
 
 def read_demo(task, data_dir):
-    """Make the demo task: windows of the demo genome without DEMO_MOTIF; every other gets it (class 1)."""
+    """Makes the demo task: windows of the demo genome without DEMO_MOTIF; every other gets it (class 1)."""
     genome, rng, splits = open_genome(["demo"], data_dir), np.random.default_rng(42), {}
     length, motif = int(task.length), encode(DEMO_MOTIF)
     hits = (np.lib.stride_tricks.sliding_window_view(genome.bases, len(motif)) == motif).all(1)
@@ -1917,7 +1918,7 @@ def read_demo(task, data_dir):
 
 
 def read_task(name, data_dir, shots=None, draw=0, fasta=None):
-    """Read a benchmark set: {"train", "dev", "test": Rows, or None where there is none}.
+    """Reads a benchmark set: {"train", "dev", "test": Rows, or None where there is none}.
     shots, draw: of a few-shot task, rows per class (10) and number of the draw; fasta: see read_genomic."""
     if name not in TASKS:
         raise ValueError(f"task {quoted(name)} is not the name of one set; use {' '.join(TASKS)}")

@@ -176,7 +176,7 @@ class BertHead(nn.Module):
         return np.maximum((lengths - self.k) // self.stride + 1, 0)
 
     def n_covered(self, n):
-        """Number of bases that n k-mers in a row cover."""
+        """Numbers of bases that n k-mers in a row cover."""
         return np.where(n, (n - 1) * self.stride + self.k, 0)
 
     def windows(self, lengths):
@@ -398,7 +398,7 @@ class MixerHead(nn.Module):
 
     @property
     def n_cls(self):
-        """Number of blank [CLS] behind the bases."""
+        """Numbers of blank [CLS] behind the bases."""
         return 0 if self.spec["pool"] == "mean" else self.spec["n_cls"]
 
     @property
@@ -672,7 +672,7 @@ def count_unfit(net, rows):
 
 
 def n_bases(net, rows):
-    """Number of A, C, G and T that the network reads of each sequence; of 0, its outputs mean nothing."""
+    """Numbers of A, C, G and T that the network reads of each sequence; of 0, its outputs mean nothing."""
     if net is None:                                          # the 5-mer baseline
         return data.bases_read(rows, np.diff(rows.offsets), data.KMER)
     check_pairs(net.spec, rows)

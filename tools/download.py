@@ -62,17 +62,17 @@ Source = namedtuple("Source", "files licence citation check")                  #
 
 
 def source_name(task):
-    """Return the source of a benchmark set: DeepSTARR and MTcDNA are one download each."""
+    """Returns the source of a benchmark set: DeepSTARR and MTcDNA are one download each."""
     return task.suite.lower() if task.suite in ("DeepSTARR", "MTcDNA") else task.name
 
 
 def zip_task(path):
-    """Return the task whose set is in a zip of GenomicBenchmarks."""
+    """Returns the task whose set is in a zip of GenomicBenchmarks."""
     return data.TASKS["gb/" + os.path.basename(path).removesuffix("_v0.zip")]
 
 
 def read_sources():
-    """Read tools/downloads.tsv: {name: Source}."""
+    """Reads tools/downloads.tsv: {name: Source}."""
     tasks, sources = {source_name(task): task for task in data.TASKS.values()}, {}
     with open(os.path.join(os.path.dirname(__file__), "downloads.tsv")) as f:
         for row in csv.DictReader(f, delimiter="\t"):
@@ -94,7 +94,7 @@ SOURCES = read_sources()
 
 
 def source_names(args):
-    """Turn names of sources, groups and tasks into names of sources, each once."""
+    """Turns names of sources, groups and tasks into names of sources, each once."""
     found = []
     for name in args:
         tasks = [data.TASKS[task] for task in TASKS_OF.get(name, [name]) if task in data.TASKS]
@@ -106,12 +106,12 @@ def source_names(args):
 
 
 def mirrored(urls):
-    """Return these urls, those of huggingface.co at the mirror HF_ENDPOINT where it is set."""
+    """Returns these urls, those of huggingface.co at the mirror HF_ENDPOINT where it is set."""
     return [url.replace(HUB, os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB) for url in urls]
 
 
 def check_url(url):
-    """Raise ValueError unless the url is https (or http on this machine, for tests)."""
+    """Raises ValueError unless the url is https (or http on this machine, for tests)."""
     parts = urllib.parse.urlsplit(url)
     if parts.scheme != "https" and (parts.scheme, parts.hostname) != ("http", "127.0.0.1"):
         raise ValueError(f"{data.quoted(url)}: not https, refused")
@@ -124,12 +124,12 @@ class HttpsOnly(urllib.request.HTTPRedirectHandler):
 
 
 def size_of(path):
-    """Return the bytes of a file, 0 where there is none."""
+    """Returns the bytes of a file, 0 where there is none."""
     return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def receive(url, path, cap):
-    """Make one request: append to path, or start anew where the server has another file by now.
+    """Makes one request: append to path, or start anew where the server has another file by now.
     path.from keeps the url and the server's tag; more than cap bytes are refused. ValueError: give up."""
     have, old_tag = size_of(path), None
     request = urllib.request.Request(url, headers={"User-Agent": "nanoDNA download.py"})
@@ -168,7 +168,7 @@ def receive(url, path, cap):
 
 
 def fetch(url, path, cap, unreachable):
-    """Ask a url until the file is whole, or TRIES times without progress. ValueError: why it is not whole."""
+    """Asks a url until the file is whole, or TRIES times without progress. ValueError says why not."""
     host, tries, best = urllib.parse.urlsplit(check_url(url)).netloc, 0, 0
     if host in unreachable:
         raise ValueError("no answer before")
@@ -196,7 +196,7 @@ def fetch(url, path, cap, unreachable):
 
 
 def count_records(path):
-    """Count the rows of a table, records of a FASTA or tensors of weights, by reading all of it strictly."""
+    """Counts the rows of a table, records of a FASTA or tensors of weights, by reading all of it strictly."""
     name = os.path.basename(path)
     if name.endswith(".json"):
         try:
@@ -214,7 +214,7 @@ def count_records(path):
 
 
 def check_kind(path):
-    """Raise ValueError for what servers send in place of data."""
+    """Raises ValueError for what servers send in place of data."""
     with open(path, "rb") as f:
         head = f.read(512).lstrip()
     kinds = ((not head, "empty"), (head[:1] == b"<", "an HTML or XML page"),
@@ -227,7 +227,7 @@ def check_kind(path):
 
 
 def verify(path, digest, rows):
-    """Return the manifest's entry of a sound file; ValueError: why it is not sound.
+    """Returns the manifest's entry of a sound file; ValueError: why it is not sound.
     Sound: by its published digest; without one, by reading it to the end. The manifest proves nothing."""
     check_kind(path)
     sha256, how = data.file_digest(path), ALGORITHM[len(digest)]
@@ -242,7 +242,7 @@ def verify(path, digest, rows):
 
 
 def unpack(archive, tables, classes):
-    """Turn a zip of one-sequence files .../SPLIT/CLASS/NAME.txt into tables, ordered by class and name.
+    """Turns a zip of one-sequence files .../SPLIT/CLASS/NAME.txt into tables, ordered by class and name.
     Members are read, never written under their names. tables: {path of SPLIT.csv: its rows}."""
     try:
         with zipfile.ZipFile(archive) as z:
@@ -272,7 +272,7 @@ def unpack(archive, tables, classes):
 
 
 def verify_download(file, partial):
-    """Verify a finished download, unpacked where it is an archive: {path: the manifest's entry}."""
+    """Verifies a finished download, unpacked where it is an archive: {path: the manifest's entry}."""
     landed = os.path.join(partial, file.path)
     if file.path not in file.rows:
         check_kind(landed)
@@ -282,7 +282,7 @@ def verify_download(file, partial):
 
 
 def download(file, data_dir, unreachable):
-    """Put a file's verified data in place, from what lies whole in partial or from its urls in order.
+    """Puts a file's verified data in place, from what lies whole in partial or from its urls in order.
     Returns the manifest's entries by path. ValueError: what each url gave instead."""
     partial, reasons, entries, url = os.path.join(data_dir, "partial"), [], {}, None
     landed = os.path.join(partial, file.path)
@@ -311,7 +311,7 @@ def download(file, data_dir, unreachable):
 
 
 def remove(landed):
-    """Remove a download with what belongs to it, and its folders in partial where they are empty."""
+    """Removes a download with what belongs to it, and its folders in partial where they are empty."""
     for path in (landed, landed + ".from"):
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
@@ -320,7 +320,7 @@ def remove(landed):
 
 
 def present(file, data_dir, manifest):
-    """Return the manifest's entries of a file whose data are there and sound; {} where some are missing."""
+    """Returns the manifest's entries of a file whose data are there and sound; {} where some are missing."""
     places = {path: data.find(data_dir, path) for path in file.rows}
     if not all(places.values()):
         return {}
@@ -340,7 +340,7 @@ def present(file, data_dir, manifest):
 
 
 def print_recipe(name, files, data_dir):
-    """Print how to get files by hand."""
+    """Prints how to get files by hand."""
     shell_dir = shlex.quote(data_dir)
     print(f"\n{name} by hand: on a machine with internet, in this folder (or copy {shell_dir} here later)")
     for file in files:
@@ -359,7 +359,7 @@ def print_recipe(name, files, data_dir):
 
 
 def open_data_dir(data_dir, names):
-    """Lock data_dir/partial; ValueError where another download works there or the disk has no room."""
+    """Locks data_dir/partial; ValueError where another download works there or the disk has no room."""
     files = [file for name in names for file in SOURCES[name].files
              if not all(data.find(data_dir, path) for path in file.rows)]
     need = sum(file.size * (1 if file.path in file.rows else 2) for file in files)         # 2: zip and tables
@@ -384,7 +384,7 @@ def open_data_dir(data_dir, names):
 
 
 def get(names, data_dir, only_check):
-    """Verify the files of these sources and, unless only_check, get those that are missing.
+    """Verifies the files of these sources and, unless only_check, gets those that are missing.
     ValueError, after the commands to get them by hand, where some are not sound."""
     manifest_path, manifest, failed, unreachable = os.path.join(data_dir, "manifest.json"), {}, {}, set()
     if os.path.exists(manifest_path):
@@ -417,7 +417,7 @@ def get(names, data_dir, only_check):
 
 
 def print_sources():
-    """Print a line per source."""
+    """Prints a line per source."""
     print("name | size | verified by | licence as stated | cite")
     for name, source in SOURCES.items():
         kinds = set()

@@ -22,13 +22,13 @@ TABLES = tuple(suffix + packed for suffix in data.DELIMITER for packed in ("", "
 
 
 def published(n, task, split):
-    """Return a number of rows as text, with the published number where there is one."""
+    """Returns a number of rows as text, with the published number where there is one."""
     known = task.rows.get(split)
     return f"{n:,} (published {known:,}: {'OK' if n == known else 'differs'})" if known else f"{n:,}"
 
 
 def report_intervals(task, folder):
-    """Print the sizes, repeats and leak of the coordinate tables of a GenomicBenchmarks set."""
+    """Prints the sizes, repeats and leak of the coordinate tables of a GenomicBenchmarks set."""
     train = set()
     for split in ("train", "test"):
         intervals = []
@@ -44,7 +44,7 @@ def report_intervals(task, folder):
 
 
 def balance(task, rows):
-    """Return the number of rows by class, or the range of each target, as text."""
+    """Returns the number of rows by class, or the range of each target, as text."""
     if task.multilabel:
         return ", ".join(f"{name} {n:,}" for name, n in zip(task.classes, rows.labels.sum(0)))
     if task.regression:
@@ -55,7 +55,7 @@ def balance(task, rows):
 
 
 def report_rows(task, split, rows):
-    """Print the size, lengths and balance of one split, and how many rows are unusual."""
+    """Prints the size, lengths and balance of one split, and how many rows are unusual."""
     lengths = np.diff(rows.offsets) - (rows.first is not None)                 # of both of a pair
     unusual = ", ".join(f"{name} {n:,}" for name, n in rows.notes.items() if n)
     print(f"  {split}: {published(len(lengths), task, split)} rows; bases min {lengths.min()}, median "
@@ -63,7 +63,7 @@ def report_rows(task, split, rows):
 
 
 def report_overlap(splits):
-    """Print how many sequences, on either strand, each two splits share; train files of a few-shot task
+    """Prints how many sequences, on either strand, each two splits share; train files of a few-shot task
     overlap by design."""
     keys = {split: data.row_keys(rows) for split, rows in splits.items()}
     for a, b in itertools.combinations(keys, 2):
@@ -74,7 +74,7 @@ def report_overlap(splits):
 
 
 def gc_and_length(rows):
-    """Return the share of G and C among the bases other than N, and the length, of each sequence: (n, 2)."""
+    """Returns the share of G and C among the bases other than N, and the length, of each sequence: (n, 2)."""
     lengths = np.diff(rows.offsets) - (rows.first is not None)
     gc, known = rows.bases // 2 == 1, rows.bases < 4
     gc, known = (np.add.reduceat(x, rows.offsets[:-1], dtype=int) for x in (gc, known))
@@ -82,8 +82,8 @@ def gc_and_length(rows):
 
 
 def report_similar(splits):
-    """Print how many sequences have near-duplicates within and across splits; return whether train has any of
-    the others. Those that are linked through others count, as in data.similar_groups."""
+    """Prints how many sequences have near-duplicates within and across splits; returns whether train has any
+    of the others. Those that are linked through others count, as in data.similar_groups."""
     bases, lengths = zip(*[(rows.bases, np.diff(rows.offsets)) for rows in splits.values()])
     rows = data.rows_of(np.concatenate(bases), np.concatenate(lengths), None, {})
     ends, leaks = np.cumsum(list(map(len, lengths)))[:-1], False
@@ -104,7 +104,7 @@ def report_similar(splits):
 
 
 def report_floors(task, splits, functions):
-    """Print length and GC by class, and how well linear models do with only {name: function of Rows}."""
+    """Prints length and GC by class, and how well linear models do with only {name: function of Rows}."""
     split, rows = next(iter(splits.items()))
     for i, name in enumerate(["all"] if task.regression else task.classes):
         own = rows.labels[:, i] if task.multilabel else rows.labels == i
@@ -124,7 +124,7 @@ def report_floors(task, splits, functions):
 
 
 def report_splits(task, splits, functions):
-    """Print what the splits of a task hold and share; returns whether test or dev is like train in part."""
+    """Prints what the splits of a task hold and share; returns whether test or dev is like train in part."""
     splits = {split: rows for split, rows in splits.items() if rows}
     for split, rows in splits.items():
         report_rows(task, split, rows)
@@ -135,7 +135,7 @@ def report_splits(task, splits, functions):
 
 
 def report_strands(args):
-    """Print how much the predictions of args.init differ between a sequence and its reverse complement."""
+    """Prints how much the predictions of args.init differ between a sequence and its reverse complement."""
     if not args.init or len(args.tasks) < 2:
         raise ValueError("strands: give files with sequences, and the model with --init")
     if args.targets or args.multilabel:
@@ -157,7 +157,7 @@ def report_strands(args):
 
 
 def report_tables(args):
-    """Print what an own table holds, or two or three that belong together, split as finetune.py does."""
+    """Prints what an own table holds, or two or three that belong together, split as finetune.py does."""
     paths = args.tasks
     args = SimpleNamespace(**vars(args), csv=paths, split=None, split_by=None, seed=42)
     functions = {"GC and length": gc_and_length, "5-mer counts": data.kmer_counts}
@@ -179,7 +179,7 @@ def report_tables(args):
 
 
 def report_task(task, data_dir, fasta):
-    """Print where a benchmark set comes from and what its files hold."""
+    """Prints where a benchmark set comes from and what its files hold."""
     print(f"{task.name}: {task.suite}, {', '.join(task.classes)}; {task.metric}, {task.length} bases\n"
           f"  from {task.source}; licence: {task.licence}")
     folder = data.coordinate_folder(task, data_dir)

@@ -43,7 +43,7 @@ Allele = namedtuple("Allele", "contig start end pad length bases")
 
 
 def read_lines(path):
-    """Yield (number, text) of the lines of a plain or gzip file, without line ends and byte-order mark."""
+    """Yields (number, text) of the lines of a plain or gzip file, without line ends and byte-order mark."""
     with data.opened(path) as f:
         for n, line in enumerate(f, 1):
             line = line if n > 1 else line.removeprefix(b"\xef\xbb\xbf")
@@ -51,7 +51,7 @@ def read_lines(path):
 
 
 def read_header(path):
-    """Return the header lines of a VCF; the last one names the columns. ValueError if it is none."""
+    """Returns the header lines of a VCF; the last one names the columns. ValueError if it is none."""
     header = []
     for n, line in read_lines(path):
         if n == 1 and not line.startswith("##fileformat=VCF"):
@@ -67,7 +67,7 @@ def read_header(path):
 
 
 def read_records(path, header, genome, names, args):
-    """Yield (line, [alleles of an ALT and of its REF, or why it is not scored]) of each record.
+    """Yields (line, [alleles of an ALT and of its REF, or why it is not scored]) of each record.
 
     names: {contig of the VCF: contig of the FASTA or None}, filled here. ValueError names the line.
     """
@@ -89,7 +89,7 @@ def read_records(path, header, genome, names, args):
 
 
 def read_alleles(place, columns, contig, genome, args):
-    """Return for each ALT of a record its Alleles [ALT, REF], or why it is not scored."""
+    """Returns for each ALT of a record its Alleles [ALT, REF], or why it is not scored."""
     chrom, pos, _, ref, alts = columns[:5]
     if not re.fullmatch(r"\d{1,15}", pos, re.A) or not re.fullmatch(LETTERS, ref, re.I):
         raise ValueError(f"{place}: POS {data.quoted(pos)} and REF {data.quoted(ref)}: not a number and DNA "
@@ -109,7 +109,7 @@ def read_alleles(place, columns, contig, genome, args):
 
 
 def why_not(place, ref, alt):
-    """Return why an ALT is not scored, None if it can be; ValueError if it is not an allele."""
+    """Returns why an ALT is not scored, None if it can be; ValueError if it is not an allele."""
     if DNA.fullmatch(ref) and DNA.fullmatch(alt):
         return "ALT equals REF" if alt.upper() == ref.upper() else None
     for reason, pattern in UNSCORED.items():
@@ -119,7 +119,7 @@ def why_not(place, ref, alt):
 
 
 def trimmed(contig, start, ref, alt, limit):
-    """Return the Alleles [ALT, REF] without what both end, then begin with; or that they are too long."""
+    """Returns the Alleles [ALT, REF] without what both end, then begin with; or that they are too long."""
     end = start + len(ref)
     n = len(os.path.commonprefix([ref[::-1], alt[::-1]]))
     ref, alt, end = ref[:len(ref) - n], alt[:len(alt) - n], end - n
@@ -129,7 +129,7 @@ def trimmed(contig, start, ref, alt, limit):
 
 
 def cut_window(genome, allele, size, strand):
-    """Return the window (<= size,) with this allele in the middle, unless the contig ends; where it begins.
+    """Returns the window (<= size,) with this allele in the middle, unless the contig ends; where it begins.
 
     Strand "-": the window that the other strand of the contig has.
     """
@@ -198,7 +198,7 @@ def distances(a, b):
 
 
 def choose_score(model, embedding):
-    """Return {column: what it is}; outputs(rows, alleles, spans); what is made of those of ALT and of REF."""
+    """Returns {column: what it is}; outputs(rows, alleles, spans); what is made of ALT's and REF's."""
     spec = model.net.spec
     if embedding:
         model.at_layer(-1)                                   # ValueError of a network that has none
@@ -217,7 +217,7 @@ def choose_score(model, embedding):
 
 
 def open_scorer(args):
-    """Return the Model; a pretrained FinDNA network gets its layer to the bases as net.base."""
+    """Returns the Model; a pretrained FinDNA network gets its layer to the bases as net.base."""
     if args.init.startswith("findna:"):
         weights = models.load_findna(args.init[7:], args.eval_network)[1]
     elif not args.init.startswith("hf:"):
@@ -238,7 +238,7 @@ def open_scorer(args):
 
 
 def window_size(net, wanted, in_parts):
-    """Return the bases of a window: --window, or all that the model reads at once, up to its last k-mer.
+    """Returns the bases of a window: --window, or all that the model reads at once, up to its last k-mer.
     in_parts: outputs or embeddings, for which a network cuts a longer window into parts, are wanted."""
     spec, k, stride = net.spec, net.spec.get("k", 1), net.spec.get("stride") or 1
     size = {"bert": lambda: (spec["bert"]["block_size"] - 3) * stride + k,
@@ -252,7 +252,7 @@ def window_size(net, wanted, in_parts):
 
 
 def score_block(pairs, genome, score, args):
-    """Return the scores (n, columns) of pairs of Alleles, means over the strands; how many windows have N."""
+    """Returns the scores (n, columns) of pairs of Alleles, means over strands; how many windows have N."""
     alleles, values = sorted(set(itertools.chain(*pairs))), []
     number = {allele: i for i, allele in enumerate(alleles)}
     alt, ref = np.array([[number[allele] for allele in pair] for pair in pairs]).T
@@ -266,7 +266,7 @@ def score_block(pairs, genome, score, args):
 
 
 def bgzip(text):
-    """Yield bytes as blocks of a BGZF file, which tabix can index; b"" gives the block that ends the file."""
+    """Yields bytes as blocks of a BGZF file, which tabix can index; b"" gives the last block."""
     for part in (text[i:i + 65_280] for i in range(0, max(len(text), 1), 65_280)):
         deflate = zlib.compressobj(wbits=-15)
         packed = deflate.compress(part) + deflate.flush()
@@ -275,14 +275,14 @@ def bgzip(text):
 
 
 def tsv_text(line, results, text):
-    """Return the rows of a record, one for each ALT; results: (numbers as text, reason) of each."""
+    """Returns the rows of a record, one for each ALT; results: (numbers as text, reason) of each."""
     *start, alts = line.split("\t", 5)[:5]
     rows = ([*map(text, [*start, alt]), *values, why] for alt, (values, why) in zip(alts.split(","), results))
     return "".join("\t".join(row) + "\n" for row in rows)
 
 
 def vcf_text(line, results, fields):
-    """Return the record with our INFO fields: lists over the ALTs."""
+    """Returns the record with our INFO fields: lists over the ALTs."""
     columns, (values, reasons) = line.split("\t"), zip(*results)
     added = [f"{field}={','.join(x or '.' for x in column)}" for field, column in zip(fields, zip(*values))]
     added *= columns[4] != "."                               # without an ALT there is nothing to list
@@ -293,7 +293,7 @@ def vcf_text(line, results, fields):
 
 
 def vcf_header(header, columns, init):
-    """Return the header with our INFO fields, and their names. ValueError if it has such fields already."""
+    """Returns the header with our INFO fields, and their names. ValueError if it has such fields already."""
     if any(line.startswith(f"##INFO=<ID={INFO}") for line in header):
         raise ValueError(f"--out: the VCF has an INFO field {INFO} already; remove it there, or name a .tsv")
     fields = [INFO] if "score" in columns else [f"{INFO}_{i}" for i in range(len(columns))]
@@ -306,7 +306,7 @@ def vcf_header(header, columns, init):
 
 
 def score_records(records, genome, score, args, counts):
-    """Yield (line, [(numbers as text, why there are none)] of its ALTs) of each record; counts them."""
+    """Yields (line, [(numbers as text, why there are none)] of its ALTs) of each record; counts them."""
     records, none = iter(records), [""] * len(score[0])
     while block := list(itertools.islice(records, BLOCK)):
         pairs = [x for _, found in block for x in found if isinstance(x, list)]
@@ -321,7 +321,7 @@ def score_records(records, genome, score, args, counts):
 
 
 def write_scores(header, genome, score, args):
-    """Write all records, in their order, to --out; print what became of them."""
+    """Writes all records, in their order, to --out; prints what became of them."""
     names, counts = {}, collections.Counter(records=0, scored=0)
     out, text = output(args, ".variants.tsv"), excel_safe if args.excel_safe else str
     for _ in read_records(args.file, header, genome, names, args):
@@ -346,7 +346,7 @@ def write_scores(header, genome, score, args):
 
 
 def main(args):
-    """Open the VCF, the model and the genome; write the scores."""
+    """Opens the VCF, the model and the genome; writes the scores."""
     if args.out and not args.out.endswith((".tsv", ".vcf", ".vcf.gz")):
         raise ValueError(f"--out {args.out}: name a .tsv, .vcf or .vcf.gz file")
     header, model = read_header(args.file), open_scorer(args)
