@@ -24,9 +24,9 @@ LIMIT = 600                                                  # seconds for the t
 GOLDEN, HELD_OUT = "tests/runs/test_golden_steps.py", "tests/runs/test_held_out.py"
 REPEATS = "tests/runs/test_repeats_runs.py"
 UNIT = {name: f"tests/unit/test_{name}.py" for name in (
-    "before", "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune", "finetune_rules",
-    "layers", "messages", "models", "mutagenesis", "pairs", "randommask", "repeats", "splits", "strands",
-    "table", "tools", "training", "variants")}
+    "before", "bench", "benchmarks", "campaign", "cm_gems", "data", "defaults", "findna", "finetune",
+    "finetune_rules", "layers", "messages", "models", "mutagenesis", "pairs", "randommask", "repeats",
+    "splits", "strands", "table", "tools", "training", "variants")}
 PRECISION, DUE = "tests/runs/test_precision_runs.py", "tests/runs/test_cm_gems_runs.py"
 Mutant = namedtuple("Mutant", "file what old new tests")
 
