@@ -157,7 +157,7 @@ def span_mask(centers, maskable, left, right):
 
 
 def row_spans(at, maskable, left, right):
-    """Returns span_mask of the centers at (B, S), T: none; left, right (B,): each row's own."""
+    """Returns span_mask of the centers at (B, S), where T is none; left, right (B,): each row's own."""
     B, T = maskable.shape
     weight = F.pad(maskable, (0, 1)).gather(1, at).to(torch.int16)
     first, end = (at - left[:, None]).clamp_(0, T), (at + (right[:, None] + 1)).clamp_(max=T)
@@ -171,9 +171,9 @@ def mark(at, T):
 
 
 def draw_positions(shape, p, device):
-    """Draws centers (B, S): each of T positions is one with probability p, independently of the others. In
-    order, then T. It draws the geometric gaps between centers, which takes far fewer random numbers than
-    positions. The mean + 10 standard deviations + 10 gaps always reach the end of a row."""
+    """Draws centers (B, S): each of T positions is one with probability p, independently of the others.
+    They are in order, followed by T. It draws geometric gaps between centers, which takes far fewer random
+    numbers than positions. The mean + 10 standard deviations + 10 gaps always reach the end of a row."""
     B, T = shape
     n = math.ceil(T * p + 10 * math.sqrt(T * p) + 10)
     gaps = torch.log1p(-torch.rand(B, n, device=device)).div_(math.log1p(-p)).floor_().add_(1)
@@ -530,8 +530,8 @@ def open_cache(paths, cache, source):
 
 
 def check_owner(folder, named):
-    """PermissionError where a cache is another user's, unless --cache names its place: what others have
-    planted in a folder where all may write must not become the genome."""
+    """Raises PermissionError where a cache is another user's, unless --cache names its place: what others
+    have planted in a folder where all may write must not become the genome."""
     with contextlib.suppress(FileNotFoundError):
         for owner in {os.lstat(folder).st_uid, os.stat(folder).st_uid} - {os.geteuid(), 0}:
             if not named:
@@ -553,7 +553,7 @@ def make_folder(folder):
 
 
 def private(path, flags):
-    """Opener for open(): follows no link; a new file can be read by those who can read the folder."""
+    """Opens a file as open's opener: follows no link; those who can read the folder can read a new file."""
     return os.open(path, flags | os.O_NOFOLLOW, os.stat(os.path.dirname(path)).st_mode & 0o644)
 
 
@@ -632,7 +632,7 @@ def is_unchanged(index, paths, source, folder):
 
 
 def pack_contigs(paths, source, write):
-    """Pass the base codes of each contig to write(codes); return their part of index.json as a dict."""
+    """Passes the base codes of each contig to write(codes); returns their part of index.json as a dict."""
     contigs, intervals, size, crc, n_ambiguous, case = [], [], 0, 0, 0, []
     keep, drawn = source["keep"], source["ambiguous"] == "random"
     for path in paths:
@@ -715,7 +715,7 @@ def build_cache(paths, source, folder):
 
 
 def check_packed(index, bases, paths, source):
-    """ValueError unless the FASTA files, packed once more, give these bases: the cache may be another's."""
+    """Raises ValueError unless the FASTA files, packed anew, give these bases: the cache may be another's."""
     digest, folder = hashlib.sha256(), os.path.dirname(bases.filename)
     with stoppable("comparing the genome cache with the FASTA"):
         again = pack_contigs(paths, source, digest.update)
@@ -904,7 +904,7 @@ def read_bed(path, genome):
 
 
 def parts_within(a, b):
-    """Returns the parts of the intervals a (n, 2) that lie in b (m, 2), in order. In a none may overlap."""
+    """Returns the parts of the intervals a (n, 2) that lie in b (m, 2), in order. None in a may overlap."""
     at, n = np.concatenate([a[:, 1], a[:, 0], b[:, 0], b[:, 1]]), [len(a)] * 2 + [len(b)] * 2
     order = np.argsort(at, kind="stable")                    # at a position: ends of a, starts, ends of b
     in_a, in_b = (np.repeat(steps, n)[order].cumsum() > 0 for steps in ([-1, 1, 0, 0], [0, 0, 1, -1]))
@@ -927,7 +927,7 @@ def draw_starts(table, n, rng):
 
 
 def to_device(x, device):
-    """Copys a tensor or array of the host to a device. From pinned memory, a GPU does it without a wait."""
+    """Copies a tensor or array of the host to a device. From pinned memory, a GPU does it without a wait."""
     x = x if torch.is_tensor(x) else torch.from_numpy(np.asarray(x))
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
@@ -964,7 +964,7 @@ def token_weights(soft, k, stride, repeat_weight):
 
 
 def resident(bases, device):
-    """Moves the bases to a GPU where they take less than a third of its free memory; else leave them."""
+    """Moves the bases to a GPU where they take less than a third of its free memory; else leaves them."""
     if device.type == "cuda" and bases.nbytes < torch.cuda.mem_get_info(device)[0] / 3:
         return torch.from_numpy(bases).to(device)
     return bases
@@ -1477,7 +1477,7 @@ def add_column_flags(add, *names):
 
 
 def delimiter(text):
-    """argparse type: one character, or tab."""
+    """Parses one character, or tab: an argparse type."""
     text = "\t" if text in ("tab", "\\t") else text
     if len(text) != 1 or text in "\r\n\"":
         raise argparse.ArgumentTypeError(f"expected one character, or tab, not {quoted(text)}")
@@ -1485,7 +1485,7 @@ def delimiter(text):
 
 
 def fractions(text):
-    """argparse type: '0.8,0.1,0.1', three positive floats that sum to 1."""
+    """Parses '0.8,0.1,0.1', three positive floats that sum to 1: an argparse type."""
     parts = [float(part) for part in text.split(",")]
     if len(parts) != 3 or min(parts) <= 0 or not math.isclose(sum(parts), 1):
         raise argparse.ArgumentTypeError(f"{text}: give three shares that sum to 1, as 0.8,0.1,0.1")

@@ -120,7 +120,7 @@ def make_views(bases, views, reach, mask_rate=MASK_RATE, noise=NOISE, flip=FLIP)
 
 
 def view_pair(text):
-    """An argparse type: STUDENT+TEACHER of the letters that make_views knows; the student needs M."""
+    """Parses STUDENT+TEACHER (an argparse type), of letters that make_views knows; the student needs M."""
     student, _, teacher = text.partition("+")
     sound = [letters == "none" or set(letters) <= set("MDITNR") and 0 < len(letters) == len(set(letters))
              for letters in (student, teacher)]
@@ -358,11 +358,11 @@ if __name__ == "__main__":
             run.open("findna", model.config, genome.fingerprint, parts)
 
     def take(starts):
-        """The windows (n, length) at `starts`, on the device."""
+        """Returns the windows (n, length) at `starts`, on the device."""
         return data.to_device(data.take_windows(bases, starts, args.length), device)
 
     def get_views(starts, edges=None):
-        """view_u, target (weighted, with the edges of repeats), view_v; call training.seed before."""
+        """Makes view_u, target (weighted, with the edges of repeats), view_v; call training.seed before."""
         dna = take(starts)
         dna = dna if edges is None else dna + data.SOFT * data.in_repeats(dna, starts, edges)
         view_u, target, view_v = make_views(dna, args.views, args.translocation, args.mask_rate, args.noise,
@@ -370,7 +370,7 @@ if __name__ == "__main__":
         return view_u, target.where(target >= 0, args.repeat_weight), view_v
 
     def get_batch(step, i, n):
-        """get_views of micro-batch i (n windows) of a step."""
+        """Returns get_views of micro-batch i (n windows) of a step."""
         first, rng = i * args.micro_batch_size, training.seed(args.seed, step, i)
         return get_views(data.draw_starts(train, n, rng) if args.fresh_windows else
                          pass_over(windows, args.seed, (step - 1) * args.batch_size + first, n), repeats)
@@ -401,15 +401,15 @@ if __name__ == "__main__":
         training.wrap(teacher, args.compile, device, 1)      # the teacher has no gradients to share
 
     def loss_of(mnm, cl):
-        """Eq. 1 with the sums of Eqs 2 and 7, divided by M to keep the numbers readable."""
+        """Returns Eq. 1 with the sums of Eqs 2 and 7, divided by M to keep the numbers readable."""
         return (alpha * mnm + (1 - alpha) * cl) / n_masked
 
     def cls_of(x, logits):
-        """The outputs (B, K, C or 5) at the [CLS] of what the network returns."""
+        """Returns the outputs (B, K, C or 5) at the [CLS] of what the network returns."""
         return (logits if projected else x)[:, -args.n_cls:]
 
     def forward(network, view_u, target, view_v):
-        """Loss sums over sequences, mnm and cl; the student's logits; the teacher's [CLS] and their q."""
+        """Returns loss sums mnm, cl over sequences, the student's logits, the teacher's [CLS] and their q."""
         outputs, q, cl = center[None], None, torch.zeros((), device=device)
         with training.autocast(device, args.dtype):
             if teacher:
@@ -424,7 +424,7 @@ if __name__ == "__main__":
 
     @torch.no_grad()
     def validate(step):
-        """A row for the log: the same windows with the same draws each time, shared by the ranks."""
+        """Makes a row of the log: the same windows with the same draws each time, shared by the ranks."""
         model.eval()
         total = torch.zeros(6 + 2 * center.numel(), dtype=torch.float64, device=device)
         for i, n in run.eval_batches():

@@ -108,7 +108,7 @@ OWN_METRICS = {"classes": ["mcc", "acc", "balanced_acc", "f1_macro", "f1_binary"
 
 
 def get_protocol(name, task, shots, kind, flags):
-    """Numbers of a protocol for one task; later ones win: its own, group, task, few-shot, CNN, flags."""
+    """Returns a protocol's numbers for a task; later ones win: its own, group, task, few-shot, CNN, flags."""
     base, changes = PROTOCOLS[name]
     p = base | changes.get(task.split("/")[0], {}) | changes.get(task, {})
     if name == "fewshot":                                    # GeneMask Script-B
@@ -120,7 +120,8 @@ def get_protocol(name, task, shots, kind, flags):
 
 
 def main_metric(protocol, task):
-    """Martinek et al. report F1 of the positive class; strict balances classes (MCC); else the task's own."""
+    """Returns the metric of a task: its own or, for classes (but those of --tasks), the protocol's. Martinek
+    et al. report F1 of the positive class (of more, macro F1); strict balances classes (MCC)."""
     if task.suite == "tasks" or task.regression or task.multilabel:            # tasks: stated by the user
         return task.metric
     if protocol == "martinek":
@@ -176,11 +177,11 @@ class BertHead(nn.Module):
         return np.maximum((lengths - self.k) // self.stride + 1, 0)
 
     def n_covered(self, n):
-        """Numbers of bases that n k-mers in a row cover."""
+        """Returns the number of bases that n k-mers in a row cover."""
         return np.where(n, (n - 1) * self.stride + self.k, 0)
 
     def windows(self, lengths):
-        """Sequence lengths -> (owner, first, n) of the windows: sequence, first base, number of k-mers.
+        """Cuts sequence lengths into windows (owner, first, n): sequence, first base, number of k-mers.
         Each k-mer is in one window; long "truncate" keeps the first window only."""
         n, room = self.n_kmers(lengths), self.room
         n_windows = np.ones_like(n) if self.spec["long"] == "truncate" else np.maximum(-(-n // room), 1)
@@ -201,7 +202,7 @@ class BertHead(nn.Module):
         return {name: int((lengths > longest).sum()), "shorter_than_k": int((lengths < self.k).sum())}
 
     def tokens(self, bases, starts, n):
-        """n k-mers from each start -> tokens (B, T), mask (B, T) or None where all rows are equally long.
+        """Returns n k-mers from each start as tokens (B, T), and a mask (B, T), None where all n are equal.
         Otherwise T is a multiple of 32 (or block_size): few shapes and little padding (12 % of the tokens on
         the lengths of human_enhancers_ensembl; 18 % with 64)."""
         longest, alike, device = max(int(n.max()), 1), n.min() == n.max() > 0, bases.device
@@ -215,7 +216,7 @@ class BertHead(nn.Module):
         return tokens.masked_fill(at == n + 1, data.SEP).masked_fill(at > n + 1, data.PAD), at < n + 2
 
     def inputs(self, rows, index):
-        """Tokens, mask, and the number of windows of each sequence (None: one window a sequence)."""
+        """Returns tokens, mask, and the number of windows of each sequence (None: one window a sequence)."""
         if rows.first is not None:
             return self.pair_inputs(rows, index)
         owner, first, n = self.windows(data.lengths_of(rows, index))
@@ -224,7 +225,7 @@ class BertHead(nn.Module):
         return tokens, mask, None if alone else data.to_device(np.bincount(owner), tokens.device)
 
     def pair_kmers(self, rows, index):
-        """Numbers of k-mers of the two sequences of each pair, as read and as they are: (B, 2) each."""
+        """Counts the k-mers of the two sequences of each pair, as read and as they are: (B, 2) each."""
         first, room = rows.first[index], self.room - 1       # for the second [SEP]
         n = self.n_kmers(np.stack([first, data.lengths_of(rows, index) - 1 - first], 1))
         n_long = int((n.sum(1) > room).sum())
@@ -234,7 +235,8 @@ class BertHead(nn.Module):
         return np.minimum(n, np.maximum(room - n[:, ::-1], [room - room // 2, room // 2])), n
 
     def pair_inputs(self, rows, index):
-        """Tokens [CLS] k-mers [SEP] k-mers [SEP], mask, None. All of type 0: no other is pretrained."""
+        """Returns tokens [CLS] k-mers [SEP] k-mers [SEP], mask, None. All tokens are of type 0: no other is
+        pretrained."""
         n, k, device = self.pair_kmers(rows, index)[0], self.k, rows.bases.device
         T = min(-(-(int(n.sum(1).max()) + 3) // 32) * 32, self.room + 2)
         a, end, start, second = (data.to_device(x, device)[:, None] for x in (
@@ -260,7 +262,7 @@ class BertHead(nn.Module):
         return self.out(F.dropout(x, self.p, self.training))
 
     def sums(self, tokens, mask, layer=None):
-        """What `pooled` makes a mean of: over the k-mers, or the [CLS], of each window."""
+        """Sums and counts, for `pooled`, the states of the k-mers, or of the [CLS], by window."""
         return models.summed(self.spec["pool"], self.states(tokens, mask, layer), {
             "mean": (tokens == data.UNK) | (tokens > data.MASK), "cls": tokens == data.CLS})
 
@@ -306,7 +308,8 @@ class HfHead(nn.Module):
         self.bases_in_room = self.room * 4096 / self.tokenize(sample).shape[1]
 
     def windows(self, rows, index):
-        """The sequence of each window (n,), and its tokens, with first bases in rows: arrays (3, <= room)."""
+        """Returns the sequence of each window (n,), and for each an array (3, <= room): ids, first bases
+        in rows and widths of its tokens."""
         lengths, owner, parts = data.lengths_of(rows, index), [], []
         bases = data.padded(rows, index, int(lengths.max()), 4).cpu().numpy()
         for i, length in enumerate(lengths):
@@ -330,7 +333,7 @@ class HfHead(nn.Module):
         return {name: int((lengths > self.bases_in_room).sum())}
 
     def inputs(self, rows, index):
-        """Tokens (B, T), which belong to the sequence, mask, and windows of each sequence, or None."""
+        """Returns tokens, mask of the sequence's own, mask of all (B, T each), windows a sequence or None."""
         owner, parts = self.windows(rows, index)
         rows_of_ids = [[*self.first, *ids, *self.last] for ids, *_ in parts]
         n, at = torch.tensor(list(map(len, rows_of_ids)))[:, None], torch.arange(max(map(len, rows_of_ids)))
@@ -398,16 +401,16 @@ class MixerHead(nn.Module):
 
     @property
     def n_cls(self):
-        """Numbers of blank [CLS] behind the bases."""
+        """Returns the number of blank [CLS] behind the bases."""
         return 0 if self.spec["pool"] == "mean" else self.spec["n_cls"]
 
     @property
     def room(self):
-        """Bases that fit one window; None: any number."""
+        """Returns the number of bases that fit one window; None: any number."""
         return None if "track_size" in self.spec["mixer"] else self.spec["mixer"]["length"] - self.n_cls
 
     def windows(self, lengths):
-        """Sequence lengths -> (owner, first, n) of the windows: sequence, first base, number of bases."""
+        """Cuts sequence lengths into windows (owner, first, n): sequence, first base, number of bases."""
         lengths = self.read(lengths)[0]
         n_windows = -(-lengths // (self.room or lengths.max()))
         owner, nth = data.members(n_windows)
@@ -415,7 +418,8 @@ class MixerHead(nn.Module):
         return owner, first, end - first
 
     def n_windows(self, lengths):
-        """For a ChordMixer as many pretraining inputs as hold the bases: the memory grows with these."""
+        """Counts the windows of each sequence; for a ChordMixer, the pretraining inputs that would hold its
+        bases: the memory grows with these."""
         if self.room is None:
             return -(-lengths // self.spec["mixer"]["length"])
         return np.bincount(self.windows(lengths)[0])
@@ -431,8 +435,8 @@ class MixerHead(nn.Module):
         return {name: int((lengths > self.room).sum())}
 
     def inputs(self, rows, index):
-        """One-hot bases (B, L, 5); lengths (B,), None where all are equal; windows a sequence, or None.
-        Where the lengths differ, L is a multiple of 64, or what an Encoder has room for."""
+        """Returns one-hot bases, then [CLS] (B, L, 5); lengths (B,), None where all are equal; windows a
+        sequence, or None. Where the lengths differ, the bases take a multiple of 64, or an Encoder's room."""
         owner, first, n = self.windows(data.lengths_of(rows, index))
         longest, several = int(n.max()), len(owner) > len(index)
         alike = n.min() == longest and not several
@@ -447,7 +451,7 @@ class MixerHead(nn.Module):
         return self.backbone(one_hot, lengths, layer=layer, **self.options)    # (B, L, C)
 
     def sums(self, one_hot, lengths, layer=None):
-        """What `pooled` makes a mean of: over the bases, or the [CLS] behind them, of each window."""
+        """Sums and counts, for `pooled`, the states of the bases, or of the [CLS] behind them, by window."""
         x, ends = self.states(one_hot, lengths, layer), lengths[:, None]
         at = torch.arange(x.shape[1], device=x.device)
         return models.summed(self.spec["pool"], x, {"mean": at < ends - self.n_cls,
@@ -527,7 +531,7 @@ DEFAULTS = models.HOW | {"dtype": "float32", "n_out": 1, "pool": "mean", "head":
 
 
 def build_net(spec, weights=None, seed=42):
-    """The network of a spec: a fine-tuned one as saved, else a new head on pretrained or random weights."""
+    """Builds a spec's network: a fine-tuned one as saved, else a new head on pretrained or random weights."""
     training.seed(seed)
     net = HEADS[spec["kind"]](DEFAULTS | spec)
     if weights and "classes" in spec:
@@ -574,7 +578,8 @@ def choose_network(path, state):
 
 
 def read_checkpoint(path, eval_network=None):
-    """A checkpoint of ours -> (spec, weights). FinDNA has two networks: eval_network, else choose_network."""
+    """Reads a checkpoint of ours: (spec, weights). Of FinDNA's two networks it takes eval_network, else what
+    choose_network returns."""
     state = training.load(path)
     spec, weights, method = state["config"], state["model"], state["method"]
     network = eval_network or choose_network(path, state)
@@ -593,7 +598,7 @@ def read_checkpoint(path, eval_network=None):
 
 
 def read_network(init, eval_network=None):
-    """A checkpoint of ours, hf:FOLDER or findna:FILE -> (spec, weights)."""
+    """Reads a checkpoint of ours, hf:FOLDER or findna:FILE: (spec, weights)."""
     if init.startswith("hf:"):
         return read_folder(init[3:])
     if not init.startswith("findna:"):
@@ -604,7 +609,7 @@ def read_network(init, eval_network=None):
 
 
 def read_folder(folder):
-    """A folder of transformers -> (spec, weights): a BERT over k-mers becomes ours, others are theirs."""
+    """Reads a folder of transformers: (spec, weights). A BERT over k-mers becomes ours, others are theirs."""
     path = os.path.join(folder, "config.json")
     try:
         config = models.read_json(path)
@@ -631,7 +636,7 @@ def read_folder(folder):
 
 
 def read_start(init, args):
-    """--init -> Start. ValueError for what cannot be trained."""
+    """Turns an --init into a Start. ValueError for what cannot be trained."""
     spec, weights, name = {"kind": init}, None, init
     if init == "random":
         spec = BertHead.body_spec(models.BertConfig(4 ** args.k + 5, args.block_size, args.n_layer,
@@ -653,7 +658,7 @@ def read_start(init, args):
 
 
 def check_pairs(spec, rows):
-    """ValueError for pairs that the network does not read, and for single sequences where it wants pairs."""
+    """Raises ValueError for pairs that the network cannot read, or single sequences where it wants pairs."""
     pairs = rows.first is not None
     if pairs and spec["kind"] not in ("bert", "kmer"):
         raise ValueError(f"sequence_2: a network of the kind {spec['kind']} reads no pairs; use a BERT "
@@ -664,7 +669,7 @@ def check_pairs(spec, rows):
 
 
 def count_unfit(net, rows):
-    """{what does not fit the network: number of sequences, or of pairs}."""
+    """Counts the sequences, or pairs, that do not fit the network: {what does not fit: their number}."""
     if rows.first is None:
         return net.count(np.diff(rows.offsets))
     kept, n = net.pair_kmers(rows, np.arange(len(rows.first)))
@@ -672,7 +677,7 @@ def count_unfit(net, rows):
 
 
 def n_bases(net, rows):
-    """Numbers of A, C, G and T that the network reads of each sequence; of 0, its outputs mean nothing."""
+    """Counts the A, C, G and T that the network reads of each sequence; if 0, its outputs mean nothing."""
     if net is None:                                          # the 5-mer baseline
         return data.bases_read(rows, np.diff(rows.offsets), data.KMER)
     check_pairs(net.spec, rows)
@@ -698,9 +703,9 @@ def pieces(net, index, lengths, micro_batch_size):
 
 @torch.no_grad()
 def apply(net, rows, micro_batch_size, function=None):
-    """Outputs of the network, or of a function of its inputs (net.embed), in the order of rows: float32.
-    Their means over both strands if the spec says average. Sequences of similar length share a forward pass.
-    InterruptedError after a stop signal."""
+    """Returns the outputs of the network, or of a function of its inputs (net.embed), in the order of rows:
+    float32; means over both strands if the spec says average. Sequences of similar length share a forward
+    pass. InterruptedError after a stop signal."""
     check_pairs(net.spec, rows)
     average = net.spec["strands"] == "average"
     rows = data.both_strands(rows) if average else rows
@@ -722,7 +727,7 @@ class Model:
         self.pool = net.spec["pool"]                         # with which a head was trained
 
     def classes(self):
-        """Names of the outputs; ValueError if the model is not fine-tuned."""
+        """Returns the names of the outputs; ValueError if the model is not fine-tuned."""
         if "classes" not in self.net.spec:
             raise ValueError(f"--init {self.init}: not fine-tuned; make a classifier with finetune.py")
         names = self.net.spec["classes"]
@@ -740,7 +745,7 @@ class Model:
         return outputs
 
     def at_layer(self, layer):
-        """{"layer": n} for the n layers up to this one, counted as in `embed`; {} for all of them."""
+        """Returns {"layer": n} for the n layers up to this one, counted as in `embed`; {} for all of them."""
         if not self.net.BODY:
             raise ValueError(f"--init {self.init}: a CNN has no embeddings; use a pretrained network")
         last = self.net.n_layer
@@ -750,13 +755,13 @@ class Model:
         return {} if layer in (-1, last) else {"layer": layer % (last + 1)}
 
     def embed(self, sequences, layer=-1):
-        """One vector a sequence: (n, C); NaN where the network reads no base (shorter than k, all N).
+        """Returns one vector a sequence, (n, C); NaN where the network reads no base (shorter than k, all N).
         layer: 0 is the input embeddings, 1 the first layer, -1 the last one, -2 the one before."""
         layer = self.at_layer(layer)                         # a CNN is refused here
         return self.apply(sequences, functools.partial(self.net.embed, **layer))
 
     def score(self, sequences):
-        """How likely a pretrained BERT finds each sequence: (n,), in nats a base; -1.386 is pure chance.
+        """Tells how likely a pretrained BERT finds each sequence: (n,) in nats a base; -1.386 is pure chance.
         The pseudo-log-likelihood: the mean of log P(base | all other bases). A base is hidden by masking all
         k-mers over it; a pass masks about 15 % of them. ValueError for a classifier, which has `predict`."""
         net = self.net
@@ -771,7 +776,7 @@ class Model:
             *models.in_parts(log_p, self.micro_batch_size, tokens, mask), n_windows))[:, 0]
 
     def predict(self, sequences, empty=False):
-        """Probabilities of the classes or labels, or the values of a regression: (n, number of outputs).
+        """Returns probabilities of classes or labels, or the values of a regression: (n, number of outputs).
         NaN where the network reads no base, unless empty=True."""
         self.classes()                                       # is it fine-tuned?
         if self.net.BODY == "backbone" and self.net.spec["pool"] != self.pool:
@@ -784,8 +789,8 @@ class Model:
 
 
 def load_model(init, device="cpu", eval_network=None, pool=None, **changes):
-    """A checkpoint, hf:FOLDER or findna:FILE -> Model. changes, where not None: pool, long, stride, dtype,
-    strands ("average": means over both strands)."""
+    """Loads a Model from a checkpoint, hf:FOLDER or findna:FILE. changes, where not None: pool, long, stride,
+    dtype, strands ("average": means over both strands)."""
     init = os.fspath(init)
     spec, weights = read_network(init, eval_network)
     if eval_network and (spec["kind"] != "mixer" or "classes" in spec):
@@ -804,10 +809,8 @@ def load_model(init, device="cpu", eval_network=None, pool=None, **changes):
 
 
 def scores(outputs, labels, task):
-    """Outputs (n, n_out), labels -> {metric: value}; None where undefined (PCC of a constant, MCC where all
-    labels are one class).
-
-    ArithmeticError when an output is not finite."""
+    """Returns {metric: value} of outputs (n, n_out) and labels; None where undefined (PCC of a constant, MCC
+    where all labels are one class). ArithmeticError when an output is not finite."""
     if not np.isfinite(outputs).all():
         raise ArithmeticError(f"{task.name}: the outputs are not finite; lower --lr")
     with warnings.catch_warnings():
@@ -819,7 +822,7 @@ def scores(outputs, labels, task):
 
 
 def vary(labels):
-    """Whether not all rows have the same label or targets."""
+    """Tells whether any rows differ in their labels or targets."""
     return bool((labels != labels[0]).any())
 
 
@@ -831,7 +834,8 @@ def regression_scores(outputs, labels, names):
 
 
 def label_scores(outputs, labels, names):
-    """Of each label and, where it has both values, their means: AUROC, AUPRC; F1 and accuracy at p = 0.5."""
+    """Returns AUROC and AUPRC of each label; the means of these and of F1 at p = 0.5 over the labels that
+    have both values; accuracy at p = 0.5."""
     found = {"auroc": metrics.roc_auc_score, "auprc": metrics.average_precision_score,
              "f1": lambda y, x: metrics.f1_score(y, x > 0)}
     found = {metric: [score(y, x) if vary(y) else math.nan for x, y in zip(outputs.T, labels.T)]
@@ -860,7 +864,7 @@ def class_scores(outputs, labels, n_classes):
 
 
 def epoch_batches(lengths, batch_size, seed, epoch):
-    """Index arrays of one epoch, a function of (seed, epoch): shuffled, sorted by length within parts."""
+    """Draws an epoch's batches from (seed, epoch): index arrays, shuffled, sorted by length within parts."""
     rng = np.random.default_rng((seed, epoch))
     order, batches = rng.permutation(len(lengths)), []
     for part in np.split(order, range(SORTED * batch_size, len(order), SORTED * batch_size)):
@@ -870,7 +874,8 @@ def epoch_batches(lengths, batch_size, seed, epoch):
 
 
 def fit_linear(train, labels, test, task, class_weights=None):
-    """scikit-learn's logistic regression (regression: ridge) on standardised features: outputs on test."""
+    """Fits scikit-learn's logistic regression (regression: ridge) to standardised features; returns outputs
+    on test."""
     model = linear_model.RidgeCV(np.logspace(-1, 5, 7)) if task.regression else \
         linear_model.LogisticRegression(max_iter=1000, C=0.01, class_weight=class_weights)
     model = multiclass.OneVsRestClassifier(model) if task.multilabel else model
@@ -885,7 +890,7 @@ def fit_linear(train, labels, test, task, class_weights=None):
 
 
 def linear_outputs(net, parts, task, args, device):
-    """Outputs on test of a linear model on embeddings (probe) or, without a network, on k-mer counts.
+    """Returns outputs on test of a linear model on embeddings (probe) or, without a network, on k-mer counts.
     --strands augment fits it on both strands of train; with average, its features are means over both."""
     train = data.both_strands(parts["train"]) if args.strands == "augment" else parts["train"]
 
@@ -899,14 +904,15 @@ def linear_outputs(net, parts, task, args, device):
 
 
 def balanced_weights(labels, n_out):
-    """Weights of classes (n_out,), or of 0 and 1 of each label (2, n_out), that give all the same share."""
+    """Returns weights that give equal shares to classes (n_out,), or to 0 and 1 of each label (2, n_out)."""
     counts = torch.stack([(~labels).sum(0), labels.sum(0)]) if labels.dtype == torch.bool else \
         labels.bincount(minlength=n_out)
     return len(labels) / (len(counts) * counts.clamp(min=1).float())
 
 
 def loss_of(outputs, labels, reduction, weights=None):
-    """Cross-entropy of class ids; of each label, binary; mean squared error of float targets."""
+    """Returns the cross-entropy of class ids, the binary cross-entropy of labels, or the mean squared error
+    of float targets."""
     if labels.dtype == torch.int64:
         return F.cross_entropy(outputs, labels, weights, reduction=reduction)
     share = labels.shape[1] if reduction == "sum" else 1
@@ -918,8 +924,8 @@ def loss_of(outputs, labels, reduction, weights=None):
 
 
 def train_batch(net, rows, index, micro_batch_size, scaler=torch.amp.GradScaler(enabled=False), weights=None):
-    """Forward and backward of a batch of rows, with their labels on the device, in pieces; returns (loss sum,
-    number of sequences) on the device."""
+    """Runs a batch of rows, with their labels on the device, forward and backward in pieces; returns (loss
+    sum, number of sequences) on the device."""
     total, lengths, device = 0, np.diff(rows.offsets), rows.bases.device
     for piece in pieces(net, index, lengths, micro_batch_size):
         with training.autocast(device, net.spec["dtype"]):
@@ -945,7 +951,7 @@ def take_step(trained, scaler, clip):
 
 
 def evaluate(net, dev, task, micro_batch_size, weights=None):
-    """{"loss" (with the weights of --class_weights), and the scores} on dev."""
+    """Returns the scores on dev and the "loss" there (with the weights of --class_weights)."""
     net.eval()
     outputs = apply(net, dev, micro_batch_size)
     net.train()
@@ -966,7 +972,7 @@ def keep_best(best, net, step, found, key):
 
 
 def get_schedule(p, n_train):
-    """(steps, steps of an epoch, steps of warm-up) for so many training sequences."""
+    """Returns (steps, steps of an epoch, steps of warm-up) for so many training sequences."""
     per_epoch = math.ceil(n_train / p["batch_size"])
     steps = p["max_steps"] or per_epoch * p["epochs"]
     warmup = p["warmup"] if type(p["warmup"]) is int else round(p["warmup"] * steps)
@@ -974,7 +980,7 @@ def get_schedule(p, n_train):
 
 
 def resume(folder, run, **parts):
-    """(steps done, the best evaluation so far), with the checkpoint in folder, if any, put into parts."""
+    """Puts the checkpoint in folder, if any, into parts; returns (steps done, the best evaluation so far)."""
     best = {"value": -math.inf, "step": 0, "worse": 0, "weights": {}, "scores": {}}
     if not training.has_checkpoint(folder):
         return 0, best
@@ -985,7 +991,7 @@ def resume(folder, run, **parts):
 
 
 def mean_loss(total, task, step):
-    """Mean of (loss sum, sequences); ArithmeticError when it is not finite."""
+    """Returns the mean loss from total (loss sum, sequences); ArithmeticError when it is not finite."""
     loss, n = total.tolist()
     if not math.isfinite(loss):
         raise ArithmeticError(f"{task}: the loss is not finite before step {step}; lower --lr")
@@ -993,7 +999,7 @@ def mean_loss(total, task, step):
 
 
 def fine_tune(net, parts, task, run, folder, args):
-    """The loop: trains net, leaves in it the weights that the protocol selects, returns what happened.
+    """Trains net, leaves in it the weights that the protocol selects, and returns what happened.
     Resumes from folder's checkpoint as if never stopped; at a stop signal it saves, and exits with 143."""
     key, p, train, dev = run["args"], run["args"]["numbers"], parts["train"], parts["dev"]
     lengths = np.diff(train.offsets)
@@ -1045,13 +1051,13 @@ def fine_tune(net, parts, task, run, folder, args):
 
 
 def labels_split(args):
-    """Whether the column `split` of --csv holds labels or targets, by the flags."""
+    """Tells whether, by the flags, the column `split` of --csv holds labels or targets."""
     columns = args.targets or args.multilabel or [data.column_flags(args)["label"] or ""]
     return "split" in map(str.lower, columns)
 
 
 def read_user_csv(args):
-    """--csv -> (Task, splits): one table is split, two are train and test, three train, dev and test."""
+    """Reads --csv: (Task, splits). One table is split, two are train and test, three train, dev and test."""
     first, *others = args.csv
     if len(others) > 2:
         raise ValueError(f"--csv: {len(args.csv)} tables; give one, train and test, or train, dev and test")
@@ -1080,7 +1086,7 @@ def read_user_csv(args):
 
 
 def read_benchmark(path):
-    """A --tasks table -> {name: its line}: files, targets and multilabel are lists, place is FILE: line N."""
+    """Reads a --tasks table: {name: line}; files, targets, multilabel are lists, place is FILE: line N."""
     wanted = ("name", "files", "metric", "protocol", "targets", "multilabel")
     columns, places = data.read_columns(path, {name: [name] for name in wanted}, optional=wanted[4:])
     lines, folder = {}, os.path.dirname(path)
@@ -1105,7 +1111,7 @@ def read_benchmark(path):
 
 
 def read_own(line, args):
-    """A line of --tasks -> (Task, splits)."""
+    """Reads the tables that a line of --tasks names: (Task, splits)."""
     flags = {name: line[name] for name in ("targets", "multilabel")} | {"csv": line["files"]}
     task, splits = read_user_csv(argparse.Namespace(**vars(args) | flags))
     if line["metric"] in ("f1_binary", "auroc") and not task.multilabel and len(task.classes) > 2:
@@ -1115,7 +1121,7 @@ def read_own(line, args):
 
 
 def assign(splits, p, seed, names=()):
-    """Rows to train on, select by (None: no selection) and test on; and in words, what is tested on."""
+    """Returns rows to train on, to select by (or None) and to test on; and in words, what is tested on."""
     (train, dev, test), tested_on = (splits[split] for split in ("train", "dev", "test")), "test"
     if test is None:
         dev, test, tested_on = None, dev, "dev (there is no test)"
@@ -1133,7 +1139,7 @@ def assign(splits, p, seed, names=()):
 
 
 def count_rows(parts, net, seen):
-    """Counts for the row of results: what was accepted, cut or repeated. seen: test rows also in train."""
+    """Counts what was accepted, cut or repeated, for the row of results. seen: which test rows train has."""
     parts = {split: rows for split, rows in parts.items() if rows}
     counts = {f"{split}_{name}": n for split, rows in parts.items() for name, n in rows.notes.items()}
     if "dev" in parts:
@@ -1146,7 +1152,7 @@ def count_rows(parts, net, seen):
 
 
 def complete(spec, key, args, task, longest):
-    """The spec of a run: of its pretrained part, of the flags, of the task. It is stored with the model."""
+    """Makes a run's spec from its pretrained part, the flags and the task. It is stored with the model."""
     kind, dropout = spec["kind"], key["numbers"].get("dropout")
     given = spec | {"n_out": len(task.classes), "regression": task.regression, "multilabel": task.multilabel}
     own = HEADS[kind].complete(given, args, longest) if kind in HEADS else {}
@@ -1158,7 +1164,7 @@ def complete(spec, key, args, task, longest):
 
 
 def model_path(key, folder):
-    """Where the model of a run goes: TASK/INIT.pt, or under the run's id if another run has that name."""
+    """Returns the path of a run's model: TASK/INIT.pt, or TASK/ID.pt if another run has that name."""
     name = key["init"].removesuffix("/last.pt").rstrip("/").split("/")[-1].removesuffix(".pt").split(":")[-1]
     name = "".join(name.split()[:1]).strip(".") or "model"   # of ./last.pt
     name = ("random_" if key["init"].startswith("random:") else "") + name
@@ -1183,7 +1189,8 @@ def save_model(net, task, run, steps, folder, args):
 
 
 def standardised(parts, task):
-    """(parts with float32 targets of mean 0, sd 1 on train; mean; sd). ValueError for what overflows."""
+    """Returns (parts with float32 targets of mean 0, sd 1 on train; mean; sd). ValueError for a target over
+    FAR sd from the mean."""
     mean, sd = parts["train"].labels.mean(0), parts["train"].labels.std(0)
     targets = {split: (rows.labels - mean) / sd for split, rows in parts.items() if rows}
     for split, x in targets.items():
@@ -1196,7 +1203,8 @@ def standardised(parts, task):
 
 
 def to_units(net, mean, sd, task):
-    """Turns standardised outputs into the units of the table; says where float32 is too coarse for these."""
+    """Changes the last layer of net, trained on standardised targets, to predict in the units of the table;
+    says where float32 is too coarse for these."""
     for name, m, s, step in zip(task.classes, mean, sd, np.spacing(abs(mean).astype(np.float32))):
         if step > s / 1000:
             print(f"  {name}: the model file will predict in steps of {step:g} (mean {m:g}, sd {s:g}); "
@@ -1208,7 +1216,7 @@ def to_units(net, mean, sd, task):
 
 
 def tuned_outputs(net, parts, task, run, folder, args):
-    """Fine-tunes; (outputs on test, what happened). The model of the first seed is kept."""
+    """Fine-tunes net and returns (outputs on test, what happened); keeps the model of the first seed."""
     device = next(net.parameters()).device
     if task.regression:
         parts, mean, sd = standardised(parts, task)
@@ -1231,7 +1239,7 @@ def tuned_outputs(net, parts, task, run, folder, args):
 
 
 def score_run(outputs, parts, task, metric, seen):
-    """Scores for the row: on test, on test without the rows also in train, and whether outputs collapsed."""
+    """Returns the row's scores: on test, on test without rows of train, and whether the outputs collapsed."""
     labels = parts["test"].labels
     test = scores(outputs, labels, task)
     collapsed = len(set(outputs.argmax(1))) == 1
@@ -1244,7 +1252,7 @@ def score_run(outputs, parts, task, metric, seen):
 
 
 def shown(name, value):
-    """A score as text, in percent but for the error."""
+    """Returns a score as text, in percent unless it is the mean squared error."""
     return f"{name} undefined" if value is None else f"{name} {value if name == 'mse' else 100 * value:.4g}"
 
 
@@ -1258,7 +1266,7 @@ def print_scores(row):
 
 
 def check_parts(parts, task, key):
-    """ValueError for labels that nothing can be learnt from, or chosen by."""
+    """Raises ValueError for labels from which nothing can be learnt, or that cannot choose the weights."""
     train, dev = parts["train"], parts["dev"]
     if task.regression or task.multilabel:
         for name, x in zip(task.classes, train.labels.T):
@@ -1275,7 +1283,7 @@ def check_parts(parts, task, key):
 
 
 def done_before(row, out):
-    """What to say of a run that has a row, and of its model if that is not there any more."""
+    """Returns what to say of a run that has a row already, and of its model if that is not there any more."""
     path = f"{out}/results.jsonl"
     if row.get("model") and not os.path.exists(str(row["model"])):
         return f"done before, but its model {row['model']} is gone; remove its row from {path} to train again"
@@ -1328,7 +1336,7 @@ def run_one(task, splits, key, start, args, device):
 
 @contextlib.contextmanager
 def locked_results(out):
-    """results.jsonl, open to append to; ranks and other runs wait until it is closed."""
+    """Yields results.jsonl, open to append to; ranks and other runs wait until it is closed."""
     os.makedirs(out, exist_ok=True)
     with open(os.path.join(out, "results.jsonl"), "a+b", opener=training.no_links) as f:
         fcntl.flock(f, fcntl.LOCK_EX)
@@ -1354,7 +1362,7 @@ def append_row(out, row):
 
 
 def parse_row(line):
-    """A line of results.jsonl -> the row of a run, or None."""
+    """Returns the row of a run that a line of results.jsonl holds, or None."""
     try:
         row = json.loads(line)
         sizes, own_dev = row.get("rows", {"train": 0, "test": 0}), "dev is" in row.get("tested_on", "")
@@ -1366,7 +1374,7 @@ def parse_row(line):
 
 
 def read_rows(out):
-    """Rows of results.jsonl, [] where there is none. A line that is not a run is named and passed over."""
+    """Reads the rows of results.jsonl, [] where there is none; names a line that is no run and skips it."""
     path, rows = os.path.join(out, "results.jsonl"), []
     if not os.path.exists(path):
         return rows
@@ -1381,18 +1389,20 @@ def read_rows(out):
 
 
 def is_linear(init, mode):
-    """A linear model: no protocol but LINEAR, and no repeats on the same rows, which would give the same."""
+    """Tells whether a run fits a linear model: then it has no protocol but LINEAR, and no repeats on the same
+    rows, which would give the same."""
     return mode == "probe" or init == "kmer"
 
 
 def grid(args):
-    """Every combination of the values that flags give for the numbers of a protocol: [{flag: value}]."""
+    """Returns all combinations of the values that flags give for numbers of a protocol: [{flag: value}]."""
     given = {name: getattr(args, name) for name in FLAGS if getattr(args, name, None) is not None}
     return [dict(zip(given, values)) for values in itertools.product(*given.values())]
 
 
 def plan_runs(args):
-    """Every run that the flags ask for; a linear model, which ignores a grid, runs once."""
+    """Yields a Plan for every run that the flags ask for. A linear model ignores a grid, and is repeated only
+    where its rows differ (few-shot draws, LINEAR)."""
     for name in data.task_names(args.task) if args.task else args.own or [None]:
         suite = data.TASKS[name].suite if name in data.TASKS else "csv"
         stated = args.protocol or name in args.own and args.own[name]["protocol"]
@@ -1407,7 +1417,7 @@ def plan_runs(args):
 
 
 def make_key(plan, task, start, digest, args):
-    """What identifies a run, with its spec: equal keys, equal results. digest: of the data."""
+    """Returns what identifies a run, with its spec: equal keys give equal results. digest: of the data."""
     if task.regression and args.class_weights:
         raise ValueError(f"{task.name}: --class_weights: a regression has no classes; drop it")
     flags, p = {}, LINEAR.get(plan.protocol, {})             # a linear model ignores the grid
@@ -1457,7 +1467,7 @@ def run_all(plans, starts, args, device):
 
 
 def gather_ids(ids, world):
-    """The ids of all ranks, once all have ended: torchrun kills the others when one leaves with an error."""
+    """Gathers the ids of all ranks once all have ended, as torchrun kills the others if one ends in error."""
     training.release_signals()
     signal.signal(signal.SIGINT, signal.SIG_DFL)             # Python would only look after the wait
     dist.init_process_group("gloo", timeout=datetime.timedelta(days=30))
@@ -1467,7 +1477,7 @@ def gather_ids(ids, world):
 
 
 def print_table(out, ids):
-    """The results of this command beside the papers' numbers."""
+    """Prints the results of this command beside the papers' numbers."""
     from tools import table                                  # the one import of a tool
     print(f"\nThe runs of this command (for all runs in {out}: python -m tools.table {out})\n")
     sys.stdout.reconfigure(errors="replace")                 # an ASCII terminal has no plus-minus sign
@@ -1551,7 +1561,7 @@ def parse_args():
 
 
 def unused_flags(given, starts, args):
-    """Those of these flags that change nothing for any of the starts."""
+    """Returns those of these flags that change nothing for any of the starts."""
     kinds = {start.spec["kind"] for start in starts}
     nets = kinds - {"kmer"}
     encoders = ["track_size" not in start.spec["mixer"] for start in starts if start.spec["kind"] == "mixer"]
@@ -1565,7 +1575,7 @@ def unused_flags(given, starts, args):
 
 
 def check_args(args):
-    """ValueError for flags that contradict each other."""
+    """Raises ValueError for flags that contradict each other, or an --out that is not a folder."""
     for name in ("targets", "multilabel"):
         if getattr(args, name) and (not args.csv or args.targets and args.multilabel):
             raise ValueError(f"--{name}: belongs to --csv; --targets and --multilabel exclude each other; "

@@ -64,7 +64,7 @@ class BertConfig:
 
 
 def attend(q, k, v, mask, dropout, need_weights):
-    """Softmax attention over q, k, v (B, H, T, D) -> (output, weights or None).
+    """Computes softmax attention over q, k, v (B, H, T, D): the output, and the weights or None.
 
     mask: bool (B, T), True = real token. Uses SDPA, except on a CPU under bf16 autocast (where it is 1.5x
     slower) or with dropout (3x slower), as measured."""
@@ -125,11 +125,12 @@ class Bert(nn.Module):
             self.tok_emb.weight[PAD] = 0
 
     def encode(self, tokens, mask=None, need_weights=False, first=None, layer=None):
-        """tokens (B, T) -> hidden states (B, T, C); need_weights: also each layer's attention (B, H, T, T).
+        """Turns tokens (B, T) into hidden states (B, T, C).
 
         mask: bool (B, T), True = real token; None if no row is padded (fast path).
         first: return only the first N hidden states; the last layer then computes no others.
-        layer: return the states after that many layers (0: the input embeddings), not the last ones."""
+        layer: return the states after that many layers (0: the input embeddings), not the last ones.
+        need_weights: also return each layer's attention (B, H, T, T)."""
         T, p = tokens.shape[1], self.config.dropout if self.training else 0.0
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens for {self.config.block_size} positions; use shorter sequences")
@@ -141,14 +142,14 @@ class Bert(nn.Module):
         return (x, all_weights) if need_weights else x
 
     def decode(self, x):
-        """Hidden states (N, C) -> logits (N, V'). V' is V rounded up to 64 (fast GEMMs), padded with -inf."""
+        """Turns states (N, C) into logits (N, V'): V rounded up to 64 (fast GEMMs), padded with -inf."""
         x = self.ln_head(F.gelu(self.head(x)))
         extra = -self.config.vocab_size % 64
         bias = F.pad(self.head_bias, (0, extra), value=-math.inf)
         return F.linear(x, F.pad(self.tok_emb.weight, (0, 0, 0, extra)), bias)
 
     def forward(self, inputs, labels=None, mask=None, capacity=None, weights=None):
-        """inputs (B, T) -> logits, or with labels (B, T; -100 = no loss) -> (loss_sum, count).
+        """Turns inputs (B, T) into logits, or with labels (B, T; -100 = no loss) into (loss_sum, count).
 
         Only labelled positions reach the decoder. capacity: an upper bound on their number (mask_capacity);
         it fixes the shape, so the host need not wait for the GPU. If there are more, the loss is NaN.
@@ -166,7 +167,7 @@ class Bert(nn.Module):
         return loss_sum, count if weights is None else weights.where(labels != -100, 0).sum()
 
     def saved_per_token(self, T, fused):
-        """Numbers a token that the forward pass keeps for the backward pass, with a quarter of them masked.
+        """Returns how many numbers per token the forward pass keeps for the backward pass (a quarter masked).
 
         fused: attention keeps no (T, T) weights, as on a GPU; on a CPU with dropout it keeps three."""
         c, C = self.config, self.config.n_embd
@@ -174,7 +175,7 @@ class Bert(nn.Module):
         return c.n_layer * layer + 3 * C + (4 * C + 3 * c.vocab_size) / 4
 
     def flops_per_token(self, T, masked):
-        """Training FLOPs per token in matrix products; the decoder runs on a share `masked` of the tokens."""
+        """Returns the training FLOPs per token in matrix products; a share `masked` of tokens is decoded."""
         c = self.config
         dense = c.n_layer * (4 * c.n_embd ** 2 + 2 * c.n_embd * c.n_inner)
         return 6 * (dense + masked * c.n_embd * (c.n_embd + c.vocab_size)) + 12 * c.n_layer * T * c.n_embd
@@ -221,7 +222,7 @@ class Rotate(torch.autograd.Function):
 
 
 def rotations(L, n_tracks, n_rotated, lengths=None, device=None):
-    """(index, inverse): row indices that rotate the tracks of x (B, L * n_tracks, track_size), and undo it.
+    """Returns the row indices that rotate the tracks of x (B, L * n_tracks, track_size), and their inverse.
 
     Track 0 stays; track g = 1..n_rotated is rotated by 2**(g-1): out[t] = in[(t + 2**(g-1)) % L].
     With lengths (B,), each sequence is rotated within its own length, the padding behind it stays in place,
@@ -315,7 +316,7 @@ class Encoder(nn.Module):
 
 
 def make_backbone(fields):
-    """The config of a checkpoint over one-hot bases -> its ChordMixer or Encoder."""
+    """Makes the ChordMixer or Encoder of a checkpoint over one-hot bases from its config."""
     if "track_size" in fields:
         return ChordMixer(ChordMixerConfig(**fields))
     return Encoder(EncoderConfig(**fields))
@@ -334,14 +335,14 @@ class BaseModel(nn.Module):
         return x, self.head(x)
 
     def flops_per_token(self, L, teacher):
-        """Training FLOPs per position in matrix products; a teacher adds its forward pass."""
+        """Returns the training FLOPs per position in matrix products; a teacher adds its forward pass."""
         c, n = self.config, sum(p.numel() for name, p in self.named_parameters()
                                 if p.dim() == 2 and "pos_emb" not in name)
         attention = 0 if isinstance(self.backbone, ChordMixer) else 2 * c.n_layer * L * c.n_embd
         return (8 if teacher else 6) * (n + attention)
 
     def saved_per_token(self, L, fused):
-        """Numbers a base that the forward pass keeps for the backward pass; fused: as in a Bert."""
+        """Returns how many numbers per base forward keeps for the backward pass; fused: as in a Bert."""
         c, C, drops = self.config, self.config.n_embd, bool(self.config.dropout)
         if isinstance(self.backbone, ChordMixer):
             return len(self.backbone.blocks) * (C + 2 * c.hidden + drops * (C + c.hidden)) + C + 15
@@ -415,19 +416,19 @@ class Outputs(nn.Linear):
 
 
 def concatenated(pool, pooled):
-    """pooled("mean"), pooled("cls") or, where pool is "both", the two side by side: (B, 2 C)."""
+    """Returns pooled("mean"), pooled("cls") or, where pool is "both", the two side by side: (B, 2 C)."""
     return torch.cat([pooled("mean"), pooled("cls")], 1) if pool == "both" else pooled(pool)
 
 
 def summed(pool, x, real):
-    """Sums of x (B, T, C) where real[pool] (B, T), and how many these are, both (B, C), or (B, 2 C)."""
+    """Sums x (B, T, C) where real[pool] (B, T) is True, and counts the terms: both (B, C) or (B, 2 C)."""
     sums = concatenated(pool, lambda pool: (x * real[pool][..., None]).sum(1))
     n = concatenated(pool, lambda pool: real[pool].sum(1, keepdim=True).expand(-1, x.shape[2]))
     return sums, n.float()
 
 
 def covered(x, starts, n, k=1, stride=1):
-    """The first n hidden states of each row of x (B, T, C): (N, C), and the bases that each covers (N, k)."""
+    """Returns the first n states of each row of x (B, T, C): (N, C), and the bases each covers (N, k)."""
     at, starts, n = torch.arange(x.shape[1]), torch.from_numpy(starts), torch.from_numpy(n)
     real = at < n[:, None]
     first = (starts[:, None] + at * stride)[real]
@@ -435,7 +436,8 @@ def covered(x, starts, n, k=1, stride=1):
 
 
 def over_bases(x, covered, n):
-    """Means (n, C) over n bases of x (N, C), each of which covers bases (N, width); NaN where none does."""
+    """Averages for each of n bases the rows of x (N, C) that cover it: (n, C), NaN where none does; covered
+    (N, width): the bases of each row."""
     x, total = F.pad(x.float(), (0, 1), value=1.0), torch.zeros(n, x.shape[1] + 1)
     for at in covered.T:
         total.index_add_(0, at, x)
@@ -443,7 +445,7 @@ def over_bases(x, covered, n):
 
 
 def in_parts(function, size, *windows):
-    """function(*windows) on at most `size` windows at a time; for a gradient, it computes each part twice.
+    """Calls function(*windows) on at most `size` windows at a time; for a gradient, computes each part twice.
 
     windows: tensors with a row a window, or None; the function returns one such tensor or several."""
     if len(windows[0]) <= size:
@@ -456,26 +458,26 @@ def in_parts(function, size, *windows):
 
 
 def by_sequence(x, n_windows):
-    """Sums of x (windows, C) over the windows of each sequence; n_windows (B,): how many it has."""
+    """Sums x (windows, C) over the windows of each sequence; n_windows (B,): how many it has."""
     owner = torch.arange(len(n_windows), device=x.device)
     owner = owner.repeat_interleave(n_windows, output_size=len(x))             # without it, a GPU would wait
     return x.new_zeros(len(n_windows), x.shape[1]).index_add(0, owner, x)
 
 
 def over_windows(x, n_windows):
-    """Mean of x (windows, C) over the windows of each sequence; None: one window each."""
+    """Averages x (windows, C) over the windows of each sequence; n_windows None: one window each."""
     return x if n_windows is None else by_sequence(x, n_windows) / n_windows[:, None]
 
 
 def pooled(total, n, n_windows=None):
-    """Means (B, C) from what `summed` returns for each window, over all windows of a sequence."""
+    """Turns what `summed` returns for each window into means (B, C) over all windows of a sequence."""
     if n_windows is not None:
         total, n = (by_sequence(x.float(), n_windows) for x in (total, n))
     return total / n.clamp(min=1)
 
 
 def log_p(bert, tokens, mask, stride):
-    """Sums of log P over the k bases of each k-mer, and how many bases these are: (B, 1) each.
+    """Sums log P over the k bases of each k-mer of a row, and counts these bases: (B, 1) each.
 
     A pass hides every `passes`-th run of `stride` bases, by masking all k-mers over it. P of a base is its
     share among the four k-mers that have the other bases right."""
@@ -499,7 +501,7 @@ def log_p(bert, tokens, mask, stride):
 
 
 def flag_of(name, size):
-    """The flag of a pretraining script, and its value, for a part of a network's config."""
+    """Returns the flag of a pretraining script, and its value, for a part of a network's config."""
     if name == "vocab_size":
         return f"--k {next((k for k in range(1, 9) if 4 ** k + 5 == size), '?')}"
     plain = {"length": f"--length + --n_cls {size}", "n_inner": f"--n_inner {size} (only cm_gems.py has it)"}
@@ -535,7 +537,7 @@ def copy_weights(model, init, load):
 
 
 def labelled_positions(labels, capacity=None):
-    """labels (B, T) -> flat indices (N,) of the labelled positions, in order, and their labels (N,).
+    """Returns flat indices (N,) of the labelled positions of labels (B, T), in order, and their labels (N,).
 
     N = capacity; spare slots have label -100 and each another index, since the backward pass on a GPU goes
     through equal ones in turn. Without capacity, N is the next multiple of 256:
@@ -553,12 +555,12 @@ def labelled_positions(labels, capacity=None):
 
 
 def mask_capacity(n_tokens, share, span):
-    """Upper bound on masked tokens among n_tokens when a share is masked in spans: mean + 10 sd."""
+    """Returns an upper bound on masked tokens among n_tokens with a share masked in spans: mean + 10 sd."""
     return min(n_tokens, math.ceil(n_tokens * share + 10 * math.sqrt(share * (1 - share) * span * n_tokens)))
 
 
 def vocabulary(k):
-    """Token names in id order: 5 specials, then the k-mers as base-4 numbers of A,T,C,G (DNABERT's order)."""
+    """Lists tokens in id order: 5 specials, then k-mers as base-4 numbers of A,T,C,G (DNABERT's order)."""
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *map("".join, itertools.product("ATCG", repeat=k))]
 
 
@@ -579,7 +581,7 @@ MODULES = {                                                  # ours: in transfor
 
 
 def kmer_normalizer(k, stride):
-    """Rules (regex, text) of a tokenizer.json that turn DNA, also of k-mers between spaces, into its k-mers.
+    """Returns a tokenizer.json's rules (regex, text) that turn DNA, or k-mers between spaces, into k-mers.
 
     Each base (upper case) is followed by copies (lower case) of the k - 1 bases behind it: ACGT with k = 3
     becomes AcgCgtGtT. What is shorter than k, or between two strides, is removed; spaces part the rest."""
@@ -594,7 +596,9 @@ def kmer_normalizer(k, stride):
 
 
 def kmer_tokenizer(k, stride):
-    """tokenizer.json of the package tokenizers: DNA -> [CLS], its k-mers in our order, [SEP]; pairs, too."""
+    """Makes a tokenizer.json (package tokenizers) that turns DNA, or a pair, into [CLS], k-mers, [SEP].
+
+    Its ids are those of vocabulary(k)."""
     words = vocabulary(k)
     single = [{"SpecialToken": {"id": "[CLS]", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
               {"SpecialToken": {"id": "[SEP]", "type_id": 0}}]
@@ -614,7 +618,7 @@ def kmer_tokenizer(k, stride):
 
 
 def stock_names(name):
-    """Our parameter name, of a Bert or a classifier -> its names in transformers."""
+    """Turns our name of a parameter, of a Bert or a classifier, into its names in transformers."""
     if name.endswith("head_bias"):
         return ["cls.predictions.bias"]
     *block, module, kind = name.removeprefix("bert.").split(".")               # blocks, 3, qkv, weight
@@ -623,7 +627,7 @@ def stock_names(name):
 
 
 def safetensors_torch():
-    """The module safetensors.torch, which only model.safetensors needs. ValueError if it is missing."""
+    """Imports safetensors.torch, which only model.safetensors needs; ValueError if it is missing."""
     try:
         import safetensors.torch
     except ImportError:
@@ -688,7 +692,7 @@ def save_hf(model, folder, classes=(), problem="single_label_classification", ca
 
 
 def read_json(path):
-    """The object in a JSON file; raises if it is not one."""
+    """Reads the object in a JSON file; raises if it is not one."""
     if os.path.exists(path) and not os.path.isfile(path):    # a device, which never ends
         raise ValueError(f"{path}: not a regular file; give another folder")
     with open(path) as f:
@@ -696,13 +700,13 @@ def read_json(path):
 
 
 def is_kmer_bert(found):
-    """Whether a config.json describes a BERT whose vocabulary has the size of 5 specials and all k-mers."""
+    """Tells whether config.json is of a BERT whose vocab_size, if an int, fits 5 specials and all k-mers."""
     V = found.get("vocab_size")
     return found.get("model_type", "bert") == "bert" and (type(V) is not int or V - 5 in KMER_COUNTS)
 
 
 def read_config(path):
-    """config.json -> (BertConfig, its content); raises unless it describes a stock BERT over k-mers."""
+    """Reads config.json: (BertConfig, its content); raises unless it describes a stock BERT over k-mers."""
     found = {"hidden_dropout_prob": 0.1, "stride": 1} | STOCK | read_json(path)
     for key, value in STOCK.items():
         if found[key] != value:
@@ -716,7 +720,7 @@ def read_config(path):
 
 
 def load_bin(path):
-    """What torch.save wrote; raises if its tensors would take more memory than the file has bytes."""
+    """Loads what torch.save wrote; raises if its tensors would take more memory than the file has bytes."""
     size = os.path.getsize(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
@@ -730,7 +734,8 @@ def load_bin(path):
 
 
 def hf_tensors(folder, names=("model.safetensors", "pytorch_model.bin")):
-    """Weights of a Hugging Face folder -> (tensors, path): old names replaced, decoder and pooler dropped."""
+    """Reads the weights of a Hugging Face folder: (tensors, path). Replaces old names; drops the decoder and,
+    without a classifier, the pooler."""
     path = next(filter(os.path.isfile, (os.path.join(folder, name) for name in names)), None)
     if path is None:
         raise ValueError(f"{folder}: no model.safetensors or pytorch_model.bin; download the weights too")
@@ -755,7 +760,7 @@ def hf_tensors(folder, names=("model.safetensors", "pytorch_model.bin")):
 
 
 def kmer_order(folder, k):
-    """Ids that the folder's vocab.txt or tokenizer.json gives to the words of vocabulary(k): a list."""
+    """Lists the ids that the folder's vocab.txt or tokenizer.json gives to the words of vocabulary(k)."""
     text, fast = (os.path.join(folder, name) for name in ("vocab.txt", "tokenizer.json"))
     path, ours = text if os.path.exists(text) else fast, vocabulary(k)
     if not os.path.exists(path):
@@ -787,7 +792,7 @@ def assign_weights(model, tensors, needs_head):
 
 
 def read_outputs(tensors, found, path):
-    """Takes pooler and classifier out of tensors -> (their weights, names of the classes, problem_type)."""
+    """Takes pooler and classifier out of tensors: (their weights, names of the classes, problem_type)."""
     weights = {}
     for name in ("pooler.weight", "pooler.bias", "out.weight", "out.bias"):
         [stock] = stock_names(name)
@@ -801,7 +806,7 @@ def read_outputs(tensors, found, path):
 
 
 def read_hf(folder, needs_head=True):
-    """A folder with a BERT over k-mers -> (Bert, its stride, read_outputs or None).
+    """Reads a folder with a BERT over k-mers: (Bert, its stride, read_outputs or None).
 
     ValueError, in one line, for another architecture or vocabulary, and for missing or unknown weights."""
     path = os.path.join(folder, "config.json")
@@ -831,12 +836,12 @@ def read_hf(folder, needs_head=True):
 
 
 def load_hf(folder):
-    """A Bert, with its masked-LM head, from config.json and model.safetensors or pytorch_model.bin."""
+    """Loads a Bert, with its masked-LM head, from config.json and model.safetensors or pytorch_model.bin."""
     return read_hf(folder)[0]
 
 
 def transformers_package():
-    """The package transformers, quiet; only folders of other networks need it. OSError if it is missing."""
+    """Imports and quiets transformers, which only folders of other networks need; OSError if missing."""
     try:
         import transformers
     except ImportError:
@@ -853,7 +858,7 @@ FROM_CONFIG = "position_ids", "inv_freq"                     # in old files; the
 
 
 def make_other(config, dropout=None):
-    """config.json of a network of transformers -> the network, with random weights.
+    """Makes the network of transformers that a config.json describes, with random weights.
 
     dropout: replaces every dropout of the config. ValueError in one line."""
     transformers = transformers_package()
@@ -875,7 +880,7 @@ def make_other(config, dropout=None):
 
 
 def make_tokenizer(files):
-    """Files of a tokenizer of transformers {name: text} -> the tokenizer. ValueError in one line."""
+    """Makes a tokenizer of transformers from its files {name: text}. ValueError in one line."""
     transformers = transformers_package()
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
@@ -889,7 +894,7 @@ def make_tokenizer(files):
 
 
 def kmer_spans(text, k, stride):
-    """First base and width of the tokens of a DNA string: k-mers without N, what is left letter by letter."""
+    """Cuts a DNA string into k-mers without N, and the rest into letters: first base, width of each token."""
     starts, widths = [], []
     for run in re.finditer("[ACGT]+|N+", text):
         (start, end), n = run.span(), 0
@@ -902,7 +907,7 @@ def kmer_spans(text, k, stride):
 
 
 def tokens_of(tokenizer, text, k, stride):
-    """A DNA string -> id, first base and width of each token: int64 (3, n). stride None: its own tokens."""
+    """Tokenizes DNA: id, first base, width of each token, int64 (3, n). stride None: the tokenizer's own."""
     if stride:
         starts, widths = kmer_spans(text, k, stride)
         ids = tokenizer.convert_tokens_to_ids([text[i:i + n] for i, n in zip(starts, widths)])
@@ -918,7 +923,7 @@ def tokens_of(tokenizer, text, k, stride):
 
 
 def tokenizer_facts(net, tokenizer, stride):
-    """Ids before a sequence, ids after it, k (0: the vocabulary is not all k-mers), tokens in a window.
+    """Returns ids before and after a sequence, k (0: the vocabulary is not all k-mers), tokens in a window.
 
     ValueError for a tokenizer that does not read DNA, or does not fit the network or the stride."""
     dna, vocabulary = "ACGTTGCAAGCT" * 4, tokenizer.get_vocab()
@@ -944,7 +949,7 @@ def tokenizer_facts(net, tokenizer, stride):
 
 
 def read_other(folder):
-    """AutoModel and AutoTokenizer of a folder -> (network, tokenizer files, names of weights not in use)."""
+    """Loads AutoModel and AutoTokenizer of a folder: (network, tokenizer files, names of unused weights)."""
     transformers = transformers_package()
     net, found = transformers.AutoModel.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, **LOCAL)
@@ -965,7 +970,7 @@ def read_other(folder):
 
 
 def load_other(folder):
-    """A folder of any encoder that transformers implements -> (config, tokenizer files, weights).
+    """Loads a folder of any encoder that transformers implements: (config, tokenizer files, weights).
 
     Never runs code of the folder. ValueError in one line."""
     transformers_package()
@@ -996,7 +1001,7 @@ SWAN_CHANNELS = [0, 1, 2, 4, 3]                              # their a, c, g, n,
 
 
 def findna_names(tensors):
-    """Weights of the released layout -> ({our name in a BaseModel: tensor}, number of blocks a layer)."""
+    """Renames weights of the released layout: {our name in a BaseModel: tensor}, number of blocks a layer."""
     tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     at = {name: match.groups() for name in tensors if (match := SWAN.fullmatch(name))}
     n_blocks = 1 + max((int(block) for _, block, *_ in at.values()), default=-1)
@@ -1012,7 +1017,7 @@ def findna_names(tensors):
 
 
 def load_findna(path, network=None):
-    """FinDNA's released weights -> (ChordMixerConfig as a dict, weights of a BaseModel).
+    """Loads FinDNA's released weights: (ChordMixerConfig as a dict, weights of a BaseModel).
 
     network: teacher (default) or student. ValueError, in one line, for any other file."""
     try:

@@ -52,7 +52,7 @@ def first_span(k, stride):
 
 
 def random_mask(tokens, phase, p, span=6):
-    """Draws the mask of Algorithm 1: tokens (B, T) -> masked bool (B, T).
+    """Draws the mask of Algorithm 1 for tokens (B, T): bool (B, T).
 
     Each sequence draws its span m from span, span + 2, ... (`phase` values). Every k-mer is a center with
     probability p and masks the tokens c - m/2 + 1 .. c + m/2. Phase 1 is DNABERT's masking.
@@ -90,7 +90,10 @@ def parse_args():
 
 
 def complete_args(args, reached=None):
-    """Fills in the defaults that depend on other flags (reached: bases of another genome); ValueError."""
+    """Fills in the defaults that depend on other flags. ValueError for flags that contradict each other.
+
+    reached: bases in training windows of a genome that is not all of hg38; None until it is open.
+    """
     if args.stride > args.k:
         raise ValueError(f"--stride {args.stride}: skips bases between the {args.k}-mers; use 1 to {args.k}")
     if args.mask == "single" and args.stride < args.k:
@@ -162,7 +165,7 @@ if __name__ == "__main__":
             run.open("randommask", model.config, genome.fingerprint, parts)
 
     def get_batch(table, n, phase, *key):
-        """n windows, masked, a function of the key alone: inputs, labels, weights (n, T; None: all 1)."""
+        """Draws and masks n windows by the key alone: inputs, labels, weights (n, T; None: all 1)."""
         starts = data.draw_starts(table, n, training.seed(args.seed, *key))
         windows, soft = data.to_device(data.take_windows(bases, starts, length), device), None # (n, length)
         if key[0]:                                           # of a step; evaluations: forward, unweighted
@@ -197,7 +200,7 @@ if __name__ == "__main__":
         capacity = models.mask_capacity(per_pass, 1 - (1 - args.p) ** longest, longest)
 
     def forward(network, table, n, phase, *key):
-        """(loss sum, sum of weights, number of masked tokens) of one micro-batch of n sequences."""
+        """Returns loss sum, sum of weights and number of masked tokens of one micro-batch of n sequences."""
         inputs, labels, weights = get_batch(table, n, phase, *key)
         with training.autocast(device, args.dtype):
             loss_sum, weight = network(inputs, labels, capacity=capacity, weights=weights)
@@ -205,7 +208,7 @@ if __name__ == "__main__":
 
     @torch.no_grad()
     def evaluate(phase):
-        """Mean loss under the masks of `phase`: the same windows and masks each time, shared by the ranks."""
+        """Returns mean loss under `phase`'s masks; same windows and masks each time, shared by the ranks."""
         model.eval()
         total = torch.zeros(3, dtype=torch.float64, device=device)
         for i, n in run.eval_batches():
@@ -215,7 +218,7 @@ if __name__ == "__main__":
         return loss_sum / max(count, 1)
 
     def validate(step):
-        """Loss under this phase's masks, under DNABERT's (comparable), at an edge under the next phase's."""
+        """Returns losses under this phase's masks, DNABERT's (comparable) and at an edge the next phase's."""
         phase = phase_at(step, edges)
         row = {"val_loss": evaluate(phase)}
         if args.mask != "single":

@@ -8,7 +8,7 @@ import sys
 
 
 def answer_ctrl_c(kind, error, trace):
-    """Prints what ends the process: Ctrl-C, also during the imports below, as one line, exit code 130."""
+    """Prints what ends the process; Ctrl-C, also during the imports below, is one line and exit code 130."""
     if not issubclass(kind, KeyboardInterrupt):
         return sys.__excepthook__(kind, error, trace)
     print("stopped  by Ctrl-C", file=sys.stderr, flush=True)
@@ -134,7 +134,7 @@ def user_errors(*kinds):
 
 
 def number(kind, low, high=math.inf):
-    """An argparse type: an int or a float in [low, high)."""
+    """Makes an argparse type that parses an int or a float in [low, high)."""
     def parse(text):
         value = kind(text.replace("_", "x"))                 # Python would read 1_0 as 10
         if not low <= value < high:
@@ -145,7 +145,7 @@ def number(kind, low, high=math.inf):
 
 
 def share(text):
-    """An argparse type: a float from 0 to 1, both allowed."""
+    """Parses a float from 0 to 1, both allowed: an argparse type."""
     value = float(text.replace("_", "x"))
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
@@ -159,14 +159,14 @@ def add_size_flag(add):
 
 
 def file_name(text):
-    """An argparse type: a path, also hf:FOLDER; not empty, as that of an unset shell variable is."""
+    """Parses a path or hf:FOLDER (an argparse type); refuses an empty one, as of an unset shell variable."""
     if not text or text.endswith(("hf:", "findna:", "random:")):
         raise argparse.ArgumentTypeError(f"{text!r}: is empty; name a file or folder")
     return text
 
 
 def folder_name(text):
-    """An argparse type: a folder, there or still to be made."""
+    """Parses the path of a folder, there or still to be made: an argparse type."""
     if os.path.lexists(text) and not os.path.isdir(text):    # also a link that leads nowhere
         raise argparse.ArgumentTypeError(f"{text!r}: not a folder; name one")
     return file_name(text)
@@ -330,7 +330,7 @@ def read_ranks():
 
 
 def lacks(dtype, cpu="/proc/cpuinfo"):
-    """True for a 16-bit dtype that the CPU has no instructions for (AMX, AVX-512, NEON); unknown: False."""
+    """Tells whether the CPU has no instructions for a 16-bit dtype (AMX, AVX-512, NEON); unknown: False."""
     names = {"bfloat16": "bf16", "float16": "fp16|asimdhp"}
     try:
         with open(cpu) as f:
@@ -383,7 +383,7 @@ def set_up(device, dtype, join=True):
 
 @functools.cache
 def can_compile(device):
-    """True if torch.compile works on this device, on all ranks. Compiles one line; says why, if it fails."""
+    """Tells whether torch.compile works on this device on all ranks, by compiling a line; says why if not."""
     trial, x, error = torch.nn.Module(), torch.ones(8, device=device, requires_grad=True), ""
     trial.forward = lambda x: (2 * x + 1).square().sum()
     try:
@@ -400,7 +400,7 @@ def can_compile(device):
 
 
 def compile_error(e):
-    """What made torch.compile fail, as one line."""
+    """Returns what made torch.compile fail, as one line."""
     e = getattr(e, "inner_exception", e)
     return plain(f"{type(e).__name__}: {e}".strip().splitlines()[0])[:300]
 
@@ -415,7 +415,7 @@ def wrap(model, compiled, device, world):
 
 
 def autocast(device, dtype):
-    """The context of a forward pass whose products are in this dtype ('float32': nothing changes)."""
+    """Returns the context of a forward pass whose products are in this dtype ('float32': nothing changes)."""
     low = torch.float16 if dtype == "float16" else torch.bfloat16
     return torch.autocast(device.type, low, enabled=dtype != "float32")
 
@@ -436,14 +436,14 @@ def note_signal(which, frame):
 
 
 def catch_signals():
-    """From here on the signals in STOPS no longer kill; stop_requested reports them."""
+    """Catches the signals in STOPS: from here on they no longer kill, and stop_requested reports them."""
     for which in STOPS:
         if which != signal.SIGHUP or signal.getsignal(which) != signal.SIG_IGN:                # nohup
             signal.signal(which, note_signal)
 
 
 def release_signals():
-    """From here on the signals in STOPS kill again."""
+    """Lets the signals in STOPS kill again from here on."""
     signals.clear()
     for which in STOPS:
         if signal.getsignal(which) == note_signal:
@@ -468,7 +468,7 @@ def outlive_streams():
 
 
 def stop_requested():
-    """True after a stop signal, or when torchrun itself has died."""
+    """Tells whether a stop signal has come, or torchrun itself has died."""
     return bool(signals) or "TORCHELASTIC_RUN_ID" in os.environ and os.getppid() != parent
 
 
@@ -508,7 +508,7 @@ def read_later(numbers):
 
 
 def free_memory(device):
-    """Bytes that a rank can have: of its GPU, or its share of the machine's or its control group's."""
+    """Counts the bytes that a rank can have: of its GPU, or its share of the machine's or control group's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found, groups = [], ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"]
@@ -539,13 +539,13 @@ def make_optimizer(model, lr, weight_decay, betas, eps):
 
 
 def linear(step, steps, warmup):
-    """Share of the peak lr at step 1..steps: linear warm-up to 1, then linear decay towards 0."""
+    """Returns the share of the peak lr at step 1..steps: linear warm-up to 1, then linear decay towards 0."""
     warmup = max(warmup, 1)                                  # step 1 is then the peak
     return min(step / warmup, (steps - step + 1) / (steps - warmup + 1))
 
 
 def cosine(step, steps, warmup):
-    """Share of the peak lr at step 1..steps: linear warm-up to 1, then half a cosine towards 0."""
+    """Returns the share of the peak lr at step 1..steps: linear warm-up to 1, then half a cosine to 0."""
     warmup = max(warmup, 1)
     done = max(step - warmup, 0) / (steps - warmup + 1)
     return min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * done))
@@ -566,7 +566,7 @@ def scale_gradients(model, scale, clip):
 
 
 def share_out(costs, world):
-    """Deals the numbers of `costs` out to the ranks: the costliest first, each to the rank with the least."""
+    """Deals the indices of `costs` out to the ranks: the costliest first, each to the rank with the least."""
     loads, shares = [0] * world, [[] for _ in range(world)]
     for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
         rank = loads.index(min(loads))
@@ -650,9 +650,10 @@ class Run:
             raise wrong or SystemExit(2)
 
     def check_memory(self, build, length, teachers=0):
-        """ValueError unless weights, gradients, moments and a micro-batch of `length` tokens fit in memory.
+        """Raises ValueError unless weights, gradients, moments and a micro-batch fit in memory.
 
-        build(args): the network, here on no device, so that nothing is allocated; teachers: its copies."""
+        build(args): the network, here on no device, so that nothing is allocated; length: tokens of a
+        sequence; teachers: copies of the network."""
         if self.args.show_masks:                             # trains nothing
             return
         args, size = self.args, 4 if self.args.dtype == "float32" else 2.5       # some stay float32
@@ -761,7 +762,7 @@ class Run:
         return total[:-1]
 
     def sync_at_last(self, net, i):
-        """The context of a backward pass: DDP sums gradients over the ranks at the last micro-batch only."""
+        """Returns a backward pass's context: DDP sums gradients over ranks at the last micro-batch only."""
         return net.no_sync() if self.world > 1 and i != self.last_micro else contextlib.nullcontext()
 
     def new_sums(self, n):
@@ -820,7 +821,7 @@ class Run:
         self.told, self.slow = time.monotonic(), left > DAYS * 24
 
     def check_finite(self, step):
-        """All ranks leave with 3 unless the sums and the gradient norm of this step are finite.
+        """Lets all ranks leave with 3 unless the sums and the gradient norm of this step are finite.
 
         In float16 the loss scale may have been too large for the gradient: that step was skipped."""
         finite = math.isfinite(self.norm)
@@ -879,7 +880,7 @@ class Run:
 
 
 def has_checkpoint(out):
-    """True if the run folder holds a checkpoint."""
+    """Tells whether the run folder holds a checkpoint."""
     return any(os.path.exists(os.path.join(out, name)) for name in ("last.pt", "prev.pt"))
 
 
@@ -909,7 +910,7 @@ def check_out(out, resume):
 
 
 def no_links(path, flags):
-    """Opener for files of a folder that others may write to: a planted link is refused, not followed."""
+    """Opens a file of a folder where others may write, as open's opener: refuses to follow a planted link."""
     try:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)     # nor is a pipe waited for
     except OSError as e:
@@ -990,7 +991,7 @@ def log(out, row):
 
 
 def load_tracker(name):
-    """The module of a --track. ValueError if it is not installed."""
+    """Imports the module of a --track. ValueError if it is not installed."""
     try:
         return importlib.import_module(TRACKERS[name])
     except ImportError:
@@ -998,7 +999,7 @@ def load_tracker(name):
 
 
 def open_tracker(args, start):
-    """A function (row, step) that sends a row to --track, or None. A resumed run goes on in its own curve."""
+    """Returns a function (row, step) that feeds --track, or None. A resumed run goes on in its own curve."""
     if not args.track:
         return None
     module, path = load_tracker(args.track), os.path.join(args.out, "track.txt")
@@ -1150,9 +1151,9 @@ def states(parts):
 
 
 def load_newest(out):
-    """Returns the newest sound checkpoint of a run folder; what is wrong with last.pt if it is prev.pt.
+    """Returns the newest sound checkpoint of a run folder, and what is wrong with last.pt if it is prev.pt.
 
-    Others may write to the folder, so a link is none."""
+    Others may write to the folder, so a link does not count as one."""
     try:
         return load(os.path.join(out, "last.pt"), no_links), None
     except ValueError as e:

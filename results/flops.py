@@ -16,7 +16,7 @@ sys.path.insert(0, os.getcwd())
 
 
 def count(script, flags, steps):
-    """FLOPs of a run of so many steps, whose evaluations are the same for any number of steps."""
+    """Counts the FLOPs of a run of so many steps, whose evaluations are the same for any number of steps."""
     with tempfile.TemporaryDirectory() as out, sdpa_kernel(SDPBackend.MATH), \
             FlopCounterMode(display=False) as counter, contextlib.redirect_stdout(io.StringIO()):
         sys.argv = [script, *flags, "--steps", str(steps), "--out", f"{out}/run", "--warmup", "1",

@@ -64,7 +64,7 @@ DDP_RUN = """--genome demo --device cpu --n_layer 2 --n_head 2 --n_embd 64 --dro
 
 
 def clock():
-    """CPU seconds of this process; once it uses a GPU, wall seconds after a synchronization."""
+    """Returns CPU seconds of this process; once it uses a GPU, wall seconds after a synchronization."""
     if not torch.cuda.is_initialized():
         return time.process_time()
     torch.cuda.synchronize()
@@ -72,7 +72,7 @@ def clock():
 
 
 def interleave(variants, rounds):
-    """{name: function} -> {name: [seconds per call in each round]}; samples of at least 0.2 s, gc off."""
+    """Returns {name: [seconds per call in each round]} of {name: function}; samples >= 0.2 s, gc off."""
     for run in variants.values():                            # warm-up, so that no compilation is timed
         run()
     timers = {name: timeit.Timer(run, timer=clock) for name, run in variants.items()}
@@ -85,7 +85,7 @@ def interleave(variants, rounds):
 
 
 def machine():
-    """The machine, torch, the date and the commit, as text: what a measured number depends on."""
+    """Returns as text what a measured number depends on: the machine, torch, the date and the commit."""
     found = None
     with contextlib.suppress(OSError):                       # no such file but on Linux
         found = re.search(r"model name\s*: (.*)", open("/proc/cpuinfo").read())
@@ -121,9 +121,9 @@ def compare(item, peers, ours, rounds, work, unit, *goals):
 
 
 def matmul_peak(device, dtype):
-    """(FLOP/s of a large matrix product, best of 5; its size): the peak of this machine in this run.
+    """Measures the machine's peak in this run: (FLOP/s of a large matrix product, best of 5; its size).
 
-    A CPU without units for bf16 would take minutes: if a small product is slow, there is no large one.
+    A CPU without units for bf16 would take minutes: where a small product is slow, it is the result.
     """
     def peak(n):
         a, b = torch.randn(2, n, n, device=device).to(dtype)
@@ -135,19 +135,19 @@ def matmul_peak(device, dtype):
 
 
 def get_masked(bases, table, step):
-    """Windows, tokens and RandomMask as in randommask.py, fixed by the step: tokens, masked (B, T)."""
+    """Draws windows and RandomMask as randommask.py does, fixed by the step: tokens, masked (B, T)."""
     starts = data.draw_starts(table, B, training.seed(42, step, 0))
     tokens = data.kmer_tokens(data.take_windows(bases, starts, LENGTH), K, 1, specials=True)
     return tokens, randommask.random_mask(tokens, len(SPANS), P)
 
 
 def get_batch(bases, table, step):
-    """get_masked, then 80/10/10: inputs, labels (B, T)."""
+    """Corrupts the tokens of get_masked 80/10/10: inputs, labels (B, T)."""
     return data.corrupt(*get_masked(bases, table, step), V)
 
 
 def loop_mask(tokens, centers, spans):
-    """DNABERT's masking as published: a Python loop over centers and offsets. masked (B, T)."""
+    """Masks as DNABERT does, as published: a Python loop over centers and offsets. masked (B, T)."""
     special = torch.tensor([[token <= data.MASK for token in ids] for ids in tokens.tolist()])
     masked = torch.zeros_like(centers)
     for row, m in enumerate(spans):
@@ -161,7 +161,7 @@ def loop_mask(tokens, centers, spans):
 
 
 def loop_batch(tokens, centers, spans):
-    """loop_mask, then 80/10/10 with two coins, as published: inputs, labels."""
+    """Masks by loop_mask, then corrupts 80/10/10 with two coins, as published: inputs, labels."""
     masked = loop_mask(tokens, centers, spans)
     inputs, kept = tokens.clone(), torch.bernoulli(torch.full(tokens.shape, 0.2)).bool()
     inputs[masked & ~kept] = data.MASK
@@ -171,13 +171,13 @@ def loop_batch(tokens, centers, spans):
 
 
 def random_batch(n):
-    """n x T random k-mers with 16 % of them masked: inputs, labels."""
+    """Draws n x T random k-mers with 16 % of them masked: inputs, labels."""
     tokens = torch.randint(5, V, (n, T))
     return data.corrupt(tokens, torch.rand(n, T) < 0.16, V)
 
 
 def hugging_face(model, kinds=("eager", "sdpa")):
-    """transformers' BertForMaskedLM with our weights, for each attention implementation: {name: model}."""
+    """Returns transformers' BertForMaskedLM with our weights, by attention implementation: {name: model}."""
     from transformers import BertForMaskedLM
     with tempfile.TemporaryDirectory() as tmp:
         models.save_hf(model, tmp + "/hf")
@@ -186,7 +186,7 @@ def hugging_face(model, kinds=("eager", "sdpa")):
 
 
 def hf_classifier(net):
-    """transformers' BertForSequenceClassification with the weights of our classifier and sdpa."""
+    """Returns transformers' BertForSequenceClassification with the weights of our classifier and sdpa."""
     from transformers import BertForSequenceClassification
     with tempfile.TemporaryDirectory() as tmp:
         models.save_hf(net, tmp + "/hf", ("a", "b"))
@@ -194,7 +194,7 @@ def hf_classifier(net):
 
 
 def trainer_step(peer, tokens, labels, bf16=False):
-    """A function that takes a step of transformers' Trainer, with its default optimizer, a fused AdamW."""
+    """Returns a function that takes a step as transformers' Trainer does by default, with a fused AdamW."""
     optimizer, mask = torch.optim.AdamW(peer.parameters(), 3e-5, fused=True), torch.ones_like(tokens)
 
     def step():
@@ -208,7 +208,7 @@ def trainer_step(peer, tokens, labels, bf16=False):
 
 
 def bert_step(network, batch, bf16, **options):
-    """A function that trains one step on batch() and returns the mean loss; both with a fused AdamW."""
+    """Returns a function that trains one step on batch(), with a fused AdamW, and returns the mean loss."""
     ours = isinstance(network, models.Bert)
     optimizer = (training.make_optimizer(network, 1e-4, 0.01, randommask.BETAS, randommask.EPS) if ours
                  else torch.optim.AdamW(network.parameters(), 1e-4, fused=True))
@@ -226,7 +226,7 @@ def bert_step(network, batch, bf16, **options):
 
 
 def saved_bytes(network, *inputs, **options):
-    """Bytes that the forward pass keeps for the backward pass, without the parameters."""
+    """Counts the bytes that the forward pass keeps for the backward pass, without the parameters."""
     kept = {p.untyped_storage().data_ptr(): p for p in network.parameters()}
 
     def pack(t):                                             # a kept t keeps its address to itself
@@ -239,7 +239,7 @@ def saved_bytes(network, *inputs, **options):
 
 
 def tokenize(rounds):
-    """Base codes (64, 517) or text -> ids (64, 512); the peer starts from k-mer strings."""
+    """Times turning base codes (64, 517) or text into ids (64, 512); the peer starts from k-mer strings."""
     from transformers import BertTokenizer
     text = ["".join(random.choices("ACGT", k=T + K - 1)) for _ in range(B)]
     bases = torch.from_numpy(np.stack([data.encode(s) for s in text]))
@@ -257,7 +257,7 @@ def tokenize(rounds):
 
 
 def data_path(rounds):
-    """Windows -> ids -> RandomMask (and 80/10/10): micro-batches from 50 Mb in memory."""
+    """Times micro-batches from 50 Mb in memory: windows, ids, RandomMask (and 80/10/10)."""
     bases = np.random.default_rng(0).integers(4, size=50_000_000, dtype=np.uint8)
     table, text = data.window_table(np.array([[0, len(bases)]]), LENGTH), data.decode(bases)
 
@@ -278,7 +278,7 @@ def data_path(rounds):
 
 
 def mask(rounds):
-    """RandomMask with one span per sequence, then 80/10/10."""
+    """Times RandomMask with one span per sequence, then 80/10/10."""
     tokens = data.kmer_tokens(torch.randint(4, (B, LENGTH), dtype=torch.uint8), K, 1, specials=True)
     centers, m = torch.rand(B, T) < P, torch.tensor(random.choices(SPANS, k=B))
     at = torch.where(centers, torch.arange(T), T)
@@ -291,7 +291,7 @@ def mask(rounds):
 
 
 def train(rounds):
-    """Forward, backward and AdamW of a BERT with 4 layers of 256: 8 x 512 tokens, 16 % of them masked."""
+    """Times forward, backward and AdamW of a BERT with 4 layers of 256: 8 x 512 tokens, 16 % masked."""
     batch = random_batch(8)
     for bf16, goal, tolerance in ((False, 1.2, 1e-5), (True, 1.35, 0.02)):
         model, name = models.Bert(MINI), "train bf16" if bf16 else "train fp32"
@@ -311,7 +311,7 @@ def train(rounds):
 
 
 def our_classifier(L, config):
-    """32 sequences of L bases: our network, its tokens and labels, a function that adds their gradients."""
+    """Returns our network; tokens and labels of 32 sequences of L bases; a function that adds gradients."""
     rng = np.random.default_rng(0)
     rows = data.rows_of(rng.integers(4, size=32 * L, dtype=np.uint8), [L] * 32, np.arange(32) % 2, {})
     rows = data.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
@@ -321,7 +321,7 @@ def our_classifier(L, config):
 
 
 def fine_tuning(rounds):
-    """A fine-tuning step of MINI with dropout 0.1, from bases to AdamW; the peer's loop is Trainer's."""
+    """Times a fine-tuning step of MINI, dropout 0.1, from bases to AdamW; the peer's loop is Trainer's."""
     for L in (70, 300):
         net, tokens, labels, backward = our_classifier(L, dataclasses.replace(MINI, dropout=0.1))
         peer, compiled = hf_classifier(net), hf_classifier(net)
@@ -341,7 +341,7 @@ def fine_tuning(rounds):
 
 
 def loop_gene_mask(tokens, rank, centers):
-    """GeneMask as a Python loop over sequences, centers and candidates; rank: token id -> rank."""
+    """Masks as GeneMask, by a Python loop over sequences, centers and candidates; rank: token id -> rank."""
     masked = torch.zeros_like(centers)
     for row, ids in enumerate(tokens.tolist()):
         special = torch.tensor([token <= data.MASK for token in ids])
@@ -360,7 +360,7 @@ def loop_gene_mask(tokens, rank, centers):
 
 
 def loop_global_mask(tokens, rank, centers):
-    """Global as a Python loop over sequences and tokens; each sequence has as many spans as centers."""
+    """Masks as Global, by a Python loop over sequences and tokens; each row has as many spans as centers."""
     masked = torch.zeros_like(centers)
     for row, (ids, n) in enumerate(zip(tokens.tolist(), centers.sum(1).tolist())):
         real = [position for position, token in enumerate(ids) if token > data.MASK]
@@ -372,7 +372,7 @@ def loop_global_mask(tokens, rank, centers):
 
 
 def cm_masks(rounds):
-    """GeneMask and Global on 64 x 512 tokens; peers: loops with the released rank look-up and with a list."""
+    """Times GeneMask and Global on 64 x 512 tokens; peers: loops with the released rank look-up or a list."""
     from transformers import BertTokenizer
     npmi_rank = cm_gems.npmi_rank(np.random.default_rng(0).random(4 ** K))
     tokenizer, in_list = BertTokenizer(vocab=WORDS, do_lower_case=False), npmi_rank.tolist().__getitem__
@@ -394,7 +394,7 @@ def cm_masks(rounds):
 
 
 def npmi_counts(rounds):
-    """Ours counts the 1- to 6-mers of 1 Mb, the peer (collections.Counter) only the 6-mers."""
+    """Times counting the 1- to 6-mers of 1 Mb; the peer (collections.Counter) counts only the 6-mers."""
     bases = np.random.default_rng(0).integers(4, size=1 << 20, dtype=np.uint8)
     text, runs = data.decode(bases), np.array([[0, len(bases)]])
 
@@ -408,7 +408,7 @@ def npmi_counts(rounds):
 
 
 def memory(rounds):
-    """Bytes that one more token keeps for the backward pass (fp32), without the parameters."""
+    """Measures the bytes that one more token keeps for the backward pass (fp32), without the parameters."""
     model, (inputs, labels) = models.Bert(MINI), random_batch(16)
     ours, theirs = ((saved_bytes(network, inputs, labels=labels) -
                      saved_bytes(network, inputs[:8], labels=labels[:8])) / (8 * T) / 1e3
@@ -418,7 +418,7 @@ def memory(rounds):
 
 
 def fasta(rounds):
-    """Packs 100 Mb in lines of 60 with N and lower case; pyfaidx builds its index and reads every contig."""
+    """Times packing 100 Mb in lines of 60 with N and lower case; pyfaidx indexes and reads every contig."""
     import pyfaidx
     with tempfile.TemporaryDirectory() as tmp:
         path, cache, rng = tmp + "/genome.fa", tmp + "/cache", np.random.default_rng(0)
@@ -461,7 +461,7 @@ def run_rank(rank, world, folder):
 
 
 def ddp(rounds):
-    """randommask.py on 2 gloo ranks against 1 process; lr 1e-30 freezes the weights."""
+    """Compares randommask.py on 2 gloo ranks with 1 process; lr 1e-30 freezes the weights."""
     gradients = []                                           # AdamW's first moments, from 3 gradients
     with tempfile.TemporaryDirectory() as tmp:
         for world in (1, 2):
@@ -503,7 +503,7 @@ class Count(TorchDispatchMode):
 
 
 def loop_views(bases):
-    """The paper's views, one sequence at a time: edits by cutting and joining, then one-hot."""
+    """Makes the paper's views, one sequence at a time: edits by cutting and joining, then one-hot."""
     views = []
     for row in bases:
         L = len(row)
@@ -523,7 +523,7 @@ def loop_views(bases):
 
 
 def students():
-    """Our student, and the plain one with the same weights."""
+    """Returns our student, and the plain one with the same weights."""
     torch.manual_seed(0)
     ours = models.BaseModel(models.ChordMixer(MIXER))
     plain = models.BaseModel(PlainMixer(MIXER))
@@ -532,7 +532,7 @@ def students():
 
 
 def findna_step(student, views, bf16, plain):
-    """A function that trains one step as findna.py does, or in plain torch; returns the loss."""
+    """Returns a function that trains one step as findna.py does, or in plain torch, and returns the loss."""
     teacher = copy.deepcopy(student).requires_grad_(False)
     optimizer = (torch.optim.AdamW(student.parameters(), 3e-4) if plain else
                  training.make_optimizer(student, 3e-4, 3e-4, findna.BETAS, findna.EPS))
@@ -566,7 +566,7 @@ def findna_step(student, views, bf16, plain):
 
 
 def chordmixer(rounds):
-    """Operators, memory and time of a FinDNA step; outputs and gradients equal the peer's bit for bit."""
+    """Measures operators, memory, time of a FinDNA step; outputs and gradients are the peer's bit for bit."""
     bases = torch.randint(4, (N_SEQUENCES, MIXER.length - findna.N_CLS), dtype=torch.uint8)
     fixed = findna.make_views(bases, "MDIT+NR", 20)
     x, grads, ops, kept = F.pad(fixed[0], (0, 0, 0, findna.N_CLS)), [], [], []
@@ -593,7 +593,7 @@ def chordmixer(rounds):
 
 
 def rotation(rounds):
-    """Rotation and residual sum of (8, 1010, 308), forward and backward, bit for bit the same."""
+    """Times rotation and residual sum of (8, 1010, 308), forward and backward, bit for bit the same."""
     L, T = MIXER.length, MIXER.track_size
     index = models.rotations(L, MIXER.n_tracks, MIXER.n_blocks)
     for dtype in (torch.float32, torch.bfloat16):
@@ -611,14 +611,14 @@ def rotation(rounds):
 
 
 def views(rounds):
-    """Both views and the targets for 64 x 1000 bases."""
+    """Times both views and the targets for 64 x 1000 bases."""
     bases = torch.randint(4, (64, 1000), dtype=torch.uint8)
     compare("views", {"sequence loop": (lambda: loop_views(bases), 2.5)},
             lambda: findna.make_views(bases, "MDIT+NR", 20), rounds, 64 * 1000 / 1e6, "Mbases/s")
 
 
 def ema(rounds):
-    """The teacher's moving average of 12.65 M weights."""
+    """Times the teacher's moving average of 12.65 M weights."""
     student, teacher = students()
 
     def loop():
@@ -659,9 +659,9 @@ class Live(TorchDispatchMode):
 
 
 def pretraining_pass(shape, n, device):
-    """Network, teacher or None, and a function: forward and backward pass on n sequences of 1,000 bases.
+    """Returns network, teacher or None, and a function: n sequences of 1,000 bases, forward and backward.
 
-    k-mers beyond a Bert's positions are more windows. FinDNA's losses are shortened, its products are not.
+    A Bert reads k-mers beyond its positions as more windows. FinDNA has all its products, but simpler losses.
     """
     config, teacher = shape.config, None
     if shape.stride:
@@ -683,7 +683,7 @@ def pretraining_pass(shape, n, device):
 
 
 def tuning_pass(shape, n, device, L):
-    """As pretraining_pass, of finetune.py on n sequences of L bases; on "meta" without the head."""
+    """Does for finetune.py what pretraining_pass does: n sequences of L bases; on "meta" without the head."""
     rng = np.random.default_rng(0)
     rows = data.rows_of(rng.integers(4, size=n * L, dtype=np.uint8), [L] * n, np.arange(n) % 2, {})
     spec = finetune.BertHead.body_spec(shape.config, shape.stride) if shape.stride else {
@@ -701,7 +701,7 @@ def tuning_pass(shape, n, device, L):
 
 
 def count_flops(make):
-    """(parameters, FLOPs of the matrix products of a step), from the shapes alone: nothing is computed."""
+    """Counts (parameters, FLOPs of the matrix products of a step) from the shapes; nothing is computed."""
     with torch.device("meta"):
         net, _, run = make("meta")
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -710,7 +710,7 @@ def count_flops(make):
 
 
 def measure(make, device, rounds):
-    """(peak bytes, median seconds) of a training step with AdamW and, for a teacher, its moving average."""
+    """Measures (peak bytes, median seconds) of a step with AdamW and, for a teacher, its moving average."""
     net, teacher, run = make(device)
     optimizer = training.make_optimizer(net, 1e-4, 0.01, findna.BETAS, findna.EPS)
 
@@ -735,7 +735,7 @@ def measure(make, device, rounds):
 
 
 def cost(rounds, device="cpu", batch=1, max_seconds=60, shapes=SHAPES, lengths=MTCDNA):
-    """Parameters and FLOPs, counted; peak memory and time of a step, measured where it is short enough."""
+    """Counts parameters and FLOPs; measures the peak memory and time of a step where it is short enough."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     rate, first = matmul_peak(device, dtype)[0], {}
     columns = " ".join(f"{name:>9}" for name in ("TFLOP", "x FinDNA", "peak GB", "ms"))

@@ -161,7 +161,7 @@ def in_turn(call):
 
 
 def shares(profile, cuda):
-    """A profile of steps -> {kind of kernel: share of the device's time}."""
+    """Returns {kind of kernel: share of the device's time} of a profile of steps."""
     times = defaultdict(float)
     for event in profile.key_averages():
         if cuda == (event.device_type == torch.autograd.DeviceType.CUDA):
@@ -172,7 +172,7 @@ def shares(profile, cuda):
 
 
 def measured(call, facts):
-    """A generator to advance before each step: warms up, times some steps, profiles two; fills facts."""
+    """Warms up, times some steps, profiles two; fills facts. A generator to advance before each step."""
     cuda, n, times = call.device == "cuda", call.size.timed, []
     yield from [None] * call.size.warm                       # compiles
     with in_turn(call):
@@ -192,7 +192,7 @@ def measured(call, facts):
 
 
 def strict(call, facts):
-    """A generator to advance before each step: in the middle of a demo no step may wait for the GPU."""
+    """Lets no step in the middle of a demo wait for the GPU. A generator to advance before each step."""
     n = call.size.steps // 4
     yield from [None] * n
     if call.device == "cuda":
@@ -205,7 +205,7 @@ def strict(call, facts):
 
 
 def stopped(call, facts):
-    """A generator to advance before each step: sends SIGTERM in the middle."""
+    """Sends SIGTERM in the middle of a demo. A generator to advance before each step."""
     yield from [None] * (call.size.steps // 2)
     os.kill(os.getpid(), signal.SIGTERM)
     yield from itertools.repeat(None)
@@ -260,7 +260,7 @@ def run_script(call, script, flags, changes=(), watch=None):
 
 
 def genome_flags(call):
-    """Flags of a run that is watched for its first steps: genome, run folder, batch."""
+    """Returns the flags of a run that is watched for its first steps: genome, run folder, batch."""
     folders = f"--data_dir {call.work}/data --out {new_folder(call)}"
     return f"--genome demo {folders} --batch_size {call.size.batch}"
 
@@ -290,7 +290,7 @@ def about(call):
 
 
 def seconds(call, function, least=0.02):
-    """Seconds of a call of function: median of 3 samples of at least `least` s, timed in turn."""
+    """Times a call of function in turn: median seconds of 3 samples of at least `least` s or 1,000 calls."""
     def sample(n):
         start = bench.clock()
         for _ in range(n):
@@ -303,7 +303,7 @@ def seconds(call, function, least=0.02):
 
 
 def ceilings(call):
-    """Rates of a copy on the device and of bf16 matrix products."""
+    """Yields the rates of a copy on the device and of bf16 matrix products."""
     s, x = call.size, torch.zeros(2, call.size.copy, dtype=torch.uint8, device=call.device)
     yield {"name": "copy", "GB/s": 2 * s.copy / seconds(call, lambda: x[0].copy_(x[1])) / 1e9}
     shapes = [(32_768, 768, n) for n in (768, 2304, 3072)] + [(64_640, k, 512) for k in (308, 312, 320, 352)]
@@ -315,7 +315,7 @@ def ceilings(call):
 
 
 def attention(call, kind):
-    """Attention forward and backward by one of torch's kernels; layout and mask as in models.py."""
+    """Times attention, forward and backward, by one of torch's kernels; layout and mask as in models.py."""
     B, H, D = call.size.heads
     for T, masked, p in itertools.product(call.size.lengths, (False, True), (0.0, 0.1)):
         x = torch.randn(4, B, T, H, D, device=call.device, dtype=torch.bfloat16)
@@ -337,7 +337,7 @@ def attention(call, kind):
 
 
 def weights_of(out):
-    """The weights that a run left: last.pt of pretraining, random.pt of fine-tuning."""
+    """Returns the weights that a run left, flat: last.pt of pretraining, random.pt of fine-tuning."""
     paths = [os.path.join(folder, name) for folder, _, names in os.walk(out) for name in names
              if name in ("last.pt", "random.pt")]
     return torch.cat([x.flatten().double() for x in training.load(paths[0])["model"].values()])
@@ -348,7 +348,7 @@ def distance(a, b):
 
 
 def demo_flags(call, script, out):
-    """Flags of a short demo that writes to out."""
+    """Returns the flags of a short demo that writes to out."""
     flags = f"--data_dir {call.work}/data --out {out}"
     if script == "finetune.py":
         return f"{call.size.demo_tuning.format(work=call.work)} {flags}"
@@ -356,7 +356,7 @@ def demo_flags(call, script, out):
 
 
 def resume(call, script, flags, changes=()):
-    """A demo that is stopped and resumed ends with the weights of one that is not stopped."""
+    """Compares the weights of a demo that is stopped and resumed with those of one that is not stopped."""
     whole, parts = new_folder(call), new_folder(call)
     run_script(call, script, f"{demo_flags(call, script, whole)} {flags}", changes)
     again = f"{demo_flags(call, script, parts)} {flags}"
@@ -367,13 +367,13 @@ def resume(call, script, flags, changes=()):
 
 
 def title(*parts):
-    """The name of a row: words, and changes by their names."""
+    """Returns the name of a row: words, and changes by their names."""
     words = [" ".join(change.__name__ for change in x) if isinstance(x, tuple) else str(x) for x in parts]
     return " ".join(word for word in words if word)
 
 
 def ranks(call, script):
-    """A demo in DDP on one rank, whose steps never wait for the GPU, ends with the weights of one without."""
+    """Compares weights of a demo in DDP on one rank, which must not wait for the GPU, with one without."""
     ddp, alone, broken = (f"{demo_flags(call, script, new_folder(call))} --eval_every 9999" for _ in range(3))
     facts = run_script(call, script, ddp + " --compile", (as_one_of_many, ), strict)
     run_script(call, script, alone + " --compile")
@@ -383,7 +383,7 @@ def ranks(call, script):
 
 
 def ceiling(call, name, key):
-    """What the item ceilings measured, NaN where it is missing."""
+    """Returns what the item ceilings measured, NaN where it is missing."""
     return next((row[key] for row in read_jsonl(call.rows) if row["name"].startswith(name) and key in row),
                 math.nan)
 
@@ -402,14 +402,14 @@ def bert_config(call, dropout):
 
 
 def bert(call, dropout, flags, changes=()):
-    """randommask.py's step."""
+    """Measures randommask.py's step."""
     facts = run_script(call, "randommask.py", f"{call.size.bert} --dropout {dropout} {flags} "
                        f"{genome_flags(call)}", changes, measured)
     yield bert_row(call, title("ours, dropout", dropout, flags, changes), facts, bert_config(call, dropout))
 
 
 def bert_peer(call, dropout, compiled):
-    """Hugging Face's step as its users have it today: sdpa, fused AdamW, torch.compile; on a fixed batch."""
+    """Measures Hugging Face's step as used today: sdpa, fused AdamW, torch.compile; on a fixed batch."""
     config, facts = bert_config(call, dropout), {}
     tokens = torch.randint(5, config.vocab_size, (call.size.batch, config.block_size), device=call.device)
     labels = torch.where(torch.rand(tokens.shape, device=call.device) < 0.14, tokens, -100)
@@ -424,7 +424,7 @@ def bert_peer(call, dropout, compiled):
 
 
 def mixer_bytes(config):
-    """Bytes a token that a FinDNA step moves at least, in bf16, if only products and rotations touch memory.
+    """Counts the bytes a token that a FinDNA step moves at least, in bf16: by products and rotations only.
 
     A block, in units of C and H: forward fc1 C + H, fc2 H + C, rotation and sum 3 C; backward rotation 2 C,
     fc2 2 (C + H), GELU H, fc1 2 (H + C), sum 2 C; and a forward pass of the teacher.
@@ -434,7 +434,7 @@ def mixer_bytes(config):
 
 
 def findna(call, size, flags, changes=()):
-    """findna.py's step, at a micro-batch size; the floor: mixer_bytes at the rate of a copy."""
+    """Measures findna.py's step, at a micro-batch size; the floor: mixer_bytes at the rate of a copy."""
     text = f"{call.size.findna} --micro_batch_size {size} {flags} {genome_flags(call)}"
     facts, config = run_script(call, "findna.py", text, changes, measured), models.ChordMixerConfig()
     rate, n = ceiling(call, "copy", "GB/s") * 1e6, call.size.batch             # bytes a ms
@@ -444,14 +444,14 @@ def findna(call, size, flags, changes=()):
 
 
 def tuning(call, L, flags, changes=()):
-    """finetune.py's step on sequences of L bases."""
+    """Measures finetune.py's step on sequences of L bases."""
     text = f"--csv {call.work}/{L}.csv --init random --batch_size {call.size.tuning_batch} {call.size.tuning}"
     facts = run_script(call, "finetune.py", f"{text} {flags} --out {new_folder(call)}", changes, measured)
     yield {"name": title(f"{L} bases, ours", flags, changes)} | facts
 
 
 def tuning_peer(call, L, compiled):
-    """The step of Hugging Face's Trainer on sequences of L bases: sdpa, fused AdamW, bf16."""
+    """Measures the step of Hugging Face's Trainer on sequences of L bases: sdpa, fused AdamW, bf16."""
     facts, config = {}, bert_config(call, 0.1)
     config.block_size = max(config.block_size, L)
     spec = finetune.BertHead.body_spec(config) | {"n_out": 2, "long": "chunk", "dtype": "float32"}
@@ -467,13 +467,13 @@ def tuning_peer(call, L, compiled):
 
 
 def tuning_waits(call):
-    """The demo of finetune.py, no step of which waits for the GPU."""
+    """Runs the demo of finetune.py, no step of which may wait for the GPU."""
     flags = demo_flags(call, "finetune.py", new_folder(call))
     yield {"name": "finetune.py"} | run_script(call, "finetune.py", flags, (), strict)
 
 
 def card(call, flags):
-    """randommask.py in fp32 on a card of 11 GB, with the bases of hg38 on it."""
+    """Measures randommask.py in fp32 on a card of 11 GB, with as many bases on it as hg38 has."""
     micro = "--micro_batch_size 16" if call.device == "cuda" else ""
     facts = run_script(call, "randommask.py", f"{call.size.bert} {micro} --dtype float32 {flags} "
                        f"{genome_flags(call)}", (small_card, large_genome), measured)
@@ -481,7 +481,7 @@ def card(call, flags):
 
 
 def jobs_of(item, call):
-    """The jobs of an item [(function, name)], in the order of their worth."""
+    """Returns the jobs of an item, [(function, name)], in the order of their worth."""
     scripts, (large, small) = ("randommask.py", "cm_gems.py", "findna.py"), call.size.micro_batches
     kinds = ATTENTION if call.device == "cuda" else [SDPBackend.MATH]
     exact = (deterministic, )
@@ -522,7 +522,7 @@ def read_jsonl(path):
 
 
 def last_words(log):
-    """The line of a log that says best why a job ended: the last one that names an error, else the last."""
+    """Returns the line of a log that best says why a job ended: the last with an error, else the last."""
     with open(log, errors="replace") as f:
         lines = [line.strip() for line in f if line.strip()] or ["it printed nothing"]
     errors = [line for line in lines if re.match(r"[\w.]*(error|Error|Exception)\b", line)]
@@ -592,7 +592,7 @@ def show(rows):
 
 
 def has_cuda():
-    """True on a machine with a GPU; asked in a fork, because CUDA does not survive one."""
+    """Tells whether the machine has a GPU; asks in a fork, because CUDA does not survive one."""
     process = FORK.Process(target=lambda: sys.exit(not torch.cuda.is_available()))
     process.start()
     process.join()

@@ -129,7 +129,7 @@ def size_of(path):
 
 
 def receive(url, path, cap):
-    """Makes one request: append to path, or start anew where the server has another file by now.
+    """Makes one request: appends to path, or starts anew where the server has another file by now.
     path.from keeps the url and the server's tag; more than cap bytes are refused. ValueError: give up."""
     have, old_tag = size_of(path), None
     request = urllib.request.Request(url, headers={"User-Agent": "nanoDNA download.py"})

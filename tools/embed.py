@@ -26,7 +26,7 @@ NAMED = 10                                                   # names that are pr
 
 @torch.no_grad()
 def per_base(net, rows, micro_batch_size, **layer):
-    """Embedding of every base of rows (bases, C): the mean of the hidden states that cover it."""
+    """Embeds every base of rows: (bases, C), the mean of the hidden states that cover it."""
     average = net.spec["strands"] == "average"
     rows = data.both_strands(rows) if average else rows
     lengths, parts = np.diff(rows.offsets), []
@@ -40,7 +40,7 @@ def per_base(net, rows, micro_batch_size, **layer):
 
 
 def name_arrays(ids):
-    """ids as an array of fixed width; if that cuts a name, `long_ids` has these whole, one a line.
+    """Returns {"ids": array}. Names that WIDTH cuts are whole in long_ids, one a line; long_at says which.
 
     numpy gives each text of an array the room of the longest one: one name of 1 MB would multiply.
     """

@@ -35,14 +35,14 @@ Comparison = namedtuple("Comparison", "claim mode primary sets gaps interval p v
 
 
 def read_jsonl(path):
-    """Rows of a JSON lines file, as dicts."""
+    """Reads the rows of a JSON lines file, as dicts."""
     with open(path, encoding="utf-8") as f:
         return [json.loads(line) for line in f]
 
 
 def arm_of(row, several=False):
-    """(arm, seed) of a row of finetune.py: the seed of the pretraining, that of a run without any (penguinn),
-    or None for 5-mers, which do not depend on one.
+    """Returns (arm, seed) of a row of finetune.py: the seed of the pretraining, or that of a run without any
+    (penguinn), or None for 5-mers, which do not depend on one.
 
     several: the experiment has random weights of several networks, which are told apart.
     """
@@ -57,7 +57,7 @@ def arm_of(row, several=False):
 
 
 def read_scores(name, root=ROOT, metric=None):
-    """{(mode, arm): {task: {seed of arm_of: [100 x score, one per run]}}} of an experiment.
+    """Reads an experiment's scores: {(mode, arm): {task: {seed of arm_of: [100 x score, one per run]}}}.
 
     metric: another one of the test rows, as "auroc"; tasks that have none (of more than two classes) are left
     out. ValueError if an arm's rows of a task differ in their settings, or those of a seed in their weights.
@@ -82,9 +82,9 @@ def read_scores(name, root=ROOT, metric=None):
 
 
 def differences(x, y):
-    """Arm x minus arm y, each {task: {seed: runs}} -> tasks, array (tasks, seeds): paired by pretraining
-    seed, means over the runs. Where both arms have several (draws of rows, in order), those that both have
-    count. An arm without pretraining seeds is the same for all seeds of the other."""
+    """Subtracts arm y from arm x, each {task: {seed: runs}}: tasks, gaps (tasks, seeds) of means over runs,
+    paired by pretraining seed. Where both arms have several runs (draws of rows, in order), those that both
+    have count. An arm without pretraining seeds is the same for all seeds of the other."""
     tasks = [task for task in data.TASKS if task in x and task in y]
     tasks += sorted(task for task in x if task in y and task not in tasks)
     held = [set(arm[task]) for arm in (x, y) for task in tasks if None not in arm[task]]
@@ -98,14 +98,14 @@ def differences(x, y):
 
 
 def by_dataset(tasks, gaps):
-    """gaps (tasks, seeds) -> (datasets, seeds): means over the training sizes of a dataset, as "worm/100"
-    and "worm/1000", "prom_core 10-shot" and "50-shot": they share test rows, so they are not independent."""
+    """Averages gaps (tasks, seeds) over the training sizes of a dataset, as "worm/100" and "worm/1000", or
+    "prom_core 10-shot" and "50-shot": (datasets, seeds). They share test rows: they are not independent."""
     names = [task if task in data.TASKS else re.sub(r"( \d+-shot|/\d+)$", "", task) for task in tasks]
     return np.array([gaps[[name == of for of in names]].mean(0) for name in dict.fromkeys(names)])
 
 
 def interval(gaps, draws=DRAWS):
-    """95 % interval of the mean of gaps (datasets, seeds): both are drawn anew, with replacement."""
+    """Returns the 95 % interval of the mean of gaps (datasets, seeds): draws both anew, with replacement."""
     rng = np.random.default_rng(0)
     sets = rng.integers(gaps.shape[0], size=(draws, gaps.shape[0], 1))
     seeds = rng.integers(gaps.shape[1], size=(draws, 1, gaps.shape[1]))
@@ -113,7 +113,7 @@ def interval(gaps, draws=DRAWS):
 
 
 def p_values(gaps):
-    """Two-sided p of gaps (datasets, seeds): Wilcoxon's over datasets' means, paired t over seeds' means."""
+    """Tests gaps (datasets, seeds): two-sided p, Wilcoxon over datasets' means, paired t over seeds'."""
     with warnings.catch_warnings():                          # too few values give nan, which is printed
         warnings.simplefilter("ignore")
         sets, seeds = gaps.mean(1), gaps.mean(0)
@@ -122,14 +122,14 @@ def p_values(gaps):
 
 
 def verdict(gaps, low, high, p):
-    """The rule of results/PLAN.md for the claim that an arm is better; gaps (datasets, seeds)."""
+    """Applies the rule of results/PLAN.md for the claim that an arm is better; gaps (datasets, seeds)."""
     if min(gaps.shape) < 2:
         return "cannot tell"
     return "held" if low > 0 and p < 0.05 else "not held" if high < 1 else "cannot tell"
 
 
 def compare(line, root=ROOT):
-    """A line of comparisons.csv -> Comparison."""
+    """Makes the Comparison of a line of comparisons.csv."""
     scores, arms = read_scores(line["experiment"], root, line["metric"]), [line["a"], line["b"]]
     mode = ", ".join(filter(None, [line["mode"], line["metric"].upper()]))
     x = Comparison(" > ".join(arms), mode, bool(line["primary"]), None, None, None, None, "not run")
@@ -143,7 +143,7 @@ def compare(line, root=ROOT):
 
 
 def planned_comparisons(root=ROOT):
-    """{experiment: its lines of comparisons.csv}."""
+    """Reads comparisons.csv: {experiment: its lines}."""
     found = {}
     with open(os.path.join(root, "results", "comparisons.csv"), newline="", encoding="utf-8") as f:
         for line in csv.DictReader(f):
@@ -152,7 +152,7 @@ def planned_comparisons(root=ROOT):
 
 
 def comparison_rows(name, root=ROOT):
-    """Cells of the table of an experiment's comparisons; the primary one is bold."""
+    """Returns the cells of the table of an experiment's comparisons; the primary one is bold."""
     rows = [["claim", "mode", "datasets", "seeds", "difference [95 %]", "p, datasets", "p, seeds", "verdict"]]
     for x in (compare(line, root) for line in planned_comparisons(root)[name]):
         claim = f"**{x.claim}**" if x.primary else x.claim
@@ -167,20 +167,20 @@ def comparison_rows(name, root=ROOT):
 
 
 def primary_text(name, root=ROOT):
-    """An experiment's primary comparison in words, for a cell of another table."""
+    """Returns an experiment's primary comparison in words, for a cell of another table."""
     [row] = [row for row in comparison_rows(name, root) if row[0].startswith("**")]
     claim, _, datasets, seeds, difference, *_, result = row
     return f"{claim.strip('*')}: {difference}, {datasets.split()[0]} datasets, {seeds} seeds: {result}"
 
 
 def spread(values, digits=1):
-    """Mean ± sd (n) of numbers; "" of none."""
+    """Returns mean ± sd (n) of numbers as text; "" of none."""
     sd = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
     return f"{np.mean(values):.{digits}f}{sd} ({len(values)})" if values else ""
 
 
 def score_rows(name, mode, metric=None, root=ROOT):
-    """Cells of the table of scores in a mode: mean ± sd over pretraining seeds (their number)."""
+    """Returns the cells of the table of scores in a mode: mean ± sd over pretraining seeds (their number)."""
     arms = {arm: tasks for (of, arm), tasks in read_scores(name, root, metric).items() if of == mode}
     tasks = dict.fromkeys(task for tasks in arms.values() for task in tasks)
     means = {arm: {t: [np.mean(runs) for runs in seeds.values()] for t, seeds in found.items()}
@@ -194,7 +194,7 @@ def score_rows(name, mode, metric=None, root=ROOT):
 
 
 def run_rows(kind, name, *columns, root=ROOT):
-    """Cells of the table of pretraining runs, or of observations, at each step of an arm: mean ± sd (n)."""
+    """Returns the cells of the table of pretraining runs or observations, by arm and step: mean ± sd (n)."""
     arms = {}
     for row in read_jsonl(os.path.join(root, "results", f"{name}.{kind}.jsonl")):
         arms.setdefault((row["arm"], row["step"]), []).append(row)
@@ -206,13 +206,13 @@ def run_rows(kind, name, *columns, root=ROOT):
 
 
 def markdown(rows):
-    """Rows of cells, the first one is the header -> lines of a Markdown table."""
+    """Turns rows of cells, of which the first is the header, into a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
 
 
 def fill(text, root=ROOT):
-    """A document with the tables between its marks made anew."""
+    """Returns a document with the tables between its marks made anew."""
     kinds = {"scores": score_rows, "comparisons": comparison_rows}
     kinds |= {kind: functools.partial(run_rows, kind) for kind in ("pretraining", "observations")}
 
@@ -233,8 +233,8 @@ def add_rows(path, rows, *key):
 
 
 def observe(path):
-    """{column: value} of a BERT: silhouettes of its k-mer embeddings; attention of its middle and last layer
-    on windows of its own length, as shares over those of equal attention, and entropy in nats."""
+    """Measures a BERT, {column: value}: silhouettes of its k-mer embeddings; attention of its middle and last
+    layer on windows of its own length, as shares over those of equal attention, and its entropy in nats."""
     from tools import figures                                # here, because it imports this through table
     net = figures.read_attention(path, "cpu")
     found = {f"silhouette_{by}": x for by, x in figures.silhouettes(figures.read_bert(path)[0]).items()}

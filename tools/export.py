@@ -70,7 +70,7 @@ CITE = {"randommask": "Liang et al., Rethinking the BERT-like Pretraining for DN
 
 
 def recorded(init, state):
-    """Scores of a fine-tuned checkpoint in its results.jsonl, else the last losses in the log beside it."""
+    """Reads a fine-tuned checkpoint's scores in results.jsonl, else the last losses in the log beside it."""
     if init.startswith(("hf:", "findna:")):                  # no run of ours is beside it
         return []
     rows = finetune.read_rows(os.path.dirname(os.path.dirname(init)))
@@ -86,7 +86,7 @@ def recorded(init, state):
 
 
 def without_paths(value):
-    """The flags of a run without the folders of this machine: /home/me/hg38.fa becomes hg38.fa."""
+    """Returns the flags of a run without this machine's folders: /home/me/hg38.fa becomes hg38.fa."""
     if isinstance(value, dict):
         return {name: without_paths(x) for name, x in value.items()}
     if isinstance(value, list):
@@ -98,7 +98,7 @@ def without_paths(value):
 
 
 def card_facts(spec, library, hub):
-    """The lines of the card that a model hub reads."""
+    """Returns the lines of the card that a model hub reads."""
     kind = "text-classification" if "classes" in spec else "fill-mask"
     facts = {"license": hub.get("license"), "base_model": hub.get("base_model"), "library_name": library,
              "pipeline_tag": kind if library == "transformers" else "", "tags": "[biology, genomics, dna]"}
@@ -106,7 +106,7 @@ def card_facts(spec, library, hub):
 
 
 def model_card(state, spec, folder, hub, use):
-    """README.md of an export. state: the checkpoint, with its scores or losses; use: of use_bert, ..."""
+    """Makes README.md of an export. state: the checkpoint, with scores or losses; use: of use_bert, ..."""
     library, tokens, snippet = use
     folder, numbers = without_paths(folder), state["numbers"]
     return CARD.format(
@@ -120,7 +120,7 @@ def model_card(state, spec, folder, hub, use):
 
 
 def use_bert(spec):
-    """(library, tokens, Python snippet) for the card."""
+    """Returns (library, tokens, Python snippet) for the card."""
     auto = "AutoModelForSequenceClassification" if "classes" in spec else "AutoModelForMaskedLM"
     tokens = f"{spec['k']}-mers, stride {spec['stride']}"
     if spec.get("strands") == "average":
@@ -144,7 +144,7 @@ def write_bert(net, folder, card):
 
 
 def write_mixer(net, folder, card):
-    """Weights, spec and card; without the untrained head of a pretrained network."""
+    """Writes weights, spec and card; leaves out the untrained head of a pretrained network."""
     weights = {name: tensor for name, tensor in net.state_dict().items()
                if "classes" in net.spec or name.startswith("backbone.")}
     models.save_folder(folder, weights, {"config.json": net.spec, "README.md": card})
@@ -170,7 +170,7 @@ def export(folder, init, eval_network=None, **hub):
 
 
 def matching(pattern, example):
-    """argparse type: text of this pattern."""
+    """Returns an argparse type: text that matches the pattern; example: for the error message."""
     def check(text):
         if not re.fullmatch(pattern, text):
             raise argparse.ArgumentTypeError(f"expected {example}, got {data.quoted(text)}")

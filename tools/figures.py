@@ -56,7 +56,7 @@ PANELS = (                                                   # title, unit, scal
 
 
 def new_figure(n, columns, width, height):
-    """A figure and its n axes in rows of `columns`, each of width x height inches."""
+    """Makes a figure and its n axes in rows of `columns`, each of width x height inches."""
     try:
         import matplotlib
         from matplotlib.figure import Figure
@@ -70,7 +70,7 @@ def new_figure(n, columns, width, height):
 
 
 def read_log(run):
-    """log.jsonl of a run folder -> {column: (steps, values)}. ValueError if a line is not a row."""
+    """Reads log.jsonl of a run folder: {column: (steps, values)}. ValueError if a line is not a row."""
     path, log = os.path.join(run, "log.jsonl"), {}
     data.check_file(path)
     for n, line in enumerate(open(path, errors="replace"), 1):
@@ -94,14 +94,14 @@ def read_log(run):
 
 
 def events(log):
-    """[(step, what begins after it)]: the phases of RandomMask, the switch of CM-GEMS."""
+    """Returns [(step, what begins after it)]: the phases of RandomMask, the switch of CM-GEMS."""
     steps, phases = log.get("phase", ((), ()))
     found = [(int(steps[i]), f"phase {phases[i + 1]}") for i in np.flatnonzero(np.diff(phases))]
     return found + [(int(step), "Global") for step in log.get("switch_step", ((), ()))[1]]
 
 
 def curves(log):
-    """{title: {column: (steps, values in the panel's unit)}} for the PANELS that this log has."""
+    """Returns the curves of the PANELS in a log: {title: {column: (steps, values in the panel's unit)}}."""
     found = {}
     for title, unit, _, styles in PANELS:
         if unit != "exp(nats)" or "mnm_loss" not in log:     # FinDNA's loss mixes two kinds: no perplexity
@@ -111,7 +111,7 @@ def curves(log):
 
 
 def read_bert(path):
-    """A checkpoint, pretrained or fine-tuned, or hf:FOLDER -> (Bert in eval mode, stride)."""
+    """Reads a checkpoint, pretrained or fine-tuned, or hf:FOLDER: (Bert in eval mode, stride)."""
     spec, weights = finetune.read_network(path)
     if spec["kind"] != "bert":
         raise ValueError(f"{path}: a {spec['kind']} network; give a Bert of randommask, cm_gems or finetune")
@@ -119,7 +119,7 @@ def read_bert(path):
 
 
 def read_attention(path, device):
-    """A checkpoint, or hf:FOLDER of any encoder over k-mers -> Reader."""
+    """Reads a checkpoint, or hf:FOLDER of any encoder over k-mers, into a Reader."""
     spec, weights = finetune.read_network(path)
     if spec["kind"] == "bert":
         net = finetune.build_net(spec, weights).eval().to(device)
@@ -140,7 +140,7 @@ def read_attention(path, device):
 
 
 def colorings(k):
-    """{coloring: class of each k-mer (4**k,), in token order}; the letters A, T, C, G are 0..3."""
+    """Returns {coloring: class of each k-mer (4**k,), in token order}; the letters A, T, C, G are 0..3."""
     letters = np.arange(4 ** k)[:, None] // 4 ** np.arange(k - 1, -1, -1) % 4              # (4**k, k)
     center = letters[:, k // 2] + (4 * letters[:, k // 2 - 1] if k % 2 == 0 else 0)        # 1 or 2 letters
     return {"center": center, "margins": letters[:, 0] * 4 + letters[:, -1]} | {
@@ -148,7 +148,7 @@ def colorings(k):
 
 
 def silhouettes(bert):
-    """{coloring: silhouette of the k-mer embeddings in -1..1}, by the cosine in all dimensions.
+    """Computes {coloring: silhouette of the k-mer embeddings in -1..1}, by the cosine in all dimensions.
 
     "shuffled" has the classes of "center" in random order.
     """
@@ -160,7 +160,7 @@ def silhouettes(bert):
 
 
 def embeddings(bert):
-    """t-SNE of the k-mer embeddings (4**k, 2), {coloring: classes (4**k,)}, {coloring: silhouette}."""
+    """Computes t-SNE (4**k, 2) of k-mer embeddings, {coloring: classes (4**k,)}, {coloring: silhouette}."""
     rows = bert.tok_emb.weight[5:].detach().numpy()
     if bert.config.k < 3:
         raise ValueError(f"{bert.config.k}-mers: too few for a figure; use a model with k = 3 or more")
@@ -185,7 +185,7 @@ def draw_cluster(ax, ax_list, xy, k):
 
 
 def shades(classes):
-    """Colors (n, 3): the hue is the first or only letter, the lightness the second letter."""
+    """Returns colors (n, 3): the hue is the first or only letter, the lightness the second letter."""
     if classes.max() < 4:
         return COLORS[classes]
     hue, light = COLORS[classes // 4], np.array([-0.45, 0.0, 0.4, 0.7])[classes % 4, None]
@@ -193,11 +193,11 @@ def shades(classes):
 
 
 def random_windows(genome, n, length, least):
-    """n random windows without N -> bases (n, L), place of the first, in words where from.
+    """Draws n random windows without N: bases (n, L), place of the first, in words where they are from.
 
-    First n stretches without N of at least `least` bases are drawn, the likelier the longer they are; then L,
-    which fits all of them and is at most `length`, and a window in each. The other way round, all windows
-    could come from the longest record.
+    It first draws n stretches without N of at least `least` bases, the likelier the longer they are, then a
+    window in each. L is the most that fits all of them, up to `length`. If L came first, all windows could
+    be from the longest record.
     """
     rng, sizes = np.random.default_rng(0), np.diff(genome.intervals)[:, 0]
     weights = np.where(sizes >= least, sizes, 0)
@@ -214,14 +214,14 @@ def random_windows(genome, n, length, least):
 
 
 def mean_per_base(of_kmers, k, stride):
-    """A value for each k-mer (n, T) -> for each base the mean over the k-mers that contain it (n, L)."""
+    """Averages values of k-mers (n, T) for each base, over the k-mers that contain it: (n, L)."""
     covered = stride * torch.arange(of_kmers.shape[1])[:, None] + torch.arange(k)        # the bases of each
     return models.over_bases(of_kmers.T, covered, int(covered[-1, -1]) + 1).T
 
 
 @torch.no_grad()
 def attention(net, tokens):
-    """Attention of a Reader on tokens (n, T), [CLS] k-mers and maybe [SEP] -> {name: array}.
+    """Measures a Reader's attention on tokens (n, T), [CLS] k-mers and maybe [SEP]: {name: array}.
 
     maps (layer, H, T, T): mean over sequences. numbers (layer, 5): the share of a k-mer's attention to [CLS],
     to [SEP] (NaN: there is none) and to k-mers at most REACH tokens away; its entropy in nats; contrast, what
@@ -251,7 +251,7 @@ def attention(net, tokens):
 
 
 def draw_attention(found, place):
-    """found: {checkpoint: result of attention}; place: where the sequence of the profiles is from."""
+    """Draws found {checkpoint: result of attention}; place: where the sequence of the profiles is from."""
     fig, axes = new_figure(6, 2, 4, 2.5)
     titles = {0: "Attention to [CLS]", 2: f"To k-mers at most {REACH} tokens away", 3: "Entropy of attention",
               4: "Most attended k-mer / mean of the k-mers"}
@@ -275,7 +275,7 @@ def draw_attention(found, place):
 
 
 def draw_maps(found):
-    """Mean attention maps. One checkpoint: a row per layer, its heads; several: a row each, its layers."""
+    """Draws mean attention maps of heads, a row per layer; for several checkpoints of layers, a row each."""
     rows = {name: a["maps"].mean(1) for name, a in found.items()}
     titles = [f"layer {i}" for i in range(1, max(map(len, rows.values())) + 1)]
     if len(found) == 1:
@@ -298,7 +298,7 @@ def draw_maps(found):
 
 
 def mask_rows(bases, npmi_rank, k):
-    """Bases (n, L) -> [(method, share of tokens masked, share (n, L))], each with the same seed.
+    """Masks bases (n, L), each time with the same seed: [(method, share of tokens masked, share (n, L))].
 
     The last is the share of masked tokens among those that contain a base; a base with 1 is hidden.
     """
@@ -322,8 +322,8 @@ def mask_rows(bases, npmi_rank, k):
 
 
 def result_points(out):
-    """results.jsonl -> ours {model: {(task, shots, metric): (mean, sd or nan, seeds)}}, and for its tasks the
-    papers' values {column: {key: (value, ...)}}; all x 100."""
+    """Reads results.jsonl: ours {model: {(task, shots, metric): (mean, sd or nan, seeds)}}, and for its tasks
+    the papers' values {column: {key: (value, ...)}}; all x 100."""
     runs, ours = table.read_runs(out), {}
     for model, cells in table.our_columns(runs)[0].items():
         ours[model] = {key: (float(mean), math.nan if sd == "" else sd, n)
@@ -332,7 +332,7 @@ def result_points(out):
 
 
 def draw_results(ours, papers):
-    """Our means with sd over seeds, a row per task; hollow: the papers' values. Leaves few-shot tasks out."""
+    """Draws our means and sd over seeds, a row per task; hollow: the papers' values. No few-shot tasks."""
     order = {name: i for i, name in enumerate(data.TASKS)}
     keys = sorted({key for cells in ours.values() for key in cells if not key[1]},
                   key=lambda key: (order.get(key[0], len(order)), key))
@@ -357,7 +357,7 @@ def draw_results(ours, papers):
 
 
 def draw_shots(ours):
-    """A panel per few-shot task: mean and sd over draws against the number of rows per class."""
+    """Draws a panel per few-shot task: mean and sd over draws against the number of rows per class."""
     tasks = sorted({key[::2] for cells in ours.values() for key in cells if key[1]})
     shots = sorted({key[1] for cells in ours.values() for key in cells if key[1]})
     columns = min(3, len(tasks))
@@ -375,7 +375,7 @@ def draw_shots(ours):
 
 
 def draw_comparisons(found):
-    """{experiment: [Comparison]}: differences with their intervals, a row each, colored by verdict."""
+    """Draws {experiment: [Comparison]}: differences with their intervals, a row each, colored by verdict."""
     rows = [(name, x) for name, comparisons in found.items() for x in comparisons]
     fig, [ax] = new_figure(1, 1, 8, 0.15 * len(rows) + 0.8)
     for color, verdict in zip(COLORS[[2, 1, 7]], ("held", "not held", "cannot tell")):
@@ -409,7 +409,7 @@ def write_figure(fig, stem, dpi, replace=True):
 
 
 def label_paths(args):
-    """{label: path}. The labels are --names or the paths themselves."""
+    """Returns {label: path}. The labels are --names or the paths themselves."""
     labels = args.names or [path.removesuffix(".pt") for path in args.paths]
     if len(labels) != len(args.paths):
         raise ValueError(f"{len(args.paths)} paths, but {len(labels)} --names; give one for each")

@@ -39,7 +39,7 @@ ONE = np.zeros(1, np.int64)                                  # index of the only
 
 
 def find_output(model, name):
-    """Index of the class or target of this name; None: of the class that is predicted."""
+    """Returns the index of the class or target of this name; None: the class that is predicted."""
     names, regression = model.classes(), model.net.spec["regression"]
     if name is None and not (regression and len(names) > 1):
         return 0 if regression else None
@@ -50,21 +50,21 @@ def find_output(model, name):
 
 
 def value_of(net, outputs, at):
-    """Outputs (n, n_out) of a network -> (n,): log-odds of class or label `at`, or values of target `at`."""
+    """Turns outputs (n, n_out) into (n,): log-odds of class or label `at`, or values of target `at`."""
     if net.spec["regression"] or net.spec["multilabel"]:
         return outputs[:, at]
     return outputs[:, at] - outputs[:, [i for i in range(outputs.shape[1]) if i != at]].logsumexp(1)
 
 
 def copies(codes, places=ONE, letters=None):
-    """Rows: a copy of the sequence for each place, with the letter there (None: the sequence as it is)."""
+    """Copies the sequence into Rows for each place, with the letter there (None: the sequence as it is)."""
     bases = np.tile(codes, (len(places), 1))
     bases[np.arange(len(places)), places] = codes[places] if letters is None else letters
     return data.Rows(bases.ravel(), len(codes) * np.arange(len(places) + 1), None, {})
 
 
 def effects(model, codes, at, bar):
-    """Effects (4, L) of A, C, G and T at each base: 0 where this is the base, NaN where N is."""
+    """Computes the effects (4, L) of A, C, G and T at each base: 0 where this is the base, NaN where N is."""
     def value(rows):
         return value_of(model.net, torch.from_numpy(model.apply(rows, empty=True)).double(), at).numpy()
     before, found = value(copies(codes)), np.where(codes < 4, np.zeros((4, 1)), np.nan)
@@ -78,13 +78,13 @@ def effects(model, codes, at, bar):
 
 
 def by_base(net, rows, x):
-    """Values x (windows, T) over the inputs of the network -> (L,): the mean of those that cover a base."""
+    """Averages x (windows, T), values of the network's inputs, over those that cover a base: (L,)."""
     x, covered = net.spread(x.cpu()[..., None], rows, ONE)   # (N, 1), (N, width)
     return models.over_bases(x, covered, len(rows.bases))[:, 0].numpy()
 
 
 def gradient_x_input(net, rows, at):
-    """Gradient x input (L,), on the one-hot bases, or on the embeddings of the k-mers that contain a base."""
+    """Computes gradient x input (L,) on one-hot bases or on embeddings of the k-mers that contain a base."""
     reader, kept = net.get_submodule(net.READER), []
 
     def keep(module, inputs, output=None):
@@ -101,15 +101,15 @@ def gradient_x_input(net, rows, at):
 
 @torch.no_grad()
 def attention(net, rows, at=None):
-    """Attention (L,) of [CLS], which the output is read from, in the last layer: mean over the heads and over
-    the k-mers that contain a base, as Ji et al. (DNABERT) show it."""
+    """Returns the attention (L,) of [CLS], from which the output is read, in the last layer: mean over the
+    heads and over the k-mers that contain a base, as Ji et al. (DNABERT) show it."""
     x = models.in_parts(lambda *window: net.bert.encode(*window, need_weights=True)[1][-1][:, :, 0].mean(1),
                           1, *net.inputs(rows, ONE)[:2])
     return by_base(net, rows, x)
 
 
 def explain(model, codes, at, checks, bar):
-    """One sequence -> name of the output, effects (4, L), {name of a check: its values (L,)}."""
+    """Explains one sequence: name of the output, effects (4, L), {name of a check: its values (L,)}."""
     net, rows, more = model.net, copies(codes), {}
     if at is None:
         at = int(model.apply(rows, empty=True).argmax())
@@ -126,7 +126,7 @@ def explain(model, codes, at, checks, bar):
 
 
 def effect_lines(name, codes, label, found, more):
-    """The lines of one sequence: one for each substitution."""
+    """Yields the lines of one sequence: one for each substitution."""
     for at, ref in enumerate(data.decode(codes)):
         for alt, effect in zip(LETTERS, found[:, at]):
             if ref not in ("N", alt):
@@ -136,7 +136,7 @@ def effect_lines(name, codes, label, found, more):
 
 
 def agreement(found, x):
-    """Rank correlation, over the bases that are read, of the size of x with the mean size of the effects."""
+    """Correlates the ranks of the size of x and of the effects' mean size, over the bases that are read."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")                      # of a constant: NaN
         return stats.spearmanr(abs(found).mean(0), abs(x), nan_policy="omit")[0]
@@ -181,7 +181,7 @@ def mutate(model, args):
 
 
 def draw_letters(ax, codes, heights):
-    """Each base as a letter of its height, upside down below 0."""
+    """Draws each base as a letter of its height, upside down below 0."""
     from matplotlib import patches, textpath, transforms
     glyphs = {letter: textpath.TextPath((0, 0), letter, 1, prop="DejaVu Sans:bold") for letter in LETTERS}
     for at, (letter, height) in enumerate(zip(data.decode(codes), heights)):
@@ -194,7 +194,7 @@ def draw_letters(ax, codes, heights):
 
 
 def draw(drawn):
-    """A figure of these sequences, WIDTH bases a line: all effects, then each base as high as it matters."""
+    """Draws these sequences, WIDTH bases a line: all effects, then each base as high as it matters."""
     parts = [(*one, at) for one in drawn for at in range(0, len(one[1]), WIDTH)]
     if len(parts) > LINES:
         print(f"the picture has the first {LINES} of {len(parts)} lines of {WIDTH} bases, the table all")

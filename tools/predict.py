@@ -20,7 +20,7 @@ LONGEST = 1 << 20                                            # bases of a sequen
 
 
 def read_sequences(args):
-    """(id, codes) of each sequence of a FASTA file or a table, or of each of its windows.
+    """Yields (id, codes) of each sequence of a FASTA file or a table, or of each of its windows.
 
     A row of a table has its id in --id_column, or in a column id or name; its number if it has none or both.
     """
@@ -46,7 +46,7 @@ def read_sequences(args):
 
 
 def cut_windows(name, codes, window, step):
-    """(name:start-end, codes) of the windows of a sequence; the last one ends where the sequence ends."""
+    """Yields (name:start-end, codes) of a sequence's windows; the last one ends where the sequence ends."""
     last = max(len(codes) - window, 0)
     for start in [*range(0, last, step), last]:
         part = codes[start:start + window]
@@ -54,7 +54,7 @@ def cut_windows(name, codes, window, step):
 
 
 def read_blocks(sequences, size=1 << 24):
-    """(ids, Rows) of about `size` bases from (id, codes) pairs."""
+    """Yields (ids, Rows) of about `size` bases from (id, codes) pairs."""
     ids, parts, total = [], [], 0
     for name, codes in itertools.chain(sequences, [(None, ())]):
         if ids and (name is None or total + len(codes) > size):
@@ -66,12 +66,12 @@ def read_blocks(sequences, size=1 << 24):
 
 
 def output(args, suffix):
-    """--out; by default FILE's stem + suffix, in this folder."""
+    """Returns --out; by default FILE's stem + suffix, in this folder."""
     return args.out or os.path.splitext(os.path.basename(args.file).removesuffix(".gz"))[0] + suffix
 
 
 def add_model_flags(parser):
-    """The flags that say what to run, and where to write; returns the function that adds the next one."""
+    """Adds the flags that say what to run and where to write; returns the function that adds the next one."""
     add, positive = parser.add_argument, number(int, 1)
     add("--init", type=file_name, required=True,
         help="checkpoint (predict: a fine-tuned one), hf:FOLDER or findna:FILE")
@@ -87,7 +87,7 @@ def add_model_flags(parser):
 
 
 def add_flags(parser):
-    """The flags that predict and embed share; returns the function that adds the next one."""
+    """Adds the flags of predict, embed and mutagenesis; returns the function that adds the next one."""
     add, positive = add_model_flags(parser), number(int, 1)
     add("file", type=file_name, metavar="FILE",
         help="FASTA, or a .csv, .tsv or .txt with a column sequence; plain or gzip")
@@ -99,7 +99,7 @@ def add_flags(parser):
 
 
 def open_model(args, **changes):
-    """The Model of these flags, on the device."""
+    """Opens the Model of these flags, on the device."""
     if args.step and not args.window:
         raise ValueError("--step: belongs to --window; add that or drop it")
     if args.step and args.step > args.window:
@@ -113,12 +113,12 @@ def open_model(args, **changes):
 
 
 def excel_safe(cell):
-    """Text that a spreadsheet does not run as a formula."""
+    """Returns text that a spreadsheet does not run as a formula."""
     return f"'{cell}" if cell.startswith(("=", "+", "-", "@")) else cell
 
 
 def count_block(net, rows, n_bases):
-    """What is unusual in the sequences of a block: {name: number of them}."""
+    """Counts what is unusual in the sequences of a block: {name: number of them}."""
     unread = int((n_bases == 0).sum())
     return {"sequences": len(n_bases), "with_n": rows.notes["with_n"]} | finetune.count_unfit(net, rows) | {
         "without a base that the network reads": unread}

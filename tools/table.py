@@ -42,7 +42,7 @@ NO_CELL = Cell(np.nan, "", "", "", "")
 
 
 def difference(row):
-    """How the rows of a run differ from the published split, in words; "" if they do not or it is unknown."""
+    """Says how the rows of a run differ from the published split; "" if they do not or it is unknown."""
     task, rows = data.TASKS.get(row["task"]), row.get("rows")
     tested_on, _, share = row.get("tested_on", "test").partition("; ")         # "dev is 10% of train"
     if not task or not task.rows or not rows:
@@ -57,7 +57,7 @@ def difference(row):
 
 
 def in_words(row):
-    """A row of results.jsonl with its fields as text for the table."""
+    """Returns a row of results.jsonl with its fields as text for the table."""
     key = Key(row["task"], row["shots"], row["metric"])
     named = {field: f"{field} {row[field]}" if row.get(field) else "" for field in FIELDS[:-1]}
     named["stride"] = f"stride {row['stride'] or 'of the tokenizer'}"
@@ -69,7 +69,7 @@ def in_words(row):
 
 
 def read_runs(out, ids=None):
-    """Runs of results.jsonl (with these ids). Of runs that differ only in the score, the last one counts."""
+    """Reads runs of results.jsonl (with these ids). Where only the score differs, the last one counts."""
     path, runs = os.path.join(out, "results.jsonl"), {}
     for row in finetune.read_rows(out):
         if ids is None or row["id"] in ids:
@@ -81,14 +81,14 @@ def read_runs(out, ids=None):
 
 
 def dev_score(run):
-    """What the protocol chooses weights by, the higher the better: the score on dev, or minus its loss."""
+    """Returns what the protocol selects by, the higher the better: the score on dev, or minus its loss."""
     value = run["dev"].get("loss" if run["by_loss"] else run["metric"])
     return -np.inf if value is None else -value if run["by_loss"] else 100 * value
 
 
 def choose(runs):
-    """Of runs that differ in numbers of the protocol alone (a grid), those with the best mean score on dev;
-    and lines with the scores of all of them, on dev and on test."""
+    """Chooses, of runs that differ in numbers of the protocol alone (a grid), those with the best mean score
+    on dev; returns these, and lines with the scores of all of them, on dev and on test."""
     groups, kept, lines = {}, [], []
     for run in runs:
         numbers = {name: value for name, value in run["flags"].items() if name in finetune.FLAGS}
@@ -111,7 +111,7 @@ def choose(runs):
 
 
 def setting_line(setting, runs, dev, chosen):
-    """A setting of a grid: its mean on dev, and on test."""
+    """Describes a setting of a grid: its mean on dev, and on test."""
     run, loss = runs[0], runs[0]["by_loss"]
     return (f"- {run['task']}, {run['init']}: {setting}: dev {'loss' if loss else METRICS[run['metric']]} "
             f"{-dev if loss else dev:.4g}, test {our_cell(runs).text}" + (", **chosen**" if chosen else ""))
@@ -136,7 +136,7 @@ def name_versions(runs):
 
 
 def our_columns(runs):
-    """{setup: {key: cell}}, and in words the fields left out of its name: equal in all runs of a task."""
+    """Returns {setup: {key: cell}}, and in words the fields not in its name: equal in all runs of a task."""
     tasks, setups = {}, {}
     for run in runs:
         tasks.setdefault(run["key"], []).append(run)
@@ -151,7 +151,7 @@ def our_columns(runs):
 
 
 def our_cell(runs):
-    """Mean and sd over seeds, with the marks of LEGEND. The note says how the rows differ."""
+    """Pools runs: mean and sd over seeds, with the marks of LEGEND. The note says how the rows differ."""
     scores = [run["score"] for run in runs if np.isfinite(run["score"])]
     note = "; ".join(dict.fromkeys(run["difference"] for run in runs if run["difference"]))
     marks = {"†": any(run["collapsed"] for run in runs), "‡": len(scores) < len(runs), UNLIKE: note}
@@ -164,7 +164,7 @@ def our_cell(runs):
 
 
 def paper_columns(path, runs):
-    """The papers' values for runs of ours with the same task, metric and mode: ({column: {key: cell}},
+    """Reads the papers' values for runs of ours with the same task, metric and mode: ({column: {key: cell}},
     {paper: caveats of these values}, [in words, values with another metric or mode])."""
     columns, caveats, used, other = {}, {}, [], {}
     have = {(run["task"], run["metric"] + (PROBE if run["mode"] == "probe" else "")) for run in runs}
@@ -188,20 +188,21 @@ def paper_columns(path, runs):
 
 
 def is_about(caveat, tasks, value):
-    """Whether a caveat on these tasks concerns a row with a value; its empty fields match all."""
+    """Tells whether a caveat on these tasks concerns a row with a value; its empty fields match all."""
     same = all(caveat[part] in ("", value[part]) for part in ("paper", "table", "method"))
     return same and (caveat["task"] in ("", value["task"]) or value["task"] in tasks)
 
 
 def means_of(columns, key, ours=False):
-    """Means of a row, nan where there is none or a §. ours=True: § counts where all are on the same rows."""
+    """Returns a row's means, nan for none or a §. ours=True: § counts where all are on the same rows."""
     cells = [column.get(key, NO_CELL) for column in columns]
     same = ours and len({cell.note for cell in cells if cell is not NO_CELL}) == 1
     return np.array([cell.mean if same or UNLIKE not in cell.text else np.nan for cell in cells])
 
 
 def group_mean(sets, ours, columns):
-    """Adds the mean over the sets that all of ours have which have any. Its (key, label); None if of one."""
+    """Adds the mean over the sets that all of ours have, except those of ours that have none of them.
+    Returns its (key, label), or None if there are fewer than two such sets."""
     has = np.isfinite([means_of(ours, key) for key in sets])                   # (sets, columns)
     has = has[:, has.any(0)]
     sets = [key for key, row in zip(sets, has) if len(row) and row.all()]
@@ -218,7 +219,7 @@ def group_mean(sets, ours, columns):
 
 
 def add_means(keys, ours, columns):
-    """The table's rows (key, label) with a mean after each group of sets, which is added to columns."""
+    """Returns the table's rows (key, label) with a mean after each group of sets; adds that to columns."""
     rows = []
     for _, group in itertools.groupby(keys, lambda key: key.task.split("/")[0]):
         group = list(group)
@@ -230,7 +231,7 @@ def add_means(keys, ours, columns):
 
 
 def table_lines(rows, ours, others, notes):
-    """Markdown of ours and others, where these have values; new footnotes are numbered in notes."""
+    """Returns Markdown of ours and others, where these have values; numbers new footnotes in notes."""
     rows = [row for row in rows if not others or any(row[0] in column for column in others.values())]
     columns = {name: column for name, column in (ours | others).items()
                if any(key in column for key, _ in rows)}
@@ -252,7 +253,7 @@ def table_lines(rows, ours, others, notes):
 
 
 def comparison_lines(keys, ours):
-    """Wins of each setup of ours, and a signed-rank test over the tasks for each pair of setups."""
+    """Counts the wins of each setup of ours; compares each pair by a signed-rank test over the tasks."""
     table = np.array([means_of(ours.values(), key, ours=True) for key in keys])
     table, lines = table[np.isfinite(table).sum(1) > 1], []
     for name, scores in zip(ours, table.T):
@@ -269,7 +270,7 @@ def comparison_lines(keys, ours):
 
 
 def win_lines(paper, keys, ours, others):
-    """On how many tasks each setup of ours is above all columns of a paper in its mode, and above each."""
+    """Counts on how many tasks each setup of ours beats all columns of a paper in its mode, and each one."""
     lines = []
     for name, column in ours.items():
         same = {head: other for head, other in others.items() if (PROBE in head) == (", probe" in name)}
@@ -284,7 +285,7 @@ def win_lines(paper, keys, ours, others):
 
 
 def make_table(runs, paper_csv=PAPER):
-    """Runs of read_runs -> Table: all of ours, then ours beside each paper, wins, footnotes."""
+    """Turns runs of read_runs into a Table: all of ours, then ours beside each paper, wins, footnotes."""
     notes, order = {}, {task: i for i, task in enumerate(data.TASKS)}
     runs, settings = choose(runs)
     ours, rest = our_columns(runs)

@@ -119,7 +119,7 @@ def why_not(place, ref, alt):
 
 
 def trimmed(contig, start, ref, alt, limit):
-    """Returns the Alleles [ALT, REF] without what both end, then begin with; or that they are too long."""
+    """Returns the Alleles [ALT, REF] without common end, then common start; or that they are too long."""
     end = start + len(ref)
     n = len(os.path.commonprefix([ref[::-1], alt[::-1]]))
     ref, alt, end = ref[:len(ref) - n], alt[:len(alt) - n], end - n
@@ -144,7 +144,7 @@ def cut_window(genome, allele, size, strand):
 
 
 def bert_lm(net, tokens, mask, owner=None):
-    """What masked_lm needs: ids of the k-mers (M, T), -1: none; first base of each (T,); k; logits."""
+    """Returns what masked_lm needs: ids of the k-mers (M, T), -1: none; their first bases (T,); k; logits."""
     def logits(one, masked):
         inputs = tokens[one].masked_fill(masked, data.MASK)
         return net.bert.decode(net.bert.encode(inputs, None if mask is None else mask[one])[masked])
@@ -153,7 +153,7 @@ def bert_lm(net, tokens, mask, owner=None):
 
 
 def mixer_lm(net, one_hot, lengths, owner=None):
-    """The same for a ChordMixer or Encoder, of single bases: their channels."""
+    """Returns the same for a ChordMixer or Encoder, of single bases: ids are their channels."""
     def logits(one, masked):
         inputs = one_hot[one].masked_fill(masked[..., None], 0)
         return net.base(net.states(inputs, None if lengths is None else lengths[one])[masked])
@@ -166,7 +166,7 @@ LM = {"bert": bert_lm, "mixer": mixer_lm}
 
 @torch.no_grad()
 def masked_lm(model, rows, alleles, spans):
-    """Mean log P of the tokens of each allele in its span (M, 2), all of these masked: (M, 1).
+    """Returns the mean log P (M, 1) of each allele's tokens in its span (M, 2), all of which are masked.
 
     rows: windows of the sorted alleles; those that are equal once masked share a forward pass. A token with
     an N is neither masked nor counted; NaN where none is left.
@@ -192,7 +192,7 @@ def masked_lm(model, rows, alleles, spans):
 
 
 def distances(a, b):
-    """Cosine and Euclidean distances of the rows of a and b (n, C): (n, 2)."""
+    """Returns cosine and Euclidean distances of the rows of a and b (n, C): (n, 2)."""
     a, b = (torch.from_numpy(x).double() for x in (a, b))
     return torch.stack([1 - F.cosine_similarity(a, b), (a - b).norm(dim=1)], 1).numpy()
 
