@@ -251,12 +251,12 @@ def cut_pieces(windows, k, low=0.0, high=1.0):
 
 
 def settled(perplexities, drop):
-    """Tells whether the last two perplexities differ by less than `drop`, up or down: CM-GEMS switches."""
+    """Tells whether the last two perplexities differ by less than `drop`, up or down, so CM-GEMS switches."""
     return len(perplexities) > 1 and abs(perplexities[-1] - perplexities[-2]) < drop
 
 
 def can_switch(args):
-    """Tells whether a second or later evaluation comes from --switch_after on and before the last step."""
+    """Tells whether any evaluation but the first comes at or after --switch_after, before the last step."""
     last = (args.steps - 1) // args.eval_every * args.eval_every
     return last >= max(2 * args.eval_every, args.switch_after)
 
@@ -390,7 +390,7 @@ if __name__ == "__main__":
     held_out = val, args.eval_windows, 0                     # key 0: steps count from 1
 
     def get_batch(source, strategy, step, i, n):
-        """Draws micro-batch i (n sequences) of source: a window table, its number of sequences, a random key.
+        """Draws micro-batch i (n sequences) of source (window table, its number of sequences, random key).
 
         Returns tokens, centers, masked, weights (n, T; None: all 1).
         """
@@ -439,7 +439,7 @@ if __name__ == "__main__":
     widths = 64 if args.compile or device.type == "cuda" else 1               # few shapes, for graphs
 
     def forward(network, source, strategy, step, i, n):
-        """Returns loss sum, weight sum, numbers of masked tokens and of k-mers of micro-batch i of source."""
+        """Returns four sums over micro-batch i of source: losses, weights, masked tokens, k-mers."""
         tokens, _, masked, weights = get_batch(source, strategy, step, i, n)
         inputs, labels = data.corrupt(tokens, masked, n_vocab)
         whole = 2 * i * args.micro_batch_size >= source[1]   # the second half: no row is padded
@@ -455,7 +455,7 @@ if __name__ == "__main__":
 
     @torch.no_grad()
     def evaluate(strategy, step):
-        """Returns mean loss and perplexity on the same sequences and masks each time, shared by the ranks."""
+        """Returns the mean loss and perplexity, by all ranks, on the same sequences and masks each time."""
         model.eval()
         total = torch.zeros(4, dtype=torch.float64, device=device)
         for i, n in run.eval_batches():
@@ -466,7 +466,8 @@ if __name__ == "__main__":
         return loss.item(), loss.exp().item()
 
     def validate(step):
-        """Makes a row of the log; adds to the curriculum, which it switches to Global once it has settled."""
+        """Makes a row of the log; adds its perplexity to the curriculum, which switches to Global once that
+        has settled."""
         strategy, row = curriculum["strategy"], {}
         row["val_loss"], row["val_ppl"] = evaluate(strategy, step)
         row[f"val_loss_span{args.k}"], _ = evaluate("random", step)

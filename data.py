@@ -102,7 +102,8 @@ def one_hot(bases):
 
 
 def kmer_numbers(bases, k):
-    """Turns codes (B, L) uint8 into base-4 numbers (B, L - k + 1), int16 or int32; an N spoils them."""
+    """Turns codes (B, L) uint8 into base-4 numbers (B, L - k + 1), int16 or int32.
+    The numbers of k-mers with an N are wrong."""
     codes = bases.to(torch.int16 if k < 8 else torch.int32)
     numbers, width = codes, 1                                # of `width` bases
     for digit in bin(k)[3:]:                                 # double and add: 3 passes for k = 6
@@ -157,7 +158,7 @@ def span_mask(centers, maskable, left, right):
 
 
 def row_spans(at, maskable, left, right):
-    """Returns span_mask of the centers at (B, S), where T is none; left, right (B,): each row's own."""
+    """Returns span_mask for centers at positions `at` (B, S), T: none; left, right (B,): each row's own."""
     B, T = maskable.shape
     weight = F.pad(maskable, (0, 1)).gather(1, at).to(torch.int16)
     first, end = (at - left[:, None]).clamp_(0, T), (at + (right[:, None] + 1)).clamp_(max=T)
@@ -166,13 +167,13 @@ def row_spans(at, maskable, left, right):
 
 
 def mark(at, T):
-    """Marks the positions at (B, S), of which T is none: bool (B, T)."""
+    """Marks the positions `at` (B, S), where T stands for none: bool (B, T)."""
     return torch.zeros(len(at), T + 1, dtype=torch.bool, device=at.device).scatter_(1, at, True)[:, :T]
 
 
 def draw_positions(shape, p, device):
     """Draws centers (B, S): each of T positions is one with probability p, independently of the others.
-    They are in order, followed by T. It draws geometric gaps between centers, which takes far fewer random
+    They are positions in order, then T. It draws geometric gaps between them, which takes far fewer random
     numbers than positions. The mean + 10 standard deviations + 10 gaps always reach the end of a row."""
     B, T = shape
     n = math.ceil(T * p + 10 * math.sqrt(T * p) + 10)
@@ -223,7 +224,7 @@ class Genome:
                 f"({self.n_ambiguous:,} {codes}), fingerprint {self.fingerprint}")
 
     def restrict(self, bed):
-        """Keeps to the intervals of a BED file (None: keep all); those that overlap or touch are one."""
+        """Keeps only the intervals of a BED file (None: all); those that overlap or touch become one."""
         if bed:
             found, line = read_bed(bed, self)
             self.intervals = parts_within(self.intervals, found)
@@ -266,8 +267,8 @@ class Genome:
         return train, val
 
     def named(self, parts, flag):
-        """Returns the contigs that a flag names. parts: its text, split at commas, which names may hold, too:
-        the longest name counts."""
+        """Returns the contigs that a flag names. parts: its text, split at commas; as a name may hold commas
+        itself, the longest name that fits counts."""
         found, most = [], 1 + max(name.count(",") for name in self.contigs)
         at = 0
         while at < len(parts):
@@ -281,8 +282,8 @@ class Genome:
         return found
 
     def repeated(self, held_out):
-        """Returns a line in a list if contigs repeat others, on either strand: how many held-out bases of the
-        contigs are then also trained on. Contigs of equal length and ends are compared, by digests."""
+        """Returns [line] if contigs repeat others, on either strand, else []. The line says how many held-out
+        bases are also trained on. Only contigs of equal length and ends are compared, by digests."""
         ends, groups = self.index["ends"], {}
         sizes = np.diff(ends, prepend=0)
         at = np.minimum(np.arange(END), sizes[:, None] - 1)  # from either end: (contigs, END)
@@ -348,7 +349,7 @@ class Genome:
                 + self.advice())
 
     def advice(self):
-        """Returns what to do about N, as the end of a message, where it helps."""
+        """Returns what else may help where stretches without N are too short, as the end of a message."""
         ambiguous = " or --ambiguous random" if self.n_ambiguous and not self.drawn else ""
         return ambiguous + (" or other intervals in --bed" if self.bed else "")
 
@@ -418,8 +419,8 @@ def opened(path):
 
 @contextlib.contextmanager
 def stoppable(work):
-    """Turns SIGINT, SIGTERM and SIGHUP meanwhile into one line and exit code 130, 143 or 129, so that what is
-    half done can be removed. A signal that is ignored (nohup) stays so."""
+    """Turns SIGINT, SIGTERM and SIGHUP within its block into one line and exit code 130, 143 or 129, so that
+    what is half done can be removed. A signal that is ignored (nohup) stays so."""
     main = threading.current_thread() is threading.main_thread()               # only it may set handlers
     before = {which: now for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
               if main and (now := signal.getsignal(which)) not in (signal.SIG_IGN, None)}
@@ -443,8 +444,8 @@ def stoppable(work):
 @contextlib.contextmanager
 def new_path(path, folder=False, replace=False):
     """Makes a file (yielded open, binary) or a folder (its name) that becomes `path` once it is whole.
-    Until then it has a name beside it that no other process uses; an exception leaves nothing. replace: it
-    takes the place of a file; else ValueError where there is one, also if it comes in the meantime."""
+    Until then it lies beside `path`, under a name that no other process uses; an exception leaves nothing.
+    replace: it may replace a file; else ValueError where there is one, also if it comes in the meantime."""
     path = os.fspath(path).rstrip("/") or "/"
     tmp, taken = f"{path}.{secrets.token_hex(4)}.tmp", f"{path}: already exists; name another one"
     is_empty = folder and os.path.isdir(path) and not os.listdir(path)
@@ -474,7 +475,7 @@ def new_path(path, folder=False, replace=False):
 
 
 def file_digest(path, blocks=None, algorithm="sha256"):
-    """Returns the checksum of a file, or of so many blocks of 4 KiB, spread evenly, in hexadecimal digits."""
+    """Returns the checksum, in hexadecimal digits, of a file or of so many evenly spread blocks of 4 KiB."""
     digest = hashlib.new(algorithm)
     with open(path, "rb") as f:
         if blocks is None:
@@ -488,8 +489,8 @@ def file_digest(path, blocks=None, algorithm="sha256"):
 
 
 def file_fingerprint(path):
-    """Returns [name, size, sha256]; of a file of more than 200 MB the sha256 of 64 blocks, and what changes
-    with each write: inode, mtime, and ctime, which no user can set."""
+    """Returns [name, size, sha256]; for a file of more than 200 MB, the sha256 of 64 blocks, and what changes
+    when it is replaced or written to: inode, mtime, and ctime, which no user can set."""
     check_file(path)
     stat = os.stat(path)
     known = [os.path.basename(path), stat.st_size]
@@ -504,7 +505,7 @@ def cache_home():
 
 
 def open_cache(paths, cache, source):
-    """Finds the cache of these FASTA files, or builds it in the first folder that can be written."""
+    """Finds the cache of these FASTA files, or builds it in the first writable folder: (index, bases)."""
     roots = [cache] if cache else [os.path.dirname(os.path.abspath(paths[0])), cache_home()]
     keep, drawn = source["keep"], ["random"] * (source["ambiguous"] == "random")
     source["files"] = [file_fingerprint(path) for path in paths]
@@ -553,7 +554,7 @@ def make_folder(folder):
 
 
 def private(path, flags):
-    """Opens a file as open's opener: follows no link; those who can read the folder can read a new file."""
+    """Opens a file as opener= of open(): follows no link; whoever can read the folder can read a new file."""
     return os.open(path, flags | os.O_NOFOLLOW, os.stat(os.path.dirname(path)).st_mode & 0o644)
 
 
@@ -691,7 +692,7 @@ def write_index(folder, index):
 
 def build_cache(paths, source, folder):
     """Checks and packs the FASTA files: writes bases.u8 and index.json under other names, then renames them.
-    Where that fails, only what this has written goes: an older cache stays."""
+    If that fails, it removes only what it has written: an older cache stays."""
     bases = os.path.join(folder, "bases.u8")
     try:
         with new_file(bases + ".tmp") as out:
@@ -726,7 +727,7 @@ def check_packed(index, bases, paths, source):
 
 
 def contig_names(contigs):
-    """Turns [(path, name, length)] into [[name, length]]; a name that two files share makes all file:name."""
+    """Turns [(path, name, length)] into [[name, length]]; if two files share a name, all become file:name."""
     if len({name for _, name, _ in contigs}) < len(contigs):
         contigs = [(path, f"{os.path.basename(path)}:{name}", n) for path, name, n in contigs]
     if len({name for _, name, _ in contigs}) < len(contigs):
@@ -769,7 +770,7 @@ def other_format(text):
 
 
 def file_start(path):
-    """Returns the first bytes of a file, plain or gzip, without byte-order mark and blanks."""
+    """Returns the first bytes of a file, plain or gzip, without a byte-order mark or leading blanks."""
     with opened(path) as f:
         return f.read(1000).removeprefix(b"\xef\xbb\xbf").lstrip()
 
@@ -777,7 +778,7 @@ def file_start(path):
 def fasta_records(path, drawn=False, case=False):
     """Yields (name, base codes uint8 (L,), number of IUPAC codes other than N) of each record, checked.
     Plain, gzip or bgzip; CRLF, blank lines, lower case and uneven lines are accepted.
-    drawn: these codes become one of their bases, a function of the position, not N. case: also case_edges."""
+    drawn: these codes become not N, but one of their bases, by the position. case: also case_edges."""
     seen, line = set(), 1
     for n_blank, record in raw_records(path):
         line += n_blank
@@ -862,7 +863,7 @@ def case_edges(body):
 
 
 def draw_bases(codes, body):
-    """Returns the codes (L,) of a contig's lines with a base drawn for each 5, an IUPAC code but N."""
+    """Returns the codes (L,) of a contig's lines with a base drawn for each 5 (an IUPAC code but N)."""
     letters = np.frombuffer(body.translate(None, b"\n").upper(), np.uint8)
     table = np.full((256, 6), 4, np.uint8)                   # each base of a letter equally often
     for letter, bases in DRAWN.items():
@@ -904,7 +905,7 @@ def read_bed(path, genome):
 
 
 def parts_within(a, b):
-    """Returns the parts of the intervals a (n, 2) that lie in b (m, 2), in order. None in a may overlap."""
+    """Returns the parts of intervals a (n, 2) that lie in b (m, 2), in order. Those of a must not overlap."""
     at, n = np.concatenate([a[:, 1], a[:, 0], b[:, 0], b[:, 1]]), [len(a)] * 2 + [len(b)] * 2
     order = np.argsort(at, kind="stable")                    # at a position: ends of a, starts, ends of b
     in_a, in_b = (np.repeat(steps, n)[order].cumsum() > 0 for steps in ([-1, 1, 0, 0], [0, 0, 1, -1]))
@@ -913,7 +914,7 @@ def parts_within(a, b):
 
 
 def window_table(intervals, length):
-    """Returns for draw_starts, by interval: shift from window number to start; windows up to its end."""
+    """Returns draw_starts' table, by interval: shift from window number to start; count of windows so far."""
     counts = intervals[:, 1] - intervals[:, 0] - length + 1
     n_up_to = np.cumsum(counts)
     return intervals[:, 0] - (n_up_to - counts), n_up_to
@@ -941,7 +942,7 @@ def take_windows(bases, starts, length):
 
 
 def in_repeats(windows, starts, edges):
-    """Tells which bases of the windows (n, L) at `starts` are soft-masked: bool (n, L); None if edges is."""
+    """Tells which bases of windows (n, L) at `starts` are soft-masked: bool (n, L); None if edges is None."""
     if edges is None:
         return None
     at = torch.arange(windows.shape[1], device=edges.device)
@@ -950,7 +951,7 @@ def in_repeats(windows, starts, edges):
 
 
 def either_strand(windows, soft=None):
-    """Turns windows (n, L) and what is soft in them, each with probability 1/2, to the other strand."""
+    """Turns each window (n, L), with what is soft in it, to the other strand with probability 1/2."""
     flipped = torch.rand(len(windows), 1, device=windows.device) < 0.5
     windows = torch.where(flipped, reverse_complement(windows), windows)
     return windows, None if soft is None else torch.where(flipped, soft.flip(1), soft)
@@ -983,7 +984,7 @@ def base_entropies(bases):
 def write_demo_genome(path):
     """Writes the synthetic genome of the demos: 4 contigs of 250 kb, the same on every machine.
     An order-3 Markov background; copies of 3 interspersed repeats of 300 bases over 15 % of it, with 10 % of
-    their bases mutated; a copy of DEMO_MOTIF about every 500 bases."""
+    their bases redrawn; a copy of DEMO_MOTIF about every 500 bases."""
     rng = np.random.default_rng(42)
     rows, length = 64, 4 * 250_000 // 64                     # 64 stretches side by side
     steps = np.cumsum(rng.dirichlet(np.full(4, 0.6), size=64), axis=1)         # P(next base | three bases)
@@ -1029,7 +1030,7 @@ SUITES = {                                                   # suite: where it c
 
 
 def task(suite, name, folder, length, metric="mcc", classes=BINARY, **rows):
-    """Returns a Task; the suite decides how its files are read, and tells its source and licence."""
+    """Returns a Task; the suite decides how its files are read, and gives its source and licence."""
     source, licence = SUITES[suite]
     source = source.format(os.path.basename(folder))
     return Task(name, suite, classes, metric == "pcc", metric, str(length), rows, folder, source, licence)
@@ -1139,7 +1140,7 @@ def row_keys(rows, strands=True):
 
 
 def first_rows(rows):
-    """Returns for each row the first one of its sequence, on either strand: int (n,)."""
+    """Returns for each row the number of the first row with its sequence, on either strand: int (n,)."""
     first = {}
     return np.array([first.setdefault(key, i) for i, key in enumerate(row_keys(rows))])
 
@@ -1151,7 +1152,7 @@ def rows_in(rows, others):
 
 
 def fingerprint(splits):
-    """Returns 12 hex digits of the sequences and labels of all splits.
+    """Returns 12 hex digits of a digest of the sequences and labels of all splits.
     Targets count as float32; if that moves one by over a millionth of their sd, what it loses counts, too."""
     digest = hashlib.sha256()
     for bases, offsets, labels, *_ in filter(None, splits.values()):
@@ -1168,8 +1169,8 @@ def fingerprint(splits):
 def similar_groups(rows):
     """Numbers the groups that equal sequences and near-duplicates form, also through others: int (n,).
     Two are near-duplicates if they share, on either strand, at least half as many different 15-mers as the
-    shorter has 15-mers. It takes about as long as sorting all 15-mers: one of more than 64 sequences links
-    them in runs of 64, which chains a family without comparing all its pairs."""
+    shorter has 15-mers. It takes about as long as sorting all 15-mers: a 15-mer that more than 64 sequences
+    hold links them in runs of 64, which chains a family without comparing all its pairs."""
     from scipy.sparse import coo_matrix, csgraph, csr_matrix
     different, of = np.unique(first_rows(rows), return_inverse=True)
     rows, n, links = take_rows(rows, different), len(different), []
@@ -1307,12 +1308,12 @@ def kmer_counts(rows):
 
 
 def on_device(rows, device, labels=None):
-    """Returns rows with their bases on the device, and these labels."""
+    """Returns rows with their bases on the device, and with these labels."""
     return rows._replace(bases=torch.from_numpy(rows.bases).to(device), labels=labels)
 
 
 def other_strands(rows):
-    """Returns the bases of the reverse complements, from the last row on; those of a pair stay in place."""
+    """Returns the bases of the reverse complements, last row first; the two of a pair keep their order."""
     if rows.first is None:
         return reverse_complement(rows.bases)
     offsets = halves(rows)
@@ -1323,7 +1324,7 @@ def other_strands(rows):
 
 
 def both_strands(rows):
-    """Returns n Rows with their reverse complements behind: that of sequence i is sequence 2 n - 1 - i."""
+    """Returns Rows of n sequences and, behind them, their reverse complements: that of i is 2 n - 1 - i."""
     join = torch.cat if torch.is_tensor(rows.bases) else np.concatenate
     labels, first = (None if x is None else np.concatenate([x, x[::-1]]) for x in (rows.labels, rows.first))
     return rows._replace(bases=join([rows.bases, other_strands(rows)]), labels=labels, first=first,
@@ -1331,13 +1332,13 @@ def both_strands(rows):
 
 
 def mean_of_strands(outputs):
-    """Returns the means over both strands of what belongs to the sequences of both_strands: (n, ...)."""
+    """Averages outputs for the sequences of both_strands over the two strands: (n, ...)."""
     n = len(outputs) // 2
     return (outputs[:n] + outputs[n:][::-1]) / 2
 
 
 def random_strands(index, n, seed, step):
-    """Turns indices of n sequences into ones of both_strands, at random: a function of (seed, step)."""
+    """Turns indices of n sequences into indices of both_strands, each on a strand drawn by (seed, step)."""
     other = np.random.default_rng((seed, step, 1)).random(len(index)) < 0.5
     return np.where(other, 2 * n - 1 - index, index)
 
@@ -1395,15 +1396,15 @@ def assign_groups(groups, classes, fractions, seed, where):
 
 
 def read_groups(path, by, delimiter=None):
-    """Returns for split_table: the path, its columns by and split, where there are such, and their places."""
+    """Returns for split_table the path, its columns `by` (if a column) and split (if any), and row places."""
     wanted = {} if by in (None, "similarity") else {by: [by.lower()]}
     return path, *read_columns(path, wanted | {"split": ["split"]}, {"split"} - {by}, delimiter)
 
 
 def split_table(table, rows, by, fractions, seed, names=()):
-    """Splits a table in [train, dev, test] (None: no row): as its column split says; else with the rows of a
-    value in a column, or similar sequences, together (by); else row by row. fractions=None: 80, 10, 10 %.
-    table: what read_groups returns."""
+    """Splits a table into [train, dev, test] (None: no row): as its column split says; else, with `by`, in
+    groups of rows with one value in that column, or of similar sequences; else by split_rows.
+    fractions=None: 80, 10, 10 %. table: what read_groups returns."""
     shares, (path, columns, places) = fractions or (0.8, 0.1, 0.1), table
     if "split" in columns and by is not None:
         raise ValueError(f"{path}: line 1: the column split contradicts --split_by {by}; drop one of them")
@@ -1477,7 +1478,7 @@ def add_column_flags(add, *names):
 
 
 def delimiter(text):
-    """Parses one character, or tab: an argparse type."""
+    """Parses one character, or the word tab: an argparse type."""
     text = "\t" if text in ("tab", "\\t") else text
     if len(text) != 1 or text in "\r\n\"":
         raise argparse.ArgumentTypeError(f"expected one character, or tab, not {quoted(text)}")
@@ -1541,8 +1542,8 @@ def column_advice(name, start):
 
 
 def label_kind(names):
-    """Returns the pattern of a table's own labels: WHOLE numbers where there is one, or names. Digits are
-    names if one begins with a zero and no two are the same number."""
+    """Returns the pattern of a table's own labels: WHOLE if one is a whole number, else CLASS_NAME. If all
+    are digits, one begins with a zero and no two are the same number, they are names: DIGITS."""
     codes = all(map(DIGITS.fullmatch, names)) and len({name.lstrip("0") for name in names}) == len(set(names))
     if codes and not all(map(WHOLE.fullmatch, names)):
         return DIGITS
@@ -1592,7 +1593,7 @@ def zeros_and_ones(columns, places):
 
 
 def join_kmers(text, place):
-    """Turns overlapping k-mers with spaces between them into the sequence they were made of."""
+    """Turns overlapping k-mers with spaces between them into the sequence they were made from."""
     k = text.index(" ")
     sequence = text[::k + 1] + text[len(text) - k + 1:]
     if " ".join(sequence[i:i + k] for i in range(len(sequence) - k + 1)) != text:
@@ -1657,7 +1658,7 @@ def read_own_tables(paths, columns, multilabel, flags):
 
 
 def say_confusing(names):
-    """Names the classes that a reader would take for one, and those that list others."""
+    """Prints which classes a reader would take for one, and which are lists of others."""
     alike = {}
     for name in names:
         alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(ascii(name))
@@ -1671,7 +1672,7 @@ def say_confusing(names):
 
 
 def describe_targets(labels, names):
-    """Prints how many values each target has, or rows each label; what to do with a target of 0 and 1."""
+    """Prints how many values each target has, or rows each label, and what a target of 0 and 1 calls for."""
     if labels.dtype == bool:
         print(f"  {', '.join(f'{name} {n:,}' for name, n in zip(names, labels.sum(0)))}", flush=True)
         return
@@ -1710,7 +1711,7 @@ def find_files(task, data_dir, wanted):
 
 
 def read_tables(task, data_dir, wanted):
-    """Reads tables {split: names, for find_files} into {split: Rows}; labels are ids, or targets."""
+    """Reads tables, {split: names as in find_files}, into {split: Rows}; labels are ids, or targets."""
     ids, targets = [str(i) for i in range(len(task.classes))], task.classes if task.regression else None
     paths = find_files(task, data_dir, wanted.values())
     return {split: rows_from(*read_table(path, ids, targets)) for split, path in zip(wanted, paths)}

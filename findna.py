@@ -120,7 +120,7 @@ def make_views(bases, views, reach, mask_rate=MASK_RATE, noise=NOISE, flip=FLIP)
 
 
 def view_pair(text):
-    """Parses STUDENT+TEACHER (an argparse type), of letters that make_views knows; the student needs M."""
+    """Parses STUDENT+TEACHER, views of make_views, of which the student's needs M: an argparse type."""
     student, _, teacher = text.partition("+")
     sound = [letters == "none" or set(letters) <= set("MDITNR") and 0 < len(letters) == len(set(letters))
              for letters in (student, teacher)]
@@ -362,7 +362,7 @@ if __name__ == "__main__":
         return data.to_device(data.take_windows(bases, starts, args.length), device)
 
     def get_views(starts, edges=None):
-        """Makes view_u, target (weighted, with the edges of repeats), view_v; call training.seed before."""
+        """Makes view_u, target (weighted if edges of repeats are given), view_v; call training.seed first."""
         dna = take(starts)
         dna = dna if edges is None else dna + data.SOFT * data.in_repeats(dna, starts, edges)
         view_u, target, view_v = make_views(dna, args.views, args.translocation, args.mask_rate, args.noise,
@@ -405,11 +405,11 @@ if __name__ == "__main__":
         return (alpha * mnm + (1 - alpha) * cl) / n_masked
 
     def cls_of(x, logits):
-        """Returns the outputs (B, K, C or 5) at the [CLS] of what the network returns."""
+        """Returns the outputs (B, K, C or 5) at the [CLS], out of what the network returns."""
         return (logits if projected else x)[:, -args.n_cls:]
 
     def forward(network, view_u, target, view_v):
-        """Returns loss sums mnm, cl over sequences, the student's logits, the teacher's [CLS] and their q."""
+        """Returns the sums mnm, cl over sequences, the student's logits, the teacher's [CLS] and their q."""
         outputs, q, cl = center[None], None, torch.zeros((), device=device)
         with training.autocast(device, args.dtype):
             if teacher:
@@ -424,7 +424,7 @@ if __name__ == "__main__":
 
     @torch.no_grad()
     def validate(step):
-        """Makes a row of the log: the same windows with the same draws each time, shared by the ranks."""
+        """Makes a row of the log from the same windows and draws each time, which the ranks share."""
         model.eval()
         total = torch.zeros(6 + 2 * center.numel(), dtype=torch.float64, device=device)
         for i, n in run.eval_batches():

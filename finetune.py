@@ -121,7 +121,7 @@ def get_protocol(name, task, shots, kind, flags):
 
 def main_metric(protocol, task):
     """Returns the metric of a task: its own or, for classes (but those of --tasks), the protocol's. Martinek
-    et al. report F1 of the positive class (of more, macro F1); strict balances classes (MCC)."""
+    et al. report F1 of the positive class (of more than two, macro F1); strict balances classes (MCC)."""
     if task.suite == "tasks" or task.regression or task.multilabel:            # tasks: stated by the user
         return task.metric
     if protocol == "martinek":
@@ -177,11 +177,11 @@ class BertHead(nn.Module):
         return np.maximum((lengths - self.k) // self.stride + 1, 0)
 
     def n_covered(self, n):
-        """Returns the number of bases that n k-mers in a row cover."""
+        """Returns the number of bases that n successive k-mers cover."""
         return np.where(n, (n - 1) * self.stride + self.k, 0)
 
     def windows(self, lengths):
-        """Cuts sequence lengths into windows (owner, first, n): sequence, first base, number of k-mers.
+        """Cuts sequences of these lengths into windows: owner (the sequence), first (base), n (k-mers).
         Each k-mer is in one window; long "truncate" keeps the first window only."""
         n, room = self.n_kmers(lengths), self.room
         n_windows = np.ones_like(n) if self.spec["long"] == "truncate" else np.maximum(-(-n // room), 1)
@@ -202,7 +202,7 @@ class BertHead(nn.Module):
         return {name: int((lengths > longest).sum()), "shorter_than_k": int((lengths < self.k).sum())}
 
     def tokens(self, bases, starts, n):
-        """Returns n k-mers from each start as tokens (B, T), and a mask (B, T), None where all n are equal.
+        """Returns n k-mers from each start: tokens (B, T), mask (B, T) or None where all n are equal, not 0.
         Otherwise T is a multiple of 32 (or block_size): few shapes and little padding (12 % of the tokens on
         the lengths of human_enhancers_ensembl; 18 % with 64)."""
         longest, alike, device = max(int(n.max()), 1), n.min() == n.max() > 0, bases.device
@@ -225,7 +225,7 @@ class BertHead(nn.Module):
         return tokens, mask, None if alone else data.to_device(np.bincount(owner), tokens.device)
 
     def pair_kmers(self, rows, index):
-        """Counts the k-mers of the two sequences of each pair, as read and as they are: (B, 2) each."""
+        """Counts the k-mers of the two sequences of each pair, those that are read and all: (B, 2) each."""
         first, room = rows.first[index], self.room - 1       # for the second [SEP]
         n = self.n_kmers(np.stack([first, data.lengths_of(rows, index) - 1 - first], 1))
         n_long = int((n.sum(1) > room).sum())
@@ -308,8 +308,8 @@ class HfHead(nn.Module):
         self.bases_in_room = self.room * 4096 / self.tokenize(sample).shape[1]
 
     def windows(self, rows, index):
-        """Returns the sequence of each window (n,), and for each an array (3, <= room): ids, first bases
-        in rows and widths of its tokens."""
+        """Returns the sequence of each window (n,), and for each window an array (3, <= room): the ids of its
+        tokens, their first bases in rows and their widths."""
         lengths, owner, parts = data.lengths_of(rows, index), [], []
         bases = data.padded(rows, index, int(lengths.max()), 4).cpu().numpy()
         for i, length in enumerate(lengths):
@@ -333,7 +333,8 @@ class HfHead(nn.Module):
         return {name: int((lengths > self.bases_in_room).sum())}
 
     def inputs(self, rows, index):
-        """Returns tokens, mask of the sequence's own, mask of all (B, T each), windows a sequence or None."""
+        """Returns tokens, masks of those of the sequence and of all but padding (B, T each), and the windows
+        of each sequence (None: one each)."""
         owner, parts = self.windows(rows, index)
         rows_of_ids = [[*self.first, *ids, *self.last] for ids, *_ in parts]
         n, at = torch.tensor(list(map(len, rows_of_ids)))[:, None], torch.arange(max(map(len, rows_of_ids)))
@@ -410,7 +411,7 @@ class MixerHead(nn.Module):
         return None if "track_size" in self.spec["mixer"] else self.spec["mixer"]["length"] - self.n_cls
 
     def windows(self, lengths):
-        """Cuts sequence lengths into windows (owner, first, n): sequence, first base, number of bases."""
+        """Cuts sequences of these lengths into windows: owner (the sequence), first (base), n (bases)."""
         lengths = self.read(lengths)[0]
         n_windows = -(-lengths // (self.room or lengths.max()))
         owner, nth = data.members(n_windows)
@@ -435,8 +436,9 @@ class MixerHead(nn.Module):
         return {name: int((lengths > self.room).sum())}
 
     def inputs(self, rows, index):
-        """Returns one-hot bases, then [CLS] (B, L, 5); lengths (B,), None where all are equal; windows a
-        sequence, or None. Where the lengths differ, the bases take a multiple of 64, or an Encoder's room."""
+        """Returns one-hot bases, [CLS] behind them (B, L, 5); lengths (B,), None where each sequence is one
+        window and all are equal; windows a sequence, None where each is one. Where there are lengths, the
+        bases take a multiple of 64, or an Encoder's room."""
         owner, first, n = self.windows(data.lengths_of(rows, index))
         longest, several = int(n.max()), len(owner) > len(index)
         alike = n.min() == longest and not several
@@ -609,7 +611,7 @@ def read_network(init, eval_network=None):
 
 
 def read_folder(folder):
-    """Reads a folder of transformers: (spec, weights). A BERT over k-mers becomes ours, others are theirs."""
+    """Reads a folder of transformers: (spec, weights). A BERT over k-mers becomes ours, no other does."""
     path = os.path.join(folder, "config.json")
     try:
         config = models.read_json(path)
@@ -761,7 +763,7 @@ class Model:
         return self.apply(sequences, functools.partial(self.net.embed, **layer))
 
     def score(self, sequences):
-        """Tells how likely a pretrained BERT finds each sequence: (n,) in nats a base; -1.386 is pure chance.
+        """Scores how likely a pretrained BERT finds each sequence: (n,) in nats a base; -1.386: pure chance.
         The pseudo-log-likelihood: the mean of log P(base | all other bases). A base is hidden by masking all
         k-mers over it; a pass masks about 15 % of them. ValueError for a classifier, which has `predict`."""
         net = self.net
@@ -1121,7 +1123,7 @@ def read_own(line, args):
 
 
 def assign(splits, p, seed, names=()):
-    """Returns rows to train on, to select by (or None) and to test on; and in words, what is tested on."""
+    """Returns rows to train on, to select by (or None) and to test on; and, in words, what is tested on."""
     (train, dev, test), tested_on = (splits[split] for split in ("train", "dev", "test")), "test"
     if test is None:
         dev, test, tested_on = None, dev, "dev (there is no test)"

@@ -142,7 +142,7 @@ class Bert(nn.Module):
         return (x, all_weights) if need_weights else x
 
     def decode(self, x):
-        """Turns states (N, C) into logits (N, V'): V rounded up to 64 (fast GEMMs), padded with -inf."""
+        """Turns states (N, C) into logits (N, V'): V padded with -inf to a multiple of 64 (fast GEMMs)."""
         x = self.ln_head(F.gelu(self.head(x)))
         extra = -self.config.vocab_size % 64
         bias = F.pad(self.head_bias, (0, extra), value=-math.inf)
@@ -167,7 +167,7 @@ class Bert(nn.Module):
         return loss_sum, count if weights is None else weights.where(labels != -100, 0).sum()
 
     def saved_per_token(self, T, fused):
-        """Returns how many numbers per token the forward pass keeps for the backward pass (a quarter masked).
+        """Returns how many numbers per token forward keeps for backward, with a quarter of the tokens masked.
 
         fused: attention keeps no (T, T) weights, as on a GPU; on a CPU with dropout it keeps three."""
         c, C = self.config, self.config.n_embd
@@ -555,7 +555,7 @@ def labelled_positions(labels, capacity=None):
 
 
 def mask_capacity(n_tokens, share, span):
-    """Returns an upper bound on masked tokens among n_tokens with a share masked in spans: mean + 10 sd."""
+    """Returns an upper bound on masked tokens out of n_tokens, a share masked in spans: mean + 10 sd."""
     return min(n_tokens, math.ceil(n_tokens * share + 10 * math.sqrt(share * (1 - share) * span * n_tokens)))
 
 
@@ -692,7 +692,7 @@ def save_hf(model, folder, classes=(), problem="single_label_classification", ca
 
 
 def read_json(path):
-    """Reads the object in a JSON file; raises if it is not one."""
+    """Reads the object in a JSON file; raises if there is none."""
     if os.path.exists(path) and not os.path.isfile(path):    # a device, which never ends
         raise ValueError(f"{path}: not a regular file; give another folder")
     with open(path) as f:
@@ -720,7 +720,7 @@ def read_config(path):
 
 
 def load_bin(path):
-    """Loads what torch.save wrote; raises if its tensors would take more memory than the file has bytes."""
+    """Loads what torch.save wrote; raises if it is compressed, or one tensor is larger than the file."""
     size = os.path.getsize(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as z:
@@ -907,7 +907,7 @@ def kmer_spans(text, k, stride):
 
 
 def tokens_of(tokenizer, text, k, stride):
-    """Tokenizes DNA: id, first base, width of each token, int64 (3, n). stride None: the tokenizer's own."""
+    """Tokenizes DNA: ids, first bases, widths of tokens, int64 (3, n). stride None: as the tokenizer does."""
     if stride:
         starts, widths = kmer_spans(text, k, stride)
         ids = tokenizer.convert_tokens_to_ids([text[i:i + n] for i, n in zip(starts, widths)])
@@ -923,9 +923,10 @@ def tokens_of(tokenizer, text, k, stride):
 
 
 def tokenizer_facts(net, tokenizer, stride):
-    """Returns ids before and after a sequence, k (0: the vocabulary is not all k-mers), tokens in a window.
+    """Returns the ids before and after a sequence, k, and how many tokens fit between them in a window.
 
-    ValueError for a tokenizer that does not read DNA, or does not fit the network or the stride."""
+    k is 0 where the vocabulary lacks some k-mers. ValueError for a tokenizer that does not read DNA, or does
+    not fit the network or the stride."""
     dna, vocabulary = "ACGTTGCAAGCT" * 4, tokenizer.get_vocab()
     ids, bare = tokenizer(dna)["input_ids"], tokenizer(dna, add_special_tokens=False)["input_ids"]
     n = next((i for i in range(len(ids)) if ids[i:i + len(bare)] == bare), None)

@@ -200,7 +200,7 @@ if __name__ == "__main__":
         capacity = models.mask_capacity(per_pass, 1 - (1 - args.p) ** longest, longest)
 
     def forward(network, table, n, phase, *key):
-        """Returns loss sum, sum of weights and number of masked tokens of one micro-batch of n sequences."""
+        """Returns three sums over a micro-batch of n sequences: losses, weights, masked tokens."""
         inputs, labels, weights = get_batch(table, n, phase, *key)
         with training.autocast(device, args.dtype):
             loss_sum, weight = network(inputs, labels, capacity=capacity, weights=weights)
@@ -208,7 +208,8 @@ if __name__ == "__main__":
 
     @torch.no_grad()
     def evaluate(phase):
-        """Returns mean loss under `phase`'s masks; same windows and masks each time, shared by the ranks."""
+        """Returns the mean loss under the masks of a phase, on the same windows and masks each time; the
+        ranks share them."""
         model.eval()
         total = torch.zeros(3, dtype=torch.float64, device=device)
         for i, n in run.eval_batches():
@@ -218,7 +219,8 @@ if __name__ == "__main__":
         return loss_sum / max(count, 1)
 
     def validate(step):
-        """Returns losses under this phase's masks, DNABERT's (comparable) and at an edge the next phase's."""
+        """Returns the losses under the masks of this phase, under DNABERT's (comparable) and, at an edge,
+        under those of the next phase."""
         phase = phase_at(step, edges)
         row = {"val_loss": evaluate(phase)}
         if args.mask != "single":

@@ -508,7 +508,7 @@ def read_later(numbers):
 
 
 def free_memory(device):
-    """Counts the bytes that a rank can have: of its GPU, or its share of the machine's or control group's."""
+    """Returns the bytes a rank can have: of its GPU, or its share of the machine's or control group's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found, groups = [], ["/sys/fs/cgroup", "/sys/fs/cgroup/memory"]
@@ -545,7 +545,7 @@ def linear(step, steps, warmup):
 
 
 def cosine(step, steps, warmup):
-    """Returns the share of the peak lr at step 1..steps: linear warm-up to 1, then half a cosine to 0."""
+    """Returns the share of the peak lr at step 1..steps: linear warm-up to 1, half a cosine towards 0."""
     warmup = max(warmup, 1)
     done = max(step - warmup, 0) / (steps - warmup + 1)
     return min(step / warmup, 0.5 + 0.5 * math.cos(math.pi * done))
@@ -821,7 +821,7 @@ class Run:
         self.told, self.slow = time.monotonic(), left > DAYS * 24
 
     def check_finite(self, step):
-        """Lets all ranks leave with 3 unless the sums and the gradient norm of this step are finite.
+        """Ends all ranks with exit code 3 unless the sums and the gradient norm of this step are finite.
 
         In float16 the loss scale may have been too large for the gradient: that step was skipped."""
         finite = math.isfinite(self.norm)
@@ -910,7 +910,7 @@ def check_out(out, resume):
 
 
 def no_links(path, flags):
-    """Opens a file of a folder where others may write, as open's opener: refuses to follow a planted link."""
+    """Opens a file, as opener= of open(), in a folder where others may write: refuses a planted link."""
     try:
         return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)     # nor is a pipe waited for
     except OSError as e:

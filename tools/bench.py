@@ -72,7 +72,7 @@ def clock():
 
 
 def interleave(variants, rounds):
-    """Returns {name: [seconds per call in each round]} of {name: function}; samples >= 0.2 s, gc off."""
+    """Times {name: function} in turn: {name: [seconds per call in each round]}; samples >= 0.2 s, gc off."""
     for run in variants.values():                            # warm-up, so that no compilation is timed
         run()
     timers = {name: timeit.Timer(run, timer=clock) for name, run in variants.items()}
@@ -123,7 +123,7 @@ def compare(item, peers, ours, rounds, work, unit, *goals):
 def matmul_peak(device, dtype):
     """Measures the machine's peak in this run: (FLOP/s of a large matrix product, best of 5; its size).
 
-    A CPU without units for bf16 would take minutes: where a small product is slow, it is the result.
+    A CPU without units for bf16 would take minutes: if a small product is slow, it measures only that.
     """
     def peak(n):
         a, b = torch.randn(2, n, n, device=device).to(dtype)
@@ -135,7 +135,7 @@ def matmul_peak(device, dtype):
 
 
 def get_masked(bases, table, step):
-    """Draws windows and RandomMask as randommask.py does, fixed by the step: tokens, masked (B, T)."""
+    """Draws windows and their RandomMask as randommask.py does, fixed by the step: tokens, masked (B, T)."""
     starts = data.draw_starts(table, B, training.seed(42, step, 0))
     tokens = data.kmer_tokens(data.take_windows(bases, starts, LENGTH), K, 1, specials=True)
     return tokens, randommask.random_mask(tokens, len(SPANS), P)
@@ -147,7 +147,7 @@ def get_batch(bases, table, step):
 
 
 def loop_mask(tokens, centers, spans):
-    """Masks as DNABERT does, as published: a Python loop over centers and offsets. masked (B, T)."""
+    """Masks as DNABERT's published code does, by a Python loop over centers and offsets: masked (B, T)."""
     special = torch.tensor([[token <= data.MASK for token in ids] for ids in tokens.tolist()])
     masked = torch.zeros_like(centers)
     for row, m in enumerate(spans):
@@ -186,7 +186,7 @@ def hugging_face(model, kinds=("eager", "sdpa")):
 
 
 def hf_classifier(net):
-    """Returns transformers' BertForSequenceClassification with the weights of our classifier and sdpa."""
+    """Returns transformers' BertForSequenceClassification, with sdpa and our classifier's weights."""
     from transformers import BertForSequenceClassification
     with tempfile.TemporaryDirectory() as tmp:
         models.save_hf(net, tmp + "/hf", ("a", "b"))
@@ -311,7 +311,7 @@ def train(rounds):
 
 
 def our_classifier(L, config):
-    """Returns our network; tokens and labels of 32 sequences of L bases; a function that adds gradients."""
+    """Returns our network, tokens and labels of 32 x L bases, and a function that adds their gradients."""
     rng = np.random.default_rng(0)
     rows = data.rows_of(rng.integers(4, size=32 * L, dtype=np.uint8), [L] * 32, np.arange(32) % 2, {})
     rows = data.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
@@ -341,7 +341,7 @@ def fine_tuning(rounds):
 
 
 def loop_gene_mask(tokens, rank, centers):
-    """Masks as GeneMask, by a Python loop over sequences, centers and candidates; rank: token id -> rank."""
+    """Masks as GeneMask does, in a Python loop over rows, centers and candidates; rank: token id -> rank."""
     masked = torch.zeros_like(centers)
     for row, ids in enumerate(tokens.tolist()):
         special = torch.tensor([token <= data.MASK for token in ids])
@@ -360,7 +360,7 @@ def loop_gene_mask(tokens, rank, centers):
 
 
 def loop_global_mask(tokens, rank, centers):
-    """Masks as Global, by a Python loop over sequences and tokens; each row has as many spans as centers."""
+    """Masks as Global does, in a Python loop over rows and tokens; each row has as many spans as centers."""
     masked = torch.zeros_like(centers)
     for row, (ids, n) in enumerate(zip(tokens.tolist(), centers.sum(1).tolist())):
         real = [position for position, token in enumerate(ids) if token > data.MASK]
@@ -461,7 +461,7 @@ def run_rank(rank, world, folder):
 
 
 def ddp(rounds):
-    """Compares randommask.py on 2 gloo ranks with 1 process; lr 1e-30 freezes the weights."""
+    """Compares randommask.py on 2 gloo ranks with one process; lr 1e-30 freezes the weights."""
     gradients = []                                           # AdamW's first moments, from 3 gradients
     with tempfile.TemporaryDirectory() as tmp:
         for world in (1, 2):
@@ -593,7 +593,7 @@ def chordmixer(rounds):
 
 
 def rotation(rounds):
-    """Times rotation and residual sum of (8, 1010, 308), forward and backward, bit for bit the same."""
+    """Times rotation and residual sum of (8, 1010, 308), forward and backward, bit for bit as the peer's."""
     L, T = MIXER.length, MIXER.track_size
     index = models.rotations(L, MIXER.n_tracks, MIXER.n_blocks)
     for dtype in (torch.float32, torch.bfloat16):
@@ -659,7 +659,7 @@ class Live(TorchDispatchMode):
 
 
 def pretraining_pass(shape, n, device):
-    """Returns network, teacher or None, and a function: n sequences of 1,000 bases, forward and backward.
+    """Returns a network, its teacher or None, and a function: forward and backward of n x 1,000 bases.
 
     A Bert reads k-mers beyond its positions as more windows. FinDNA has all its products, but simpler losses.
     """
@@ -683,7 +683,7 @@ def pretraining_pass(shape, n, device):
 
 
 def tuning_pass(shape, n, device, L):
-    """Does for finetune.py what pretraining_pass does: n sequences of L bases; on "meta" without the head."""
+    """Returns the same as pretraining_pass, for finetune.py and n x L bases; on "meta" without the head."""
     rng = np.random.default_rng(0)
     rows = data.rows_of(rng.integers(4, size=n * L, dtype=np.uint8), [L] * n, np.arange(n) % 2, {})
     spec = finetune.BertHead.body_spec(shape.config, shape.stride) if shape.stride else {

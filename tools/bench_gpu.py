@@ -192,7 +192,7 @@ def measured(call, facts):
 
 
 def strict(call, facts):
-    """Lets no step in the middle of a demo wait for the GPU. A generator to advance before each step."""
+    """Raises if a step in the middle of a demo waits for the GPU. A generator to advance before each step."""
     n = call.size.steps // 4
     yield from [None] * n
     if call.device == "cuda":
@@ -290,7 +290,7 @@ def about(call):
 
 
 def seconds(call, function, least=0.02):
-    """Times a call of function in turn: median seconds of 3 samples of at least `least` s or 1,000 calls."""
+    """Times a call of function, alone: median s of 3 samples, each of `least` s or more, or 1,000 calls."""
     def sample(n):
         start = bench.clock()
         for _ in range(n):
@@ -373,7 +373,7 @@ def title(*parts):
 
 
 def ranks(call, script):
-    """Compares weights of a demo in DDP on one rank, which must not wait for the GPU, with one without."""
+    """Compares a demo's weights with DDP on one rank, whose steps must not wait for the GPU, and without."""
     ddp, alone, broken = (f"{demo_flags(call, script, new_folder(call))} --eval_every 9999" for _ in range(3))
     facts = run_script(call, script, ddp + " --compile", (as_one_of_many, ), strict)
     run_script(call, script, alone + " --compile")
@@ -424,7 +424,7 @@ def bert_peer(call, dropout, compiled):
 
 
 def mixer_bytes(config):
-    """Counts the bytes a token that a FinDNA step moves at least, in bf16: by products and rotations only.
+    """Returns the fewest bytes a token that a FinDNA step moves in bf16: those of products and rotations.
 
     A block, in units of C and H: forward fc1 C + H, fc2 H + C, rotation and sum 3 C; backward rotation 2 C,
     fc2 2 (C + H), GELU H, fc1 2 (H + C), sum 2 C; and a forward pass of the teacher.
@@ -592,7 +592,7 @@ def show(rows):
 
 
 def has_cuda():
-    """Tells whether the machine has a GPU; asks in a fork, because CUDA does not survive one."""
+    """Tells whether the machine has a GPU; asks in a fork, because CUDA in use does not survive one."""
     process = FORK.Process(target=lambda: sys.exit(not torch.cuda.is_available()))
     process.start()
     process.join()

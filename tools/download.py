@@ -106,7 +106,7 @@ def source_names(args):
 
 
 def mirrored(urls):
-    """Returns these urls, those of huggingface.co at the mirror HF_ENDPOINT where it is set."""
+    """Returns these urls, those of huggingface.co at the mirror HF_ENDPOINT if it is set."""
     return [url.replace(HUB, os.environ.get("HF_ENDPOINT", "").rstrip("/") or HUB) for url in urls]
 
 
@@ -168,7 +168,7 @@ def receive(url, path, cap):
 
 
 def fetch(url, path, cap, unreachable):
-    """Asks a url until the file is whole, or TRIES times without progress. ValueError says why not."""
+    """Asks a url until the file is whole, or TRIES times without progress; ValueError says why it failed."""
     host, tries, best = urllib.parse.urlsplit(check_url(url)).netloc, 0, 0
     if host in unreachable:
         raise ValueError("no answer before")

@@ -40,7 +40,7 @@ def per_base(net, rows, micro_batch_size, **layer):
 
 
 def name_arrays(ids):
-    """Returns {"ids": array}. Names that WIDTH cuts are whole in long_ids, one a line; long_at says which.
+    """Returns {"ids": array}; if WIDTH cuts names, also long_at (which) and long_ids (whole, one a line).
 
     numpy gives each text of an array the room of the longest one: one name of 1 MB would multiply.
     """

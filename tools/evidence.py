@@ -99,7 +99,7 @@ def differences(x, y):
 
 def by_dataset(tasks, gaps):
     """Averages gaps (tasks, seeds) over the training sizes of a dataset, as "worm/100" and "worm/1000", or
-    "prom_core 10-shot" and "50-shot": (datasets, seeds). They share test rows: they are not independent."""
+    "prom_core 10-shot" and "50-shot": (datasets, seeds). Sizes share test rows: they are not independent."""
     names = [task if task in data.TASKS else re.sub(r"( \d+-shot|/\d+)$", "", task) for task in tasks]
     return np.array([gaps[[name == of for of in names]].mean(0) for name in dict.fromkeys(names)])
 
@@ -113,7 +113,7 @@ def interval(gaps, draws=DRAWS):
 
 
 def p_values(gaps):
-    """Tests gaps (datasets, seeds): two-sided p, Wilcoxon over datasets' means, paired t over seeds'."""
+    """Returns two-sided p of gaps (datasets, seeds): Wilcoxon on dataset means, paired t on seed means."""
     with warnings.catch_warnings():                          # too few values give nan, which is printed
         warnings.simplefilter("ignore")
         sets, seeds = gaps.mean(1), gaps.mean(0)
@@ -233,7 +233,7 @@ def add_rows(path, rows, *key):
 
 
 def observe(path):
-    """Measures a BERT, {column: value}: silhouettes of its k-mer embeddings; attention of its middle and last
+    """Measures a BERT: {column: value}, silhouettes of its k-mer embeddings; attention of its middle and last
     layer on windows of its own length, as shares over those of equal attention, and its entropy in nats."""
     from tools import figures                                # here, because it imports this through table
     net = figures.read_attention(path, "cpu")

@@ -275,7 +275,8 @@ def draw_attention(found, place):
 
 
 def draw_maps(found):
-    """Draws mean attention maps of heads, a row per layer; for several checkpoints of layers, a row each."""
+    """Draws mean attention maps: of one checkpoint those of its heads, a row per layer; of several those of
+    their layers, a row per checkpoint."""
     rows = {name: a["maps"].mean(1) for name, a in found.items()}
     titles = [f"layer {i}" for i in range(1, max(map(len, rows.values())) + 1)]
     if len(found) == 1:
@@ -298,7 +299,7 @@ def draw_maps(found):
 
 
 def mask_rows(bases, npmi_rank, k):
-    """Masks bases (n, L), each time with the same seed: [(method, share of tokens masked, share (n, L))].
+    """Masks bases (n, L) by each method, all seeded alike: [(method, share of tokens masked, share (n, L))].
 
     The last is the share of masked tokens among those that contain a base; a base with 1 is hidden.
     """
@@ -332,7 +333,7 @@ def result_points(out):
 
 
 def draw_results(ours, papers):
-    """Draws our means and sd over seeds, a row per task; hollow: the papers' values. No few-shot tasks."""
+    """Draws our means and sd over seeds, a row per task but few-shot ones; hollow: the papers' values."""
     order = {name: i for i, name in enumerate(data.TASKS)}
     keys = sorted({key for cells in ours.values() for key in cells if not key[1]},
                   key=lambda key: (order.get(key[0], len(order)), key))

@@ -39,7 +39,8 @@ ONE = np.zeros(1, np.int64)                                  # index of the only
 
 
 def find_output(model, name):
-    """Returns the index of the class or target of this name; None: the class that is predicted."""
+    """Returns the index of the class or target of this name. Without a name: 0 for the only target of a
+    regression, else None for the class that is predicted."""
     names, regression = model.classes(), model.net.spec["regression"]
     if name is None and not (regression and len(names) > 1):
         return 0 if regression else None
@@ -57,14 +58,14 @@ def value_of(net, outputs, at):
 
 
 def copies(codes, places=ONE, letters=None):
-    """Copies the sequence into Rows for each place, with the letter there (None: the sequence as it is)."""
+    """Makes Rows: for each place a copy of the sequence with the letter there (None: left as it is)."""
     bases = np.tile(codes, (len(places), 1))
     bases[np.arange(len(places)), places] = codes[places] if letters is None else letters
     return data.Rows(bases.ravel(), len(codes) * np.arange(len(places) + 1), None, {})
 
 
 def effects(model, codes, at, bar):
-    """Computes the effects (4, L) of A, C, G and T at each base: 0 where this is the base, NaN where N is."""
+    """Computes the effects (4, L) of A, C, G and T at each base: 0 for the base that is there, NaN at N."""
     def value(rows):
         return value_of(model.net, torch.from_numpy(model.apply(rows, empty=True)).double(), at).numpy()
     before, found = value(copies(codes)), np.where(codes < 4, np.zeros((4, 1)), np.nan)
@@ -181,7 +182,7 @@ def mutate(model, args):
 
 
 def draw_letters(ax, codes, heights):
-    """Draws each base as a letter of its height, upside down below 0."""
+    """Draws each base as a letter of this height, upside down below 0."""
     from matplotlib import patches, textpath, transforms
     glyphs = {letter: textpath.TextPath((0, 0), letter, 1, prop="DejaVu Sans:bold") for letter in LETTERS}
     for at, (letter, height) in enumerate(zip(data.decode(codes), heights)):

@@ -63,8 +63,8 @@ def report_rows(task, split, rows):
 
 
 def report_overlap(splits):
-    """Prints how many sequences, on either strand, each two splits share; train files of a few-shot task
-    overlap by design."""
+    """Prints how many sequences, on either strand, each two splits share, but not two train files of a
+    few-shot task, which overlap by design."""
     keys = {split: data.row_keys(rows) for split, rows in splits.items()}
     for a, b in itertools.combinations(keys, 2):
         both = set(keys[a]) & set(keys[b])
@@ -82,8 +82,8 @@ def gc_and_length(rows):
 
 
 def report_similar(splits):
-    """Prints how many sequences have near-duplicates within and across splits; returns whether train has any
-    of the others. Those that are linked through others count, as in data.similar_groups."""
+    """Prints how many sequences have near-duplicates within and across splits; returns whether other
+    splits have any in train. Those that are linked through others count, as in data.similar_groups."""
     bases, lengths = zip(*[(rows.bases, np.diff(rows.offsets)) for rows in splits.values()])
     rows = data.rows_of(np.concatenate(bases), np.concatenate(lengths), None, {})
     ends, leaks = np.cumsum(list(map(len, lengths)))[:-1], False
@@ -104,7 +104,7 @@ def report_similar(splits):
 
 
 def report_floors(task, splits, functions):
-    """Prints length and GC by class, and how well linear models do with only {name: function of Rows}."""
+    """Prints length and GC by class, and how well linear models do on features, {name: function of Rows}."""
     split, rows = next(iter(splits.items()))
     for i, name in enumerate(["all"] if task.regression else task.classes):
         own = rows.labels[:, i] if task.multilabel else rows.labels == i
@@ -124,7 +124,8 @@ def report_floors(task, splits, functions):
 
 
 def report_splits(task, splits, functions):
-    """Prints what the splits of a task hold and share; returns whether test or dev is like train in part."""
+    """Prints what the splits of a task hold and share; returns whether test or dev has near-duplicates in
+    train."""
     splits = {split: rows for split, rows in splits.items() if rows}
     for split, rows in splits.items():
         report_rows(task, split, rows)
@@ -157,7 +158,7 @@ def report_strands(args):
 
 
 def report_tables(args):
-    """Prints what an own table holds, or two or three that belong together, split as finetune.py does."""
+    """Prints what a user's table holds, or two or three that belong together, split as finetune.py does."""
     paths = args.tasks
     args = SimpleNamespace(**vars(args), csv=paths, split=None, split_by=None, seed=42)
     functions = {"GC and length": gc_and_length, "5-mer counts": data.kmer_counts}

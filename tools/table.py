@@ -42,7 +42,7 @@ NO_CELL = Cell(np.nan, "", "", "", "")
 
 
 def difference(row):
-    """Says how the rows of a run differ from the published split; "" if they do not or it is unknown."""
+    """Returns in words how a run's rows differ from the published split; "" if not, or if it is unknown."""
     task, rows = data.TASKS.get(row["task"]), row.get("rows")
     tested_on, _, share = row.get("tested_on", "test").partition("; ")         # "dev is 10% of train"
     if not task or not task.rows or not rows:
@@ -201,7 +201,7 @@ def means_of(columns, key, ours=False):
 
 
 def group_mean(sets, ours, columns):
-    """Adds the mean over the sets that all of ours have, except those of ours that have none of them.
+    """Adds to columns the mean over the sets that all of ours have; those of ours with none do not count.
     Returns its (key, label), or None if there are fewer than two such sets."""
     has = np.isfinite([means_of(ours, key) for key in sets])                   # (sets, columns)
     has = has[:, has.any(0)]

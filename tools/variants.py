@@ -51,7 +51,7 @@ def read_lines(path):
 
 
 def read_header(path):
-    """Returns the header lines of a VCF; the last one names the columns. ValueError if it is none."""
+    """Returns the header lines of a VCF; the last one names the columns. ValueError if there is none."""
     header = []
     for n, line in read_lines(path):
         if n == 1 and not line.startswith("##fileformat=VCF"):
@@ -129,9 +129,9 @@ def trimmed(contig, start, ref, alt, limit):
 
 
 def cut_window(genome, allele, size, strand):
-    """Returns the window (<= size,) with this allele in the middle, unless the contig ends; where it begins.
+    """Returns the window (<= size,) around this allele, and where in it the allele begins.
 
-    Strand "-": the window that the other strand of the contig has.
+    The allele is in the middle, unless the contig ends. Strand "-": the window of the contig's other strand.
     """
     at, turn = genome.offsets[allele.contig], slice(None, None, 1 if strand == "+" else -1)
     before, after = (allele.start, genome.contigs[allele.contig] - allele.end)[turn]
@@ -153,7 +153,7 @@ def bert_lm(net, tokens, mask, owner=None):
 
 
 def mixer_lm(net, one_hot, lengths, owner=None):
-    """Returns the same for a ChordMixer or Encoder, of single bases: ids are their channels."""
+    """Returns the same as bert_lm for a ChordMixer or Encoder, of single bases: ids are their channels."""
     def logits(one, masked):
         inputs = one_hot[one].masked_fill(masked[..., None], 0)
         return net.base(net.states(inputs, None if lengths is None else lengths[one])[masked])
@@ -198,7 +198,7 @@ def distances(a, b):
 
 
 def choose_score(model, embedding):
-    """Returns {column: what it is}; outputs(rows, alleles, spans); what is made of ALT's and REF's."""
+    """Returns {column: what it is}, outputs(rows, alleles, spans), and what combines those of ALT and REF."""
     spec = model.net.spec
     if embedding:
         model.at_layer(-1)                                   # ValueError of a network that has none
@@ -252,7 +252,7 @@ def window_size(net, wanted, in_parts):
 
 
 def score_block(pairs, genome, score, args):
-    """Returns the scores (n, columns) of pairs of Alleles, means over strands; how many windows have N."""
+    """Returns scores (n, columns) of pairs of Alleles, means over strands; how many ALT windows have N."""
     alleles, values = sorted(set(itertools.chain(*pairs))), []
     number = {allele: i for i, allele in enumerate(alleles)}
     alt, ref = np.array([[number[allele] for allele in pair] for pair in pairs]).T
@@ -266,7 +266,7 @@ def score_block(pairs, genome, score, args):
 
 
 def bgzip(text):
-    """Yields bytes as blocks of a BGZF file, which tabix can index; b"" gives the last block."""
+    """Yields bytes as blocks of a BGZF file, which tabix can index; b"" gives its end block."""
     for part in (text[i:i + 65_280] for i in range(0, max(len(text), 1), 65_280)):
         deflate = zlib.compressobj(wbits=-15)
         packed = deflate.compress(part) + deflate.flush()
