@@ -141,11 +141,6 @@ def get_masked(bases, table, step):
     return tokens, randommask.random_mask(tokens, len(SPANS), P)
 
 
-def get_batch(bases, table, step):
-    """Corrupts the tokens of get_masked 80/10/10: inputs, labels (B, T)."""
-    return data.corrupt(*get_masked(bases, table, step), V)
-
-
 def loop_mask(tokens, centers, spans):
     """Masks as DNABERT's published code does, by a Python loop over centers and offsets: masked (B, T)."""
     special = torch.tensor([[token <= data.MASK for token in ids] for ids in tokens.tolist()])
@@ -176,38 +171,16 @@ def random_batch(n):
     return data.corrupt(tokens, torch.rand(n, T) < 0.16, V)
 
 
-def hugging_face(model, kinds=("eager", "sdpa")):
-    """Returns transformers' BertForMaskedLM with our weights, by attention implementation: {name: model}."""
-    from transformers import BertForMaskedLM
+def hugging_face(model, kind="sdpa", classes=()):
+    """Returns transformers' BERT with our weights: a classifier where classes are given, else a masked LM."""
+    import transformers
+    network = transformers.BertForSequenceClassification if classes else transformers.BertForMaskedLM
     with tempfile.TemporaryDirectory() as tmp:
-        models.save_hf(model, tmp + "/hf")
-        return {f"HF {kind}": BertForMaskedLM.from_pretrained(tmp + "/hf", attn_implementation=kind).train()
-                for kind in kinds}
+        models.save_hf(model, tmp + "/hf", classes)
+        return network.from_pretrained(tmp + "/hf", attn_implementation=kind).train()
 
 
-def hf_classifier(net):
-    """Returns transformers' BertForSequenceClassification, with sdpa and our classifier's weights."""
-    from transformers import BertForSequenceClassification
-    with tempfile.TemporaryDirectory() as tmp:
-        models.save_hf(net, tmp + "/hf", ("a", "b"))
-        return BertForSequenceClassification.from_pretrained(tmp + "/hf", attn_implementation="sdpa").train()
-
-
-def trainer_step(peer, tokens, labels, bf16=False):
-    """Returns a function that takes a step as transformers' Trainer does by default, with a fused AdamW."""
-    optimizer, mask = torch.optim.AdamW(peer.parameters(), 3e-5, fused=True), torch.ones_like(tokens)
-
-    def step():
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=bf16):
-            loss = peer(tokens, attention_mask=mask, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-    return step
-
-
-def bert_step(network, batch, bf16, **options):
+def bert_step(network, batch, bf16, clip=None, **options):
     """Returns a function that trains one step on batch(), with a fused AdamW, and returns the mean loss."""
     ours = isinstance(network, models.Bert)
     optimizer = (training.make_optimizer(network, 1e-4, 0.01, randommask.BETAS, randommask.EPS) if ours
@@ -219,6 +192,8 @@ def bert_step(network, batch, bf16, **options):
             out = network(inputs, labels=labels, **options)
         loss = out[0] / out[1] if ours else out.loss
         loss.backward()
+        if clip:
+            torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
@@ -270,8 +245,9 @@ def data_path(rounds):
         return [torch.cat(part) for part in zip(*items)]
     starts = data.draw_starts(table, B, training.seed(42, 7, 0)).tolist()
     assert torch.equal(peer(starts, loop_batch)[0], get_masked(bases, table, 7)[0])
-    for name, masker, ours, goal in (("data path", lambda *x: [loop_mask(*x)], get_masked, (40, 50)),
-                                     ("and 80/10/10", loop_batch, get_batch, (None, ))):
+    for name, masker, ours, goal in (
+            ("data path", lambda *x: [loop_mask(*x)], get_masked, (40, 50)),
+            ("and 80/10/10", loop_batch, lambda *x: data.corrupt(*get_masked(*x), V), (None, ))):
         theirs = (lambda: peer(random.choices(range(len(text) - LENGTH), k=B), masker), goal[0])
         compare(name, {"per-item Python": theirs}, lambda: ours(bases, table, random.getrandbits(20)),
                 rounds, B * T / 1e6, "Mtok/s", *goal[1:])
@@ -297,7 +273,7 @@ def train(rounds):
         model, name = models.Bert(MINI), "train bf16" if bf16 else "train fp32"
         if bf16 and matmul_peak("cpu", torch.bfloat16)[1] < 2048:
             return line(name, "not run: a CPU without units for bf16 needs a minute a step")
-        networks = hugging_face(model)
+        networks = {f"HF {kind}": hugging_face(model, kind) for kind in ("eager", "sdpa")}
         networks["HF sdpa compiled"], ours = copy.deepcopy(networks["HF sdpa"]), copy.deepcopy(model)
         for network in (networks["HF sdpa compiled"], ours):
             network.compile()
@@ -310,23 +286,15 @@ def train(rounds):
         compare(f"{name} c.", both, steps[1], rounds, 8 * T / 1e3, "ktok/s")       # ours compiled, too
 
 
-def our_classifier(L, config):
-    """Returns our network, tokens and labels of 32 x L bases, and a function that adds their gradients."""
-    rng = np.random.default_rng(0)
-    rows = data.rows_of(rng.integers(4, size=32 * L, dtype=np.uint8), [L] * 32, np.arange(32) % 2, {})
-    rows = data.on_device(rows, torch.device("cpu"), torch.from_numpy(rows.labels))
-    net, index = finetune.build_net(finetune.BertHead.body_spec(config) | {"n_out": 2}), np.arange(32)
-    tokens, *_ = net.inputs(rows, index)
-    return net, tokens, rows.labels, lambda: finetune.train_batch(net, rows, index, 128)
-
-
 def fine_tuning(rounds):
     """Times a fine-tuning step of MINI, dropout 0.1, from bases to AdamW; the peer's loop is Trainer's."""
+    labels = torch.arange(32) % 2
     for L in (70, 300):
-        net, tokens, labels, backward = our_classifier(L, dataclasses.replace(MINI, dropout=0.1))
-        peer, compiled = hf_classifier(net), hf_classifier(net)
+        net, _, backward = tuning_pass(Shape(dataclasses.replace(MINI, dropout=0.1), 1), 32, "cpu", L)
+        tokens = data.tokenize(["".join(random.choices("ACGT", k=L)) for _ in labels])
+        peer, compiled = (hugging_face(net, classes=("a", "b")) for _ in range(2))
         with torch.no_grad():
-            assert (net.eval()(tokens) - peer.eval()(tokens).logits).abs().max() < 1e-5
+            assert (net.eval()(tokens, None, None) - peer.eval()(tokens).logits).abs().max() < 1e-5
         optimizer = training.make_optimizer(net.train(), 3e-5, 0, (0.9, 0.999), 1e-8)
         compiled.compile()
 
@@ -335,9 +303,10 @@ def fine_tuning(rounds):
             training.scale_gradients(net, torch.ones(()), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        peers = {"HF Trainer loop": (trainer_step(peer.train(), tokens, labels), 1.2),
-                 "the same compiled": (trainer_step(compiled, tokens, labels), 1.2)}
-        compare(f"fine-tune {L}", peers, ours, rounds, 32, "rows/s")
+        plain, fast = (bert_step(network.train(), lambda: (tokens, labels), False, 1.0,
+                                 attention_mask=torch.ones_like(tokens)) for network in (peer, compiled))
+        compare(f"fine-tune {L}", {"HF Trainer loop": (plain, 1.2), "the same compiled": (fast, 1.2)}, ours,
+                rounds, 32, "rows/s")
 
 
 def loop_gene_mask(tokens, rank, centers):
@@ -412,7 +381,7 @@ def memory(rounds):
     model, (inputs, labels) = models.Bert(MINI), random_batch(16)
     ours, theirs = ((saved_bytes(network, inputs, labels=labels) -
                      saved_bytes(network, inputs[:8], labels=labels[:8])) / (8 * T) / 1e3
-                    for network in (model, hugging_face(model)["HF sdpa"]))
+                    for network in (model, hugging_face(model)))
     line("memory", f"{'HF sdpa':16} {theirs:>8.4g} kB {ours:>7.4g} kB  {theirs / ours:.4g}x (kept per token)",
          (theirs >= ours, ">= 1x"))
 
@@ -772,7 +741,7 @@ def parse_args():
     if ("gpu" in args.items) != bool(args.out) or args.out and len(args.items) > 1:
         parser.error("gpu: give it alone, with --out DIR")
     unknown = set(args.items or args.only or ()) - {*ITEMS, "cost"} - ({"gpu"} if args.out else set())
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not args.out and not torch.cuda.is_available():
         parser.error("--device cuda: there is no CUDA GPU here; use cpu")
     if unknown:
         parser.error(f"no item {', '.join(unknown)}; choose from {', '.join(ITEMS)}, cost; or gpu alone, "

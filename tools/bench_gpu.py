@@ -413,7 +413,7 @@ def bert_peer(call, dropout, compiled):
     config, facts = bert_config(call, dropout), {}
     tokens = torch.randint(5, config.vocab_size, (call.size.batch, config.block_size), device=call.device)
     labels = torch.where(torch.rand(tokens.shape, device=call.device) < 0.14, tokens, -100)
-    network = bench.hugging_face(models.Bert(config), ("sdpa", ))["HF sdpa"].to(call.device)
+    network = bench.hugging_face(models.Bert(config)).to(call.device)
     if compiled:
         network.compile(**call.size.compile)
     step = bench.bert_step(network, lambda: (tokens, labels), call.device == "cuda")
@@ -455,12 +455,13 @@ def tuning_peer(call, L, compiled):
     facts, config = {}, bert_config(call, 0.1)
     config.block_size = max(config.block_size, L)
     spec = finetune.BertHead.body_spec(config) | {"n_out": 2, "long": "chunk", "dtype": "float32"}
-    peer = bench.hf_classifier(finetune.build_net(spec)).to(call.device)
+    peer = bench.hugging_face(finetune.build_net(spec), classes=("a", "b")).to(call.device)
     if compiled:
         peer.compile(**call.size.compile)
     shape = call.size.tuning_batch, L - config.k + 3
     tokens = torch.randint(5, config.vocab_size, shape, device=call.device)
-    step = bench.trainer_step(peer, tokens, tokens[:, 0] % 2, call.device == "cuda")
+    batch, mask = (tokens, tokens[:, 0] % 2), torch.ones_like(tokens)
+    step = bench.bert_step(peer, lambda: batch, call.device == "cuda", 1.0, attention_mask=mask)
     for _ in measured(call, facts):
         step()
     yield {"name": title(f"{L} bases, Trainer's loop", "compiled" if compiled else "")} | facts
@@ -601,7 +602,7 @@ def has_cuda():
 
 def main(out, device, only=None):
     """Makes the call. ValueError in one line for flags that do not fit; returns the exit code."""
-    device = device if device != "auto" else "cuda" if has_cuda() else None
+    device = device if device == "cpu" else "cuda" if has_cuda() else None
     if device is None:
         raise ValueError("gpu: no CUDA device; --device cpu proves the call, with tiny sizes")
     if unknown := set(only or ()) - set(LIMITS):

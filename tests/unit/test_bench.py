@@ -54,6 +54,19 @@ def test_flops_of_fine_tuning_equal_hand_calculations():
     assert bench.count_flops(make)[1] == 2 * (3 * once - BATCH * 2020 * 5 * 16)
 
 
+def test_fine_tuning_and_its_peer_start_from_the_same_weights(monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench, "MINI", models.BertConfig(4101, 512, 1, 2, 16, 32, 0.0))
+    losses = {}
+
+    def compare(name, peers, ours, *_):
+        ours()
+        losses[name] = peers["HF Trainer loop"][0]().item()
+    monkeypatch.setattr(bench, "compare", compare)
+    bench.fine_tuning(1)                                     # it compares the outputs of the two
+    assert losses == dict.fromkeys(("fine-tune 70", "fine-tune 300"), pytest.approx(0.693, abs=0.1))
+
+
 def test_live_bytes():
     x = torch.ones(1000)
     with bench.Live([x]) as live:
