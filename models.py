@@ -784,11 +784,10 @@ def kmer_order(folder, k):
 def assign_weights(model, tensors, needs_head):
     """Moves tensors of a folder into a Bert on the meta device; a missing head that nobody needs is 0."""
     headless = not needs_head and "cls.predictions.bias" not in tensors
-    names = [name for name in model.state_dict() if not (headless and "head" in name)]
-    model.load_state_dict({name: torch.cat([tensors.pop(stock) for stock in stock_names(name)]).float()
-                           for name in names}, strict=False, assign=True)
-    model.load_state_dict({name: torch.zeros(tensor.shape) for name, tensor in model.state_dict().items()
-                           if tensor.is_meta}, strict=False, assign=True)
+    model.load_state_dict({
+        name: torch.zeros(tensor.shape) if headless and "head" in name else
+        torch.cat([tensors.pop(stock) for stock in stock_names(name)]).float()
+        for name, tensor in model.state_dict().items()}, assign=True)
 
 
 def read_outputs(tensors, found, path):
