@@ -181,18 +181,11 @@ def collapse(sums, n, shape, dim):
 
 
 def guesses(bases, n=100, length=100_000):
-    """Returns (accuracy, nats) of guessing a base by its frequency, and from its two neighbours; of a large
-    genome in n stretches spread over it."""
+    """Returns data.score_guesses from a base's two neighbours; of a large genome in n stretches over it."""
     if len(bases) <= n * length:
         n, length = 1, len(bases)
     starts = np.linspace(0, len(bases) - length, n).astype(int)
-    stretches = torch.from_numpy(np.stack([bases[start:start + length] for start in starts]))
-    tokens = data.kmer_tokens(stretches, 3, 1).flatten()
-    joint = torch.bincount(tokens, minlength=69)[5:].double().view(4, 4, 4) / (tokens > data.MASK).sum()
-    joint = joint.transpose(1, 2)                            # left, right, base
-    entropy, flanks = (torch.special.entr(p).sum().item() for p in (joint, joint.sum(2)))
-    order0 = torch.special.entr(joint.sum((0, 1))).sum().item()
-    return (joint.sum((0, 1)).max().item(), order0), (joint.max(2).values.sum().item(), entropy - flanks)
+    return data.score_guesses(np.stack([bases[start:start + length] for start in starts]), 1)
 
 
 @functools.lru_cache(2)

@@ -123,7 +123,7 @@ def build_model(args):
 
 def say_what_it_learnt(args, genome, loss):
     """Prints the demo's held-out loss beside what guessing gives, and the next commands."""
-    order0, order3 = data.base_entropies(genome.bases[:10 ** 7])
+    (_, order0), (_, order3) = data.score_guesses(genome.bases[:10 ** 7], 3)
     verdict = ("has learnt the grammar of this DNA" if loss < order3 else
                "uses the neighbours, not yet all of the grammar" if loss < order0 else "has learnt little")
     print(f"""

@@ -133,23 +133,18 @@ def user_errors(*kinds):
         raise SystemExit(2) from None
 
 
-def number(kind, low, high=math.inf):
-    """Makes an argparse type that parses an int or a float in [low, high)."""
+def number(kind, low, high=math.inf, closed=False):
+    """Makes an argparse type that parses an int or a float in [low, high), or in [low, high] where closed."""
     def parse(text):
         value = kind(text.replace("_", "x"))                 # Python would read 1_0 as 10
-        if not low <= value < high:
-            raise argparse.ArgumentTypeError(f"{text} is outside [{low}, {high})")
+        if not (low <= value < high or closed and value == high):
+            raise argparse.ArgumentTypeError(f"{text} is outside [{low}, {high}{']' if closed else ')'}")
         return value
     parse.__name__ = kind.__name__                           # argparse then says "invalid int value"
     return parse
 
 
-def share(text):
-    """Parses a float from 0 to 1, both allowed: an argparse type."""
-    value = float(text.replace("_", "x"))
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
-    return value
+share = number(float, 0, 1, closed=True)
 
 
 def add_size_flag(add):

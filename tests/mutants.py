@@ -141,7 +141,7 @@ MUTANTS += mutants("data.py", [UNIT["data"]], {
     "spans one to the left": ("& maskable, (right, left))", "& maskable, (right - 1, left + 1))"),
     "spans of a row one to the left": ("(right[:, None] + 1)", "right[:, None]"),
     "centers on special tokens": ("F.pad(maskable, (0, 1)).gather(1, at)", "(at < T)"),
-    "any > begins a record": ('if (chunk[at - 1] if at else record[-1]) == ord("\\n"):', "if True:"),
+    "any > begins a record": ('if i and record.endswith(b"\\n"):', "if i:"),
     "headers are no lines": ("line += 1 + n_lines", "line += n_lines"),
     "A, C, G, T order": ('b"ATCGN"', 'b"ACTGN"'),
     "trains on what is held out": ("np.stack([start, cut], 1)", "np.stack([start, end], 1)", [HELD_OUT]),
