@@ -516,6 +516,11 @@ MUTANTS += mutants("training.py", [UNIT["training"], "-k", "warm_up"], {
     "no peak without warm-up": ("warmup = max(warmup, 1)       ", "pass  #")})
 MUTANTS += mutants("models.py", [UNIT["findna"], "-k", "start_apart"], {
     "layers are copies": ("nn.ModuleList(make() for", "nn.ModuleList(self.layers.layers[0] for")})
+MUTANTS += mutants("data.py", [UNIT["findna"], "-k", "guesses or entropies"], {
+    "a guess from the left flank alone": ("joint.max(1).values.sum()", "joint.sum(2).max(1).values.sum()"),
+    "nats of both flanks and the base": ("whole - flanks)", "whole)")})
+MUTANTS += mutants("training.py", [UNIT["training"], "-k", "shares"], {
+    "shares end below 1": ("or closed and value == high", "or False")})
 MUTANTS += mutants("findna.py", [UNIT["findna"], "-k", "guesses"], {
     "guesses from the start of the genome": ("np.linspace(0, len(bases) - length, n)",
                                              "np.arange(n) * length")})

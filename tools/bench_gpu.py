@@ -373,7 +373,7 @@ def title(*parts):
 
 
 def ranks(call, script):
-    """Compares a demo's weights with DDP on one rank, whose steps must not wait for the GPU, and without."""
+    """Compares a demo's weights with and without DDP on one rank; no step with DDP may wait for the GPU."""
     ddp, alone, broken = (f"{demo_flags(call, script, new_folder(call))} --eval_every 9999" for _ in range(3))
     facts = run_script(call, script, ddp + " --compile", (as_one_of_many, ), strict)
     run_script(call, script, alone + " --compile")

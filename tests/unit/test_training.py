@@ -1,4 +1,5 @@
 """The step that the pretraining scripts share: when it saves, float16 and its loss scaling, what compiles."""
+import argparse
 import json
 import math
 import time
@@ -222,3 +223,12 @@ def test_a_schedule_without_warm_up_starts_at_the_peak():
         schedule = theirs(torch.optim.SGD([torch.zeros(1)], 1.0), 0, 10).lr_lambdas[0]
         assert [ours(step, 10, 0) for step in range(1, 11)] == pytest.approx([schedule(i) for i in range(10)])
         assert max(ours(step, 10, 4) for step in range(1, 11)) == ours(4, 10, 4) == 1
+
+
+def test_shares_take_both_ends():
+    assert [training.share(text) for text in ("0", "0.5", "1")] == [0, 0.5, 1]
+    for text in ("-0.1", "1.01", "nan"):
+        with pytest.raises(argparse.ArgumentTypeError, match=rf"{text} is outside \[0, 1\]$"):
+            training.share(text)
+    with pytest.raises(argparse.ArgumentTypeError, match=r"1 is outside \[0, 1\)$"):
+        training.number(float, 0, 1)("1")
