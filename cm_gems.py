@@ -455,7 +455,7 @@ if __name__ == "__main__":
 
     @torch.no_grad()
     def evaluate(strategy, step):
-        """Returns mean loss and perplexity; the sequences and masks are the same each time, shared by ranks."""
+        """Returns mean loss and perplexity on the same sequences and masks each time, shared by the ranks."""
         model.eval()
         total = torch.zeros(4, dtype=torch.float64, device=device)
         for i, n in run.eval_batches():
