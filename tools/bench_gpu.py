@@ -384,7 +384,7 @@ def ranks(call, script):
 
 def ceiling(call, name, key):
     """Returns what the item ceilings measured, NaN where it is missing."""
-    return next((row[key] for row in read_jsonl(call.rows) if row["name"].startswith(name) and key in row),
+    return next((row[key] for row in finished_rows(call.rows) if row["name"].startswith(name) and key in row),
                 math.nan)
 
 
@@ -517,7 +517,7 @@ def write_row(path, row):
         f.write(json.dumps(row) + "\n")
 
 
-def read_jsonl(path):
+def finished_rows(path):
     with open(path) as f:
         return [json.loads(line) for line in f if line.endswith("\n")]
 
@@ -624,8 +624,8 @@ def main(out, device, only=None):
             if not seen:
                 run_item(call, "machine", [(functools.partial(about, call), "about")], 30 * scale, 30 * scale)
             run_item(call, item, jobs, began + end - time.monotonic(), 90 * scale)
-            show(read_jsonl(rows)[seen:])
-            seen = len(read_jsonl(rows))
-    failed = sum("failed" in row for row in read_jsonl(rows))
+            show(finished_rows(rows)[seen:])
+            seen = len(finished_rows(rows))
+    failed = sum("failed" in row for row in finished_rows(rows))
     print(f"\n{seen} rows in {rows}, {failed} failed; {time.monotonic() - began:.0f} s")
     return int(failed > 0)

@@ -21,7 +21,7 @@ def call(tmp_path):
 
 
 def rows_of(call):
-    return {row["name"]: row for row in bench_gpu.read_jsonl(call.rows)}
+    return {row["name"]: row for row in bench_gpu.finished_rows(call.rows)}
 
 
 def works():
@@ -76,7 +76,7 @@ def test_jobs_start_side_by_side_and_time_in_turn(call):
             yield {"name": str(start), "start": start, "end": time.time()}
     jobs = [(turn, str(i)) for i in range(3)]
     bench_gpu.run_item(call._replace(size=SimpleNamespace(lanes=3)), "item", jobs, 30, 30)
-    times = sorted((row["start"], row["end"]) for row in bench_gpu.read_jsonl(call.rows))
+    times = sorted((row["start"], row["end"]) for row in bench_gpu.finished_rows(call.rows))
     assert len(times) == 3 and times[0][1] <= times[1][0] and times[1][1] <= times[2][0]
 
 
@@ -132,7 +132,7 @@ def test_a_script_is_watched(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench_gpu, "jobs_of", lambda item, call: [
         job for job in jobs_of(item, call) if job[1] == "bert 0.1 --no-compile"])
     assert bench_gpu.main(tmp_path / "out", "cpu", ["bert"]) == 0
-    machine, row = rows = bench_gpu.read_jsonl(tmp_path / "out" / "gpu.jsonl")
+    machine, row = rows = bench_gpu.finished_rows(tmp_path / "out" / "gpu.jsonl")
     check_rows(rows)
     assert row["tokens/s"] == pytest.approx(8 * 18 / row["ms"] * 1e3, rel=1e-3)
     assert f"torch {torch.__version__}" in machine["machine"]
@@ -143,7 +143,7 @@ def test_a_script_is_watched(tmp_path, monkeypatch, capsys):
 def test_the_whole_call(tmp_path):
     """Every job of every item, as on a GPU but for the sizes; takes minutes."""
     code = bench_gpu.main(tmp_path / "out", "cpu")
-    rows = bench_gpu.read_jsonl(tmp_path / "out" / "gpu.jsonl")
+    rows = bench_gpu.finished_rows(tmp_path / "out" / "gpu.jsonl")
     check_rows(rows)
     n = {item: sum(row["item"] == item for row in rows) for item in ("machine", *bench_gpu.LIMITS)}
     assert code == 0 and n == {"machine": 1, "ceilings": 17, "resume": 8, "ranks": 4, "bert": 10, "findna": 7,
