@@ -518,6 +518,7 @@ def write_row(path, row):
 
 
 def finished_rows(path):
+    """Reads the rows that are written to the end, as another process may be writing one."""
     with open(path) as f:
         return [json.loads(line) for line in f if line.endswith("\n")]
 
