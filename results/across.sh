@@ -37,3 +37,22 @@ for arm in genemask random; do                  # the longer budget of experimen
         evaluate out/across/$arm/$seed/last.pt $seed
     done
 done
+
+python results/draw.py out/across
+more() {                                        # INIT SEED FLAGS: the sets of B's tenfold budget, ten draws
+    init=$1; first=$2; shift 2
+    tune() { python finetune.py --init $init --seed $first --out out/across/scores "$@"; }
+    tune --seeds 10 --shots 10 --task splice_40 silencer "$@"
+    tune --seeds 10 --shots 50 --task splice_40 "$@"
+    tune --seeds 3 --shots 50 --task prom_core prom_300 cohn_enh "$@"
+    tune --seeds 3 --shots 100 --task prom_core prom_300 "$@"
+    tune --seeds 1 --tasks out/across/drawn.tsv "$@"
+}
+more kmer 41
+for seed in 41 42 43; do
+    for arm in randommask cm_gems findna; do
+        network=; [ $arm != findna ] || network="--eval_network teacher"
+        more out/across/$arm/$seed/last.pt $seed $network
+        more random:out/across/$arm/$seed/last.pt ${seed}0
+    done
+done

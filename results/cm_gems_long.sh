@@ -2,31 +2,7 @@
 # It needs data/human_regions.fa.gz, data/GUE and data/fewshot. Run it again to continue: finished runs are skipped.
 set -e
 . results/pretrain.sh
-mkdir -p out/cm_gems_long
-
-python - << 'END'                               # three draws of 50 rows per class from five of GUE's training tables
-import numpy as np
-
-def read(path):
-    with open(f"data/GUE/{path}.csv") as f:
-        return f.readlines()                    # the first one is the header
-
-def write(name, lines):
-    with open(f"out/cm_gems_long/{name}", "w") as f:
-        f.writelines(lines)
-
-tasks = ["name\tfiles\tmetric\tprotocol\n"]
-for name, folder in (("tf_h_2", "tf/2"), ("tf_h_4", "tf/4"), ("tf_m_1", "mouse/1"), ("emp_H3", "EMP/H3"),
-                     ("emp_H3K36me3", "EMP/H3K36me3")):
-    header, *rows = read(f"{folder}/train")
-    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    classes = [[row for row in rows if row.strip().endswith(f",{label}")] for label in "01"]
-    write(f"{name}_test.csv", read(f"{folder}/test"))
-    for draw in range(3):
-        write(f"{name}_{draw}.csv", [header, *(row for part in classes for row in part[50 * draw:50 * draw + 50])])
-        tasks.append(f"{name}/{draw}\t{name}_{draw}.csv {name}_test.csv\tacc\tfewshot\n")
-write("drawn.tsv", tasks)
-END
+python results/draw.py out/cm_gems_long
 
 pretrain() {                                    # ARM SEED FLAGS
     arm=$1; seed=$2; shift 2
