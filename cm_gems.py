@@ -385,16 +385,17 @@ if __name__ == "__main__":
             run.fixed = "eval_every",                        # it decides when the strategy switches
             fingerprint = f"{genome.fingerprint}, NPMI {zlib.crc32(ranks.numpy()):08x}"
             run.open("cm_gems", model.config, fingerprint, parts, curriculum)
-    center_p = {masker: args.p_scale * center_probability(masker, args.k) for masker in MASKERS}
     ranks = ranks.to(device)
-    held_out = val, args.eval_windows, 0                     # key 0: steps count from 1
+    held_out = val, args.eval_windows, 0, args.p_scale       # key 0: steps count from 1
+    comparable = val, args.eval_windows, 0, 1.0              # whatever --p_scale
 
     def get_batch(source, strategy, step, i, n):
-        """Draws micro-batch i (n sequences) of source (window table, its number of sequences, random key).
+        """Draws micro-batch i (n sequences) of source (window table, its number of sequences, random key,
+        factor of p).
 
         Returns tokens, centers, masked, weights (n, T; None: all 1).
         """
-        table, size, key = source
+        table, size, key, scale = source
         rng, masker = training.seed(args.seed, key, i), strategy
         starts = data.draw_starts(table, n, rng)
         if strategy == "cm_step":
@@ -407,14 +408,15 @@ if __name__ == "__main__":
                 windows, soft = data.either_strand(windows, soft)
         first = i * args.micro_batch_size                    # the `size` sequences are in order of length
         tokens = cut_pieces(windows, args.k, first / size, (first + n) / size)
-        centers = data.draw_centers(tokens.shape, center_p[masker], device) & (tokens > data.MASK)
+        p = scale * center_probability(masker, args.k)
+        centers = data.draw_centers(tokens.shape, p, device) & (tokens > data.MASK)
         weights = None if soft is None else data.token_weights(soft, args.k, 1, args.repeat_weight)
         return tokens, centers, MASKERS[masker](tokens, ranks, centers), weights
 
     if args.show_masks:
         both = {"cm_gems": ("genemask", "global"), "cm_step": (args.cm_step_easy, "global")}
         for masker in both.get(args.strategy, [args.strategy]) if run.rank == 0 else ():
-            batch = get_batch((train, args.show_masks, 0), masker, 1, 0, args.show_masks)
+            batch = get_batch((train, args.show_masks, 0, args.p_scale), masker, 1, 0, args.show_masks)
             print_masks(masker, ranks, *batch[:3])
         training.finish()
 
@@ -425,7 +427,9 @@ if __name__ == "__main__":
     run.say(*lines, about_npmi, sep="\n")
     run.say(f"pieces   half {length} bases, half {args.k} to {length - 1}; {passes:.2g} passes over the "
             f"bases reached")
-    run.say(f"masks    {args.strategy}; p " + ", ".join(f"{p:.4g} ({name})" for name, p in center_p.items()))
+    center_p = {masker: center_probability(masker, args.k) for masker in MASKERS}
+    run.say(f"masks    {args.strategy}; p " + ", ".join(
+        f"{args.p_scale * p:.4g} ({masker})" for masker, p in center_p.items()))
     if args.strategy == "cm_gems" and not can_switch(args):
         run.say(f"note: it stays with GeneMask: no evaluation before step {args.steps} can switch; lower "
                 f"--eval_every or --switch_after")
@@ -435,7 +439,8 @@ if __name__ == "__main__":
     run.cost = lambda i, n, size: n * longest_piece(length, args.k, (i * args.micro_batch_size + n) / size)
     net = training.wrap(model, args.compile, device, run.world)
     span = 2 * args.k - 1                                    # the longest
-    share = 1 - (1 - max(center_p.values())) ** span         # masked tokens if all spans were that long
+    p = max(args.p_scale, 1) * max(center_p.values())
+    share = 1 - (1 - p) ** span                              # masked tokens if all spans were that long
     widths = 64 if args.compile or device.type == "cuda" else 1               # few shapes, for graphs
 
     def forward(network, source, strategy, step, i, n):
@@ -454,12 +459,12 @@ if __name__ == "__main__":
         return loss_sum, weight, count, (tokens > data.MASK).sum()
 
     @torch.no_grad()
-    def evaluate(strategy, step):
+    def evaluate(strategy, step, source=held_out):
         """Returns mean loss and perplexity on the same sequences and masks each time, shared by the ranks."""
         model.eval()
         total = torch.zeros(4, dtype=torch.float64, device=device)
         for i, n in run.eval_batches():
-            total += torch.stack(forward(model, held_out, strategy, step, i, n))
+            total += torch.stack(forward(model, source, strategy, step, i, n))
         model.train()
         total = run.sum_evaluation(total)
         loss = total[0] / total[1].clamp(min=1)
@@ -470,7 +475,7 @@ if __name__ == "__main__":
         has settled."""
         strategy, row = curriculum["strategy"], {}
         row["val_loss"], row["val_ppl"] = evaluate(strategy, step)
-        row[f"val_loss_span{args.k}"], _ = evaluate("random", step)
+        row[f"val_loss_span{args.k}"], _ = evaluate("random", step, comparable)
         due, perplexities = step % args.eval_every == 0, curriculum["perplexities"]
         if due:                                              # the last evaluation of a run may not be
             perplexities = [*perplexities, row["val_ppl"]]   # the same on all ranks
@@ -505,7 +510,7 @@ Next, your own DNA: its words, in seconds, and a model for a laptop (--help list
             sums = run.new_sums(4)                           # loss, weights, masked tokens, k-mers
             for i, n in run.micro_batches(args.batch_size):
                 with run.sync_at_last(net, i):
-                    batch = train, args.batch_size, step
+                    batch = train, args.batch_size, step, args.p_scale
                     loss_sum, *counts = forward(net, batch, strategy, step, i, n)
                     run.scaler.scale(loss_sum).backward()
                 sums += torch.stack([loss_sum.detach(), *counts])

@@ -214,7 +214,8 @@ def idle(args):
 def parse_args():
     parser, positive = training.new_parser(__doc__, strands=False), number(int, 1)      # but R in --views
     positive_float = number(float, 1e-9)
-    add = parser.add_argument_group("model").add_argument    # length: the paper; sizes: its code
+    # length: the paper; n_layer, track_size, hidden: its code; n_head, n_embd: ours
+    add = parser.add_argument_group("model").add_argument
     add("--length", type=number(int, EDIT + 1), default=1000, help="bases of a window (%(default)s)")
     add("--backbone", choices=("chordmixer", "transformer"), default="chordmixer",
         help="network (%(default)s)")
@@ -252,11 +253,12 @@ def parse_args():
     add("--flip", type=share, default=FLIP, help="probability of the other strand (%(default)s)")
     add("--translocation", type=number(int, 0), default=EDIT, metavar="SHIFT",
         help="largest shift of a translocation; --length: any breakpoint (%(default)s)")
-    add = training.add_optimization_flags(                   # warm-up, epochs: the paper; else released code
+    # warm-up, epochs: the paper; clipping: ours; else the released code
+    add = training.add_optimization_flags(
         parser, batch_size=64, micro_batch_size=None, lr=3e-4, warmup="30 %%", weight_decay=3e-4)
     add("--epochs", type=positive, default=50, help="passes over the windows (%(default)s)")
     add("--steps", type=positive, help="steps, instead of --epochs")
-    training.add_run_flags(parser, "out/findna", eval_windows=512, eval_every=2000)
+    training.add_run_flags(parser, "out/findna", eval_windows=512, eval_every=2000)                # ours
     if parser.parse_args().preset:
         parser.set_defaults(**RELEASED)
     return training.parse_flags(parser, DEMO, idle)

@@ -109,8 +109,9 @@ OWN_METRICS = {"classes": ["mcc", "acc", "balanced_acc", "f1_macro", "f1_binary"
 
 def get_protocol(name, task, shots, kind, flags):
     """Returns a protocol's numbers for a task; later ones win: its own, group, task, few-shot, CNN, flags."""
-    base, changes = PROTOCOLS[name]
-    p = base | changes.get(task.split("/")[0], {}) | changes.get(task, {})
+    p, changes = PROTOCOLS[name]
+    if task in data.TASKS:                                   # not one of --tasks that is named like a group
+        p = p | changes.get(task.split("/")[0], {}) | changes.get(task, {})
     if name == "fewshot":                                    # GeneMask Script-B
         p |= dict(batch_size=5, lr=1e-4, epochs=20) if (shots or 0) <= 100 else \
             dict(batch_size=15, lr=5e-5, epochs=5)
@@ -197,9 +198,9 @@ class BertHead(nn.Module):
         return self.n_covered(n), self.k, self.stride
 
     def count(self, lengths):
-        longest = self.n_covered(self.room)                  # in one window
         name = "truncated" if self.spec["long"] == "truncate" else "in_windows"
-        return {name: int((lengths > longest).sum()), "shorter_than_k": int((lengths < self.k).sum())}
+        n = self.n_kmers(lengths)
+        return {name: int((n > self.room).sum()), "shorter_than_k": int((n == 0).sum())}
 
     def tokens(self, bases, starts, n):
         """Returns n k-mers from each start: tokens (B, T), mask (B, T) or None where all n are equal, not 0.
@@ -463,7 +464,7 @@ class MixerHead(nn.Module):
         if lengths is None:                                  # one window a sequence, all equally long
             x = self.states(one_hot, layer=layer)
             parts = dict(zip(("mean", "cls"), x.split([x.shape[1] - self.n_cls, self.n_cls], 1)))
-            return models.concatenated(self.spec["pool"], lambda pool: parts[pool].mean(1))
+            return models.concatenated(self.spec["pool"], lambda pool: parts[pool].float().mean(1))
         return BertHead.embed(self, one_hot, lengths, n_windows, layer=layer)
 
     def forward(self, one_hot, lengths=None, n_windows=None):

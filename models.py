@@ -421,7 +421,9 @@ def concatenated(pool, pooled):
 
 
 def summed(pool, x, real):
-    """Sums x (B, T, C) where real[pool] (B, T) is True, and counts the terms: both (B, C) or (B, 2 C)."""
+    """Sums x (B, T, C), in float32, where real[pool] (B, T) is True, and counts the terms: both (B, C) or
+    (B, 2 C)."""
+    x = x.float()
     sums = concatenated(pool, lambda pool: (x * real[pool][..., None]).sum(1))
     n = concatenated(pool, lambda pool: real[pool].sum(1, keepdim=True).expand(-1, x.shape[2]))
     return sums, n.float()

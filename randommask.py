@@ -25,7 +25,7 @@ import data
 import models
 
 PAPER_STEPS = 480_000                                        # Algorithm 1
-PAPER_PASSES = PAPER_STEPS * 512 * 515 / 2_937_639_113       # 515 bases a window; hg38's chr1-22, X, Y but N
+HG38 = 2_937_639_113                                         # A, C, G and T of its chr1-22, X and Y
 STEPS = {"small": 100_000, "mini": 30_000, "tiny": 20_000}   # of --size; ours
 WARMUP = 10_000                                              # DNABERT; of other totals 2 %
 EDGES = (30_000, 60_000, 100_000, 150_000)                   # Algorithm 1: last steps of phases 1 to 4
@@ -46,9 +46,19 @@ def phase_at(step, edges):
     return 1 + sum(step > edge for edge in edges)
 
 
+def paper_passes(k, stride):
+    """Returns the passes over hg38 of 480,000 steps of 512 windows of 512 tokens; 6-mers at stride 1: 43."""
+    return PAPER_STEPS * 512 * ((512 - 3) * stride + k) / HG38
+
+
 def first_span(k, stride):
     """Returns the number of tokens that a span has at first: as many as can contain the same base."""
     return math.ceil(k / stride)
+
+
+def paper_p(k, stride):
+    """Returns Algorithm 1's P, 0.15 / 6; for other k and strides 0.15 / tokens of the first span."""
+    return MASK_RATE / first_span(k, stride)
 
 
 def random_mask(tokens, phase, p, span=6):
@@ -84,7 +94,7 @@ def parse_args():
         parser, batch_size=512, micro_batch_size=64, lr=1e-4, warmup="about 2 %%", weight_decay=0.01)
     add("--steps", type=positive, help=f"steps; phase edges scale with it ({PAPER_STEPS}; as many passes "
         f"over another genome; --size: {', '.join(f'{size} {n}' for size, n in STEPS.items())})")
-    training.add_run_flags(parser, "out/randommask", eval_windows=512, eval_every=5000,
+    training.add_run_flags(parser, "out/randommask", eval_windows=512, eval_every=5000,            # ours
                            keep="1/480, 30/480 and 300/480 of the steps")
     return training.parse_flags(parser, DEMO)
 
@@ -99,12 +109,13 @@ def complete_args(args, reached=None):
     if args.mask == "single" and args.stride < args.k:
         raise ValueError(f"--stride {args.stride}: --mask single needs {args.k}; or use --mask dnabert")
     if args.p is None:
-        args.p = MASK_RATE / first_span(args.k, args.stride)
+        args.p = paper_p(args.k, args.stride)
     if args.steps is None:
         if reached is None and (args.genome != ["hg38"] or args.bed) and args.size not in STEPS:
             return                                           # until the genome is open
         windows = (reached or 0) / ((args.block_size - 3) * args.stride + args.k)
-        args.steps = math.ceil(PAPER_PASSES * windows / args.batch_size) or STEPS.get(args.size, PAPER_STEPS)
+        passes = paper_passes(args.k, args.stride)
+        args.steps = math.ceil(passes * windows / args.batch_size) or STEPS.get(args.size, PAPER_STEPS)
     training.complete_warmup(args, WARMUP / PAPER_STEPS if args.steps == PAPER_STEPS else 0.02)
     if not args.keep:
         args.keep = [max(1, round(step * args.steps / PAPER_STEPS)) for step in MILESTONES]
@@ -152,7 +163,8 @@ if __name__ == "__main__":
         reached, lines = genome.reach(length, args.val_contigs)
         if args.steps is None:
             complete_args(args, reached)
-            run.say(f"steps    {args.steps:,}: the paper's {PAPER_PASSES:.0f} passes over this genome")
+            passes = paper_passes(args.k, args.stride)
+            run.say(f"steps    {args.steps:,}: the paper's {passes:.0f} passes over this genome")
         bases, n_vocab = data.resident(genome.bases, device), 4 ** args.k + 5
         run.check_memory(build_model, args.block_size)       # of what the genome leaves
         model = build_model(args).to(device)
@@ -160,12 +172,14 @@ if __name__ == "__main__":
         parts = {"model": model, "optimizer": optimizer}
 
         span = first_span(args.k, args.stride)               # 1 for non-overlapping k-mers
+        dnabert_p = paper_p(args.k, args.stride)
         edges = phase_edges(args.steps) if args.mask == "randommask" else []
         if run.writes:
             run.open("randommask", model.config, genome.fingerprint, parts)
 
     def get_batch(table, n, phase, *key):
-        """Draws and masks n windows by the key alone: inputs, labels, weights (n, T; None: all 1)."""
+        """Draws and masks n windows by the key alone: inputs, labels, weights (n, T; None: all 1).
+        phase 0: DNABERT's masking, whatever --p."""
         starts = data.draw_starts(table, n, training.seed(args.seed, *key))
         windows, soft = data.to_device(data.take_windows(bases, starts, length), device), None # (n, length)
         if key[0]:                                           # of a step; evaluations: forward, unweighted
@@ -174,7 +188,8 @@ if __name__ == "__main__":
                 windows, soft = data.either_strand(windows, soft)
         tokens = data.kmer_tokens(windows, args.k, args.stride, specials=True)
         weights = None if soft is None else data.token_weights(soft, args.k, args.stride, args.repeat_weight)
-        return *data.corrupt(tokens, random_mask(tokens, phase, args.p, span), n_vocab), weights
+        masked = random_mask(tokens, max(phase, 1), args.p if phase else dnabert_p, span)
+        return *data.corrupt(tokens, masked, n_vocab), weights
 
     if args.show_masks:
         for phase in range(1, len(edges) + 2):
@@ -197,7 +212,7 @@ if __name__ == "__main__":
     longest, capacity = span + 2 * len(edges), None
     if device.type == "cuda":                                # slots for masked tokens, all spans the longest
         per_pass = min(args.micro_batch_size, max(args.batch_size, args.eval_windows)) * args.block_size
-        capacity = models.mask_capacity(per_pass, 1 - (1 - args.p) ** longest, longest)
+        capacity = models.mask_capacity(per_pass, 1 - (1 - max(args.p, dnabert_p)) ** longest, longest)
 
     def forward(network, table, n, phase, *key):
         """Returns three sums over a micro-batch of n sequences: losses, weights, masked tokens."""
@@ -224,7 +239,8 @@ if __name__ == "__main__":
         phase = phase_at(step, edges)
         row = {"val_loss": evaluate(phase)}
         if args.mask != "single":
-            row[f"val_loss_span{span}"] = evaluate(1) if phase > 1 else row["val_loss"]
+            same = (phase, args.p) == (1, dnabert_p)
+            row[f"val_loss_span{span}"] = row["val_loss"] if same else evaluate(0)
         return row | ({"val_loss_next_phase": evaluate(phase_at(step + 1, edges))} if step in edges else {})
 
     with training.user_errors(OSError, MemoryError, torch.OutOfMemoryError):
@@ -255,7 +271,7 @@ if __name__ == "__main__":
             run.end_step()
 
     if args.demo and args.mask != "single" and args.stride == 1:                # then a span hides one base
-        loss = evaluate(1)                                   # on all ranks
+        loss = evaluate(0)                                   # on all ranks
         if run.rank == 0:
             say_what_it_learnt(args, genome, loss)
     training.finish()

@@ -55,8 +55,9 @@ MUTANTS = mutants("randommask.py", [GOLDEN, "-k", "randommask"], {
     "--seed is ignored": ("training.seed(args.seed, *key)", "training.seed(42, *key)"),
     "other validation windows each time": ("phase, 0, i))", "phase, step, i))",
                                            [HELD_OUT, "-k", "randommask"]),
-    "p of k = 6 for every k": ("MASK_RATE / first_span(args.k, args.stride)", "MASK_RATE / 6",
-                               [UNIT["defaults"]]),
+    "p of k = 6 for every k": ("MASK_RATE / first_span(k, stride)", "MASK_RATE / 6", [UNIT["defaults"]]),
+    "DNABERT's masks by --p": ("args.p if phase else dnabert_p", "args.p"),
+    "phase 1 is DNABERT's whatever --p": ("(phase, args.p) == (1, dnabert_p)", "phase == 1"),
     "spans of k tokens at every stride": ("math.ceil(k / stride)", "k", [UNIT["randommask"]]),
     "480,000 steps become 500,000": ("PAPER_STEPS = 480_000", "PAPER_STEPS = 500_000", [UNIT["defaults"]]),
     "an edge belongs to the next phase": ("step > edge", "step >= edge", [UNIT["randommask"]]),
@@ -114,14 +115,15 @@ MUTANTS += mutants("cm_gems.py", [GOLDEN, "-k", "cm_gems"], {
     "ignores --weight_decay": ("args.lr, args.weight_decay", "args.lr, 0.01"),
     "mean over sequences": ("run.world / sums[1].clamp(min=1e-9)", "sums.new_ones(()) / args.batch_size"),
     "never switches": ('update(strategy="global", switch_step', 'update(strategy="genemask", switch_step'),
-    "ignores --p_scale": ("args.p_scale * center_probability", "center_probability"),
+    "ignores --p_scale": ("scale * center_probability", "center_probability"),
+    "DNABERT's masks by --p_scale": ('"random", step, comparable)', '"random", step)'),
     "p of spans of k for GeneMask": ('"genemask": (3 * k - 1) / 2', '"genemask": k'),
     "validates on training windows": ("held_out = val,", "held_out = train,"),
     "validates with dropout": ("model.eval()", "model.train()"),
     "no dropout after a validation": ("model.train()", "model.eval()"),
     "cm_step easy throughout": ('masker = "global" if rng.random() < share', 'masker = "global" if False'),
-    "other validation windows each time": ("forward(model, held_out, strategy",
-                                           "forward(model, (*held_out[:2], step), strategy",
+    "other validation windows each time": ("forward(model, source, strategy",
+                                           "forward(model, (*source[:2], step, 1.0), strategy",
                                            [HELD_OUT, "-k", "cm_gems"]),
     "short pieces only": ("2 * (L - k) * quantile", "(L - k) * quantile", [UNIT["cm_gems"]]),
     "switches at an evaluation that is not due": ("if due and may_switch", "if may_switch",
@@ -211,8 +213,8 @@ MUTANTS += mutants("finetune.py", [UNIT["finetune_rules"]], {
     "test_unseen is what was seen": ("scores(outputs[~seen], labels[~seen]",
                                      "scores(outputs[seen], labels[seen]"),
     "counts half of test_in_train": ("int(seen.sum())", "int(seen[::2].sum())"),
-    "BERT counts nothing cut": ("(lengths > longest).sum()", "(lengths > 10 ** 9).sum()"),
-    "BERT counts what just fits": ("(lengths > longest).sum()", "(lengths >= longest).sum()"),
+    "BERT counts nothing cut": ("(n > self.room).sum()", "(n > 10 ** 9).sum()"),
+    "BERT counts what just fits": ("(n > self.room).sum()", "(n >= self.room).sum()"),
     "CNN counts nothing cut": ('{"truncated": int((lengths > self.length).sum())}', "{}"),
     "CNN counts what just fits": ('"truncated": int((lengths > self.length)',
                                   '"truncated": int((lengths >= self.length)'),
@@ -302,7 +304,16 @@ MUTANTS += mutants("training.py", [UNIT["defaults"]], {
     "--size does nothing": ("SIZES[args.size].items() if name in names", "SIZES[args.size].items() if 0")})
 MUTANTS += mutants("randommask.py", [UNIT["before"]], {
     "480,000 steps of every genome": ("if reached is None and (args.genome", "if (args.genome"),
-    "passes over another genome": ("/ 2_937_639_113", "/ 3_088_269_832")})
+    "passes over another genome": ("2_937_639_113", "3_088_269_832"),
+    "fewer steps of longer windows": ("((512 - 3) * stride + k)", "(512 - 3 + k)")})
+MUTANTS += mutants("models.py", ["tests/unit/test_findna_heads.py", "-k", "float32"], {
+    "bases are added up in bfloat16": ("    x = x.float()\n    sums", "    sums")})
+MUTANTS += mutants("finetune.py", ["tests/unit/test_findna_heads.py", "-k", "float32"], {
+    "the mean over bases in bfloat16": ("parts[pool].float().mean(1)", "parts[pool].mean(1)")})
+MUTANTS += mutants("finetune.py", [UNIT["finetune_rules"], "-k", "cut or protocol"], {
+    "bases beyond the last k-mer are cut": ("(n > self.room).sum()",
+                                            "(lengths > self.n_covered(self.room)).sum()"),
+    "a task of one's own takes a group's numbers": ("    if task in data.TASKS:  ", "    if True:  ")})
 MUTANTS += mutants("models.py", [UNIT["models"], "-k", "capacity or low_precision"], {
     "the loss of bfloat16 in bfloat16": (".flatten(0, 1)[at]).float(), wanted",
                                          ".flatten(0, 1)[at]), wanted"),

@@ -12,6 +12,7 @@ import training                                              # first: it answers
 from training import file_name, number
 
 import numpy as np
+import torch
 
 import data
 import finetune
@@ -106,6 +107,7 @@ def open_model(args, **changes):
         print(f"--step {args.step} is beyond --window {args.window}: of every {args.step:,} bases "
               f"{args.step - args.window:,} are in no window")
     device, dtype, *_ = training.set_up(args.device, args.dtype, join=False)
+    torch.set_float32_matmul_precision("highest")            # not TF32, which set_up allows for training
     model = finetune.load_model(args.init, device, args.eval_network, stride=args.stride, long=args.long,
                                 dtype=dtype, strands=args.strands, **changes)
     model.micro_batch_size = args.micro_batch_size

@@ -370,6 +370,6 @@ if __name__ == "__main__":
     add("--window", type=number(int, 1), help="bases around a variant (default: all that the model reads)")
     add("--skip_mismatch", action="store_true", help="do not stop at records that the FASTA contradicts")
     add("--excel_safe", action="store_true", help="an apostrophe before cells that begin with =, +, - or @")
-    parser.set_defaults(step=None, long=None)
+    parser.set_defaults(step=None, long=None, dtype="float32")                 # scores are small differences
     with training.user_errors():
         main(parser.parse_args())

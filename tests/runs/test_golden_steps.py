@@ -177,12 +177,12 @@ def mlm_loss(config, rows):
     return loss_of
 
 
-def randommask_rows(step, size, n_spans, held_out=False):
+def randommask_rows(step, size, n_spans, held_out=False, p=0.05):
     """Algorithm 1: each sequence draws its span from 3, 5, ... (so many); a center has P = 0.15 / 3."""
     rows = []
     for _, texts, _ in micro_batches(size, step, held_out):
         tokens = data.tokenize(texts, K)
-        masked = randommask.random_mask(tokens, n_spans, 0.05, 3)
+        masked = randommask.random_mask(tokens, n_spans, p, 3)
         rows += zip(*data.corrupt(tokens, masked, VOCAB))
     return rows
 
@@ -203,8 +203,9 @@ def test_randommask(out):
 
 
 def piece_rows(step, size, strategy, ranks, held_out=False, share=0.0):
-    """Pieces of many lengths, padded in each micro-batch. p: 0.15 by the mean span, of k = 3; twice that."""
-    rows, p = [], {"random": 0.1, "genemask": 0.075, "global": 0.06}
+    """Pieces of many lengths, padded in each micro-batch. p: 0.15 by the mean span, of k = 3; twice that, but
+    for DNABERT's masks."""
+    rows, p = [], {"random": 0.05, "genemask": 0.075, "global": 0.06}
     for first, texts, generator in micro_batches(size, step, held_out, 21):
         masker = strategy
         if strategy == "cm_step":
@@ -351,16 +352,19 @@ def test_findna(out, flags):
 # what is measured on held-out windows, and training with dropout around it
 
 def test_randommask_validates_without_dropout(out):
-    """Phases 3 and 5 of 16 steps: under the masks in force, DNABERT's, and at an edge the next phase's."""
-    kept = pretrain("randommask", (3, 4, 16), **BERT | dict(dropout=0.3), out=out, steps=16, lr=1e-2,
-                    eval_windows=10)
-    for step, masks in {3: {"": 3, "_span3": 1, "_next_phase": 4}, 16: {"": 5, "_span3": 1}}.items():
+    """Phases 1, 3 and 5 of 32 steps: under the masks in force, DNABERT's (whatever --p) and, at an edge, the
+    next phase's."""
+    kept = pretrain("randommask", (2, 7, 8, 32), **BERT | dict(dropout=0.3), out=out, steps=32, lr=1e-2,
+                    eval_windows=10, p=0.1)
+    for step, masks in {2: {"": 1, "_span3": 1, "_next_phase": 2}, 7: {"": 3, "_span3": 1, "_next_phase": 4},
+                        32: {"": 5, "_span3": 1}}.items():
         state, row = kept(step).after, kept(step).row
         for name, n_spans in masks.items():
-            loss = mlm_loss(state["config"], randommask_rows(0, 10, n_spans, held_out=True))
+            p = 0.05 if name == "_span3" else 0.1
+            loss = mlm_loss(state["config"], randommask_rows(0, 10, n_spans, held_out=True, p=p))
             assert row[f"val_loss{name}"] == pytest.approx(loss(double(state["model"])).item(), rel=1e-5)
-    before, row = kept(4).before, kept(4).row
-    loss = mlm_loss(before["config"], randommask_rows(4, 11, 4))(double(before["model"])).item()
+    before, row = kept(8).before, kept(8).row
+    loss = mlm_loss(before["config"], randommask_rows(8, 11, 4, p=0.1))(double(before["model"])).item()
     assert row["loss"] != pytest.approx(loss, rel=1e-4)      # with dropout again
 
 

@@ -65,17 +65,21 @@ def test_16_bits_that_a_cpu_only_emulates(tmp_path, monkeypatch, capsys, dtype, 
 
 
 def test_the_papers_passes_over_another_genome():
-    """480,000 steps of 512 windows are 43 passes over hg38; so many over a yeast of 12 Mb are 1,961 steps."""
+    """480,000 steps of 512 windows are 43 passes over hg38; so many over a yeast of 12 Mb are 1,961 steps.
+    Non-overlapping 6-mers (windows of 3,060 bases) have as many steps there, as on hg38."""
     flags = dict(stride=1, k=6, mask="randommask", p=None, size=None, genome=["x.fa"], bed=None,
                  batch_size=512, block_size=512, steps=None, warmup=None, keep=[])
     args = argparse.Namespace(**flags)
-    assert round(randommask.PAPER_PASSES) == 43
+    assert [round(randommask.paper_passes(6, stride)) for stride in (1, 6)] == [43, 256]
     randommask.complete_args(args, 12_000_000)
     assert args.steps == math.ceil(480_000 * 12e6 / 2_937_639_113) == 1961 and args.warmup == 39
     assert args.keep == [4, 123, 1226]
     other = argparse.Namespace(**flags | {"batch_size": 64, "block_size": 128})
     randommask.complete_args(other, 12_000_000)
-    assert round(other.steps * 64 * 131 / 12_000_000, 2) == round(randommask.PAPER_PASSES, 2)
+    assert round(other.steps * 64 * 131 / 12_000_000, 2) == round(480_000 * 512 * 515 / 2_937_639_113, 2)
+    apart = argparse.Namespace(**flags | {"mask": "single", "stride": 6})
+    randommask.complete_args(apart, 12_000_000)
+    assert apart.steps == 1961 and apart.p == 0.15
     for bed, steps in ((None, 480_000), ("x.bed", None)):    # regions of hg38 are another genome
         args = argparse.Namespace(**flags | {"genome": ["hg38"], "bed": bed})
         randommask.complete_args(args)

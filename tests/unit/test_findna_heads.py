@@ -58,6 +58,20 @@ def test_each_sequence_has_its_own_embedding(kind, pool):
 
 
 @pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("lengths", [[200] * 4, [200, 150, 180]])
+def test_means_over_bases_are_float32(pool, lengths):
+    """ChordMixer's states are bfloat16 under autocast: the mean of many would be rounded to 8 bits."""
+    net, _, rows = make("chordmixer", pool, lengths)
+    net.backbone.register_forward_hook(lambda *call: states.append(call[-1]))
+    states, inputs = [], net.inputs(rows, np.arange(len(lengths)))
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        got = net.embed(*inputs)
+    want = [x[n:n + K] if pool == "cls" else x[:n] for x, n in zip(states[0].double(), lengths)]
+    assert states[0].dtype == torch.bfloat16 and got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), torch.stack([x.mean(0) for x in want]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("pool", ["mean", "cls"])
 def test_windows_of_the_transformer(pool):
     net, texts, rows = make("transformer", pool)
     room, lengths = 23 if pool == "mean" else 20, np.array(LENGTHS)
@@ -165,7 +179,8 @@ def test_each_repeat_of_a_probe_is_fitted_on_other_rows():
         assert parts["dev"] is None and parts["test"] is test and len(keys[-1]) == 90
         assert np.bincount(parts["train"].labels).tolist() == [45, 45]
         assert tested_on == "test; fitted on 90% of train"
-        tuned, _ = finetune.assign(splits, finetune.get_protocol("findna", "gb/x", None, "", {}), seed)
+        protocol = finetune.get_protocol("findna", "gb/human_ocr_ensembl", None, "", {})
+        tuned, _ = finetune.assign(splits, protocol, seed)
         assert data.row_keys(tuned["train"]) == keys[-1]     # the rows that fine-tuning trains on
     assert keys[0] == keys[2] and set(keys[0]) != set(keys[1])
     parts, tested_on = finetune.assign(splits, {}, 42)       # other protocols: all of train

@@ -172,8 +172,8 @@ def test_what_is_cut_is_counted(out, long, name):
     rows = tune(splits, "--init", "random", "cnn", "penguinn", long=long, block_size=102)
     assert rows["random"]["counts"] == {name: 2 + 2 + 2}
     assert rows["cnn"]["counts"] == rows["penguinn"]["counts"] == {"truncated": 1 + 1}
+    some = np.arange(150)
     for stride in (1, K):                                    # what makes more than 32 tokens
-        some = np.arange(0, 150, stride)                     # whole tokens
         head = finetune.build_net(SPEC | {"stride": stride, "long": long})
         n = sum(len(range(0, length - K + 1, stride)) > BLOCK - 2 for length in some)
         assert head.count(some) == {name: n, "shorter_than_k": sum(some < K)}
@@ -351,6 +351,8 @@ def test_steps_and_evaluations_of_a_protocol(out):
     _, log, _ = tuned(parts, CLASSES, batch_size=4, epochs=9, max_steps=7, eval_every=2)
     assert [row["step"] for row in log] == [2, 4, 6, 7]
     assert finetune.get_protocol("dnabert2", "tf_m/0", None, "", {"epochs": 2})["max_steps"] == 0
+    assert finetune.get_protocol("dnabert2", "tf_m/0", None, "", {})["max_steps"] == 1000
+    assert not finetune.get_protocol("dnabert2", "tf_m/mine", None, "", {})["max_steps"]     # of --tasks
 
 
 def test_of_equal_scores_the_first_is_kept():
