@@ -21,6 +21,7 @@ import math
 import os
 import re
 import secrets
+import shlex
 import shutil
 import signal
 import sys
@@ -465,7 +466,8 @@ def new_path(path, folder=False, replace=False):
         if e.errno in (errno.EEXIST, errno.ENOTEMPTY):       # it came in the meantime
             raise ValueError(taken) from None
         if e.errno and str(e.filename or tmp).startswith(tmp):
-            raise OSError(f"{path}: cannot be written ({e.strerror}); free space, or name another "
+            advice = "make its folder" if e.errno == errno.ENOENT else "free space"
+            raise OSError(f"{path}: cannot be written ({e.strerror}); {advice}, or name another "
                           f"place") from None
         raise
     finally:
@@ -726,7 +728,10 @@ def check_packed(index, bases, paths, source):
 
 OTHER_FORMATS = (                                            # how a file starts, what it is and what to do
     (rb">", "FASTA, not a table; make one with columns sequence and label, for example by seqkit fx2tab"),
-    (rb"BZh", "bzip2; unpack it with bunzip2"), (rb"PK[\x01-\x08]", "a zip archive; unpack it"),
+    (rb"BZh", "bzip2; unpack it with bunzip2"),
+    (rb"PK[\x01-\x08]", "a zip archive or an Excel workbook; unpack it, or save the sheet as CSV UTF-8"),
+    (rb"\xd0\xcf\x11\xe0", "an old Excel workbook; save the sheet as CSV UTF-8"),
+    (rb"(?s:.{257})ustar", "a tar archive; unpack it"),
     (rb"\(\xb5/\xfd", "Zstandard; unpack it with unzstd"), (rb"\xfd7zXZ", "xz; unpack it with unxz"),
     (rb"7z\xbc\xaf|Rar!", "an archive; unpack it"), (rb"\x04\x22M\x18", "LZ4; unpack it with unlz4"),
     (rb"C'A\x1a|\x1aA'C", "2bit; convert it with twoBitToFa"),
@@ -777,7 +782,11 @@ def fasta_records(path, drawn=False, case=False):
         if b"\r" in header:
             raise ValueError(f"{path}: line {line}: old Mac (CR) line ends; convert them to LF")
         word = re.match(rb">(\S+)", header)
-        name = word[1].decode("utf-8", "replace") if word else ""
+        try:
+            name = word[1].decode() if word else ""
+        except UnicodeDecodeError:
+            raise ValueError(f"{path}: line {line}: the name {quoted(word[1])} is not UTF-8; convert the "
+                             f"file, for example with iconv -f latin1 -t utf-8") from None
         if not name:
             raise ValueError(f"{path}: line {line}: no name in the header ({quoted(header[:40])}); add one")
         if not name.isprintable():
@@ -1512,7 +1521,7 @@ def read_columns(path, wanted, optional=(), delimiter=None):
             if other := other_format(file_start(path)):
                 raise ValueError(f"{place}: this is {other}")
             count = f"{len(found)} columns" if found else "no column"
-            hint = f"{delimiter!r} between columns{column_advice(name, start)}"
+            hint = f"{delimiter!r} between columns{column_advice(name, start, delimiter)}"
             raise ValueError(f"{place}: {count} {' or '.join(spellings)} in the header ({quoted(start)}); "
                              f"give exactly one, with {hint}")
         columns[name] = found[0]
@@ -1522,10 +1531,11 @@ def read_columns(path, wanted, optional=(), delimiter=None):
     return {name: [row[i].strip(" \t") for row in rows] for name, i in columns.items()}, places
 
 
-def column_advice(name, start):
+def column_advice(name, start, delimiter):
     """Returns the flags that may help where a header that starts like this has no column of this name."""
     flags = [f"--{name}_column"] if name in ("sequence", "label", "id") else []
-    flags += ["--delimiter ';'"] if ";" in start else []
+    others = {";": "';'", "\t": "tab"}
+    flags += [f"--delimiter {word}" for c, word in others.items() if c in start and c != delimiter]
     return f" (or see {' and '.join(flags)})" if flags else ""
 
 
@@ -1575,9 +1585,9 @@ def zeros_and_ones(columns, places):
     """Turns columns of 0 and 1 into one tuple of bools per row."""
     for name, column in columns.items():
         for text, place in zip(column, places):
-            if text not in ("0", "1"):
+            if text not in ("0", "1", "0.0", "1.0"):
                 raise ValueError(f"{place}: {name} is {quoted(text)}; a label of --multilabel is 0 or 1")
-    return list(zip(*([text == "1" for text in column] for column in columns.values())))
+    return list(zip(*([float(text) == 1 for text in column] for column in columns.values())))
 
 
 def join_kmers(text, place):
@@ -1649,10 +1659,13 @@ def say_confusing(names):
     """Prints which classes a reader would take for one, and which are lists of others."""
     alike = {}
     for name in names:
-        alike.setdefault(unicodedata.normalize("NFKC", name).casefold(), []).append(ascii(name))
+        form = unicodedata.normalize("NFKC", name).casefold()
+        seen = "".join(c for c in form if unicodedata.category(c) not in ("Cf", "Zs"))         # not invisible
+        alike.setdefault(seen, []).append(ascii(name))
     for group in alike.values():
         if len(group) > 1:
-            print(f"  note: the classes {', '.join(group)} differ only in case or Unicode form", flush=True)
+            print(f"  note: the classes {', '.join(group)} differ only in case, blanks or Unicode form",
+                  flush=True)
     several = [name for name in names if set(re.split("[;,|] *", name)) & {*names} - {name}]
     if several:
         print(f"  note: lists of labels ({len(several)}, such as {ascii(several[0])}) are classes of their "
@@ -1678,11 +1691,13 @@ def find(folder, *names):
     return next(filter(os.path.exists, paths), None)
 
 
-def how_to_get(task):
-    """Returns the end of a message on missing files."""
+def how_to_get(task, folder):
+    """Returns the end of a message on files that are missing in (a folder in) the task's folder."""
     if task.suite == "own":
         return f"({task.name}); check --data_dir and the task's row in data.py"
-    return f"({task.name}); run python -m tools.download {task.name}, or get it from {task.source}"
+    data_dir = folder.rpartition(task.folder)[0].rstrip("/")
+    where = "" if data_dir == "data" else f" --data_dir {shlex.quote(data_dir)}"
+    return f"({task.name}); run python -m tools.download {task.name}{where}, or get it from {task.source}"
 
 
 def find_files(task, data_dir, wanted):
@@ -1691,7 +1706,7 @@ def find_files(task, data_dir, wanted):
     found = {names[0]: find(folder, *names) for names in wanted}
     missing = [name for name, path in found.items() if not path]
     if missing:
-        raise ValueError(f"{folder}: no {', '.join(missing)} {how_to_get(task)}")
+        raise ValueError(f"{folder}: no {', '.join(missing)} {how_to_get(task, folder)}")
     for name, path in found.items():
         if not find(folder, name):
             print(f"{task.name}: {name} is not there, {path} stands in for it", flush=True)
@@ -1711,7 +1726,7 @@ def class_paths(task, folder, suffix=""):
     names = {name.removesuffix(".gz").removesuffix(suffix): name for name in entries if name[0] != "."}
     if set(names) != set(task.classes):
         raise ValueError(f"{folder}: holds {', '.join(names)[:80] or 'nothing'}, not the classes "
-                         f"{', '.join(task.classes)} {how_to_get(task)}")
+                         f"{', '.join(task.classes)} {how_to_get(task, folder)}")
     return [os.path.join(folder, names[name]) for name in task.classes]
 
 

@@ -1070,11 +1070,15 @@ def read_user_csv(args):
         raise ValueError(f"--targets or --multilabel {' '.join(columns)}: give each column once")
     flags = data.column_flags(args)
     rows, classes = data.read_own_tables(args.csv, columns, multilabel, flags)
-    for path in args.csv if others and not labels_split(args) else ():
-        splits = data.read_columns(path, {"split": ["split"]}, ["split"], flags["delimiter"])[0].get("split")
-        if len(set(splits or ())) > 1:
-            raise ValueError(f"{path}: column split: rows of several splits in one of {len(args.csv)} "
-                             f"tables; give this table alone, or one table for each split")
+    names = ("train", "test") if len(others) == 1 else ("train", "dev", "test")
+    for path, name in zip(args.csv, names) if others and not labels_split(args) else ():
+        columns, places = data.read_columns(path, {"split": ["split"]}, ["split"], flags["delimiter"])
+        splits = columns.get("split", ())
+        for text, place in zip(splits, places):
+            if text != splits[0] or data.SPLITS.get(text.lower(), data.SPLITS[name]) != data.SPLITS[name]:
+                raise ValueError(f"{place}: column split: {data.quoted(text)} in table {name} of "
+                                 f"{', '.join(names)}; give one table for each split, in this order, or one "
+                                 f"of all rows")
     if not others:
         table = data.read_groups(first, args.split_by, flags["delimiter"])
         if labels_split(args):
@@ -1084,7 +1088,6 @@ def read_user_csv(args):
     metric = "pcc" if args.targets else "auroc" if multilabel else "mcc"
     task = data.Task(f"csv/{stem}", "csv", classes, bool(args.targets), metric, "", {}, "", first, "yours",
                      multilabel)
-    names = ("train", "test") if len(others) == 1 else ("train", "dev", "test")
     return task, dict.fromkeys(("train", "dev", "test")) | dict(zip(names, rows))
 
 
@@ -1287,8 +1290,8 @@ def check_parts(parts, task, key):
 
 def done_before(row, out):
     """Returns what to say of a run that has a row already, and of its model if that is not there any more."""
-    path = f"{out}/results.jsonl"
-    if row.get("model") and not os.path.exists(str(row["model"])):
+    path, model = f"{out}/results.jsonl", str(row.get("model") or "").split("/")[-2:]
+    if any(model) and not os.path.exists(os.path.join(out, *model)):           # out may have moved
         return f"done before, but its model {row['model']} is gone; remove its row from {path} to train again"
     return f"done before, see {path}"
 
@@ -1583,6 +1586,13 @@ def check_args(args):
         if getattr(args, name) and (not args.csv or args.targets and args.multilabel):
             raise ValueError(f"--{name}: belongs to --csv; --targets and --multilabel exclude each other; "
                              f"drop it")
+    for flag in ("sequence_column", "label_column", "delimiter"):
+        if getattr(args, flag) is not None and not (args.csv or args.tasks):
+            raise ValueError(f"--{flag}: belongs to --csv or --tasks; drop it")
+    if args.label_column and (args.targets or args.multilabel):
+        raise ValueError("--label_column: --targets or --multilabel name these columns; drop it")
+    if args.fasta and not args.task:
+        raise ValueError("--fasta: belongs to --task; drop it")
     for flag in ("split", "split_by"):
         if getattr(args, flag) is not None and len(args.csv or ()) != 1:
             raise ValueError(f"--{flag}: belongs to one --csv table; drop it")

@@ -25,6 +25,7 @@ import errno
 import functools
 import glob
 import importlib
+import io
 import itertools
 import json
 import math
@@ -52,6 +53,9 @@ if os.path.dirname(SCRIPT) in (HERE, os.path.join(HERE, "tools")):             #
 
     signal.signal(signal.SIGTERM, leave)
     if sys.stdout:                                           # None where it is closed from the start
+        if isinstance(sys.stdout, io.TextIOWrapper):         # an ASCII terminal shows escapes, too
+            sys.stdout.reconfigure(errors="backslashreplace")
+
         def safe(text, write=sys.stdout.write):
             """Writes text without the terminal escapes that names in other people's files may hold."""
             return write("".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text))
@@ -167,10 +171,21 @@ def folder_name(text):
     return file_name(text)
 
 
+class StoreOnce(argparse.Action):
+    """Stores the values of a flag, but a list only once: argparse would forget the first one."""
+
+    def __call__(self, parser, namespace, values, flag=None):
+        if isinstance(values, list) and getattr(namespace, self.dest) is not self.default:
+            parser.error(f"argument {flag}: given twice; give all its values after one {flag}")
+        setattr(namespace, self.dest, values)
+
+
 def make_parser(description):
     """Returns an argparse parser that keeps the lines of the description and takes whole flags only."""
-    return argparse.ArgumentParser(description=description, allow_abbrev=False,
-                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.register("action", None, StoreOnce)
+    return parser
 
 
 def new_parser(description, strands=True):
@@ -1103,6 +1118,9 @@ def load(path, opener=None):
         raise ValueError(f"{path}: no such checkpoint; check the path") from None
     except FileExistsError as e:                             # no_links
         raise ValueError(str(e)) from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder; give {os.path.join(path, 'last.pt')}, or hf:{path} for one of "
+                         f"Hugging Face") from None
     except Exception as e:                                   # foreign bytes, whatever they raise
         raise ValueError(f"{path}: not a readable checkpoint ({e!r:.80}); use another one") from None
 

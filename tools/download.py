@@ -438,6 +438,9 @@ if __name__ == "__main__":
     with training.user_errors():
         names = source_names(args.names)
         if not names:
+            if args.check:
+                raise ValueError("--check: name what to verify: sources or groups")
+            training.outlive_streams()                       # ... | head
             print_sources()
             raise SystemExit
         lock = None if args.check else open_data_dir(args.data_dir, names)

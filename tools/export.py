@@ -181,7 +181,7 @@ def matching(pattern, example):
 if __name__ == "__main__":
     parser = training.make_parser(__doc__)
     parser.add_argument("folder", type=file_name, metavar="FOLDER", help="new folder to write")
-    parser.add_argument("--init", type=file_name, required=True, help="checkpoint, or hf:FOLDER")
+    parser.add_argument("--init", type=file_name, required=True, help="checkpoint, hf:FOLDER or findna:FILE")
     parser.add_argument("--eval_network", choices=("teacher", "student"),
                         help="FinDNA: network to export (as finetune.py)")
     parser.add_argument("--license", type=matching(r"[a-z0-9.+-]+", "one such as mit or apache-2.0"),

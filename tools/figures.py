@@ -63,7 +63,8 @@ def new_figure(n, columns, width, height):
     except ImportError:
         raise ValueError("matplotlib is missing; run pip install matplotlib") from None
     matplotlib.rcParams.update({"font.size": 7, "axes.titlesize": 8, "legend.frameon": False,
-                                "axes.spines.top": False, "axes.spines.right": False})
+                                "axes.spines.top": False, "axes.spines.right": False,
+                                "text.parse_math": False})   # a name may hold $
     rows = -(-n // columns)
     fig = Figure((columns * width, rows * height), layout="constrained")
     return fig, [fig.add_subplot(rows, columns, i) for i in range(1, n + 1)]
@@ -574,7 +575,7 @@ def parse_args():
             add("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
         if name == "masks":
             add("--fasta", type=file_name, nargs="+", default=["demo"],
-                help="sequences to mask (%(default)s)")
+                help="sequences to mask (demo)")
             add("--data_dir", type=folder_name, default="data",
                 help="folder of the demo genome (%(default)s)")
             add("--k", type=training.number(int, 2, 9), default=6, help="k of the k-mers (%(default)s)")
@@ -589,7 +590,7 @@ def parse_args():
 if __name__ == "__main__":
     with training.user_errors():
         args = parse_args()
-        if not os.path.basename(args.out):
+        if not os.path.basename(args.out) or args.out.endswith((".png", ".pdf")):
             raise ValueError(f"--out {args.out!r}: not a file name; give one without .png or .pdf")
         for suffix, fig in args.plot(args).items():
             write_figure(fig, args.out + suffix, args.dpi)

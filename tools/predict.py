@@ -17,6 +17,7 @@ import torch
 import data
 import finetune
 
+OTHER_ENDINGS = (".csv", ".gz", ".json", ".npy", ".npz", ".tsv", ".xlsx")      # of what is not written
 LONGEST = 1 << 20                                            # bases of a sequence without --window
 
 
@@ -36,6 +37,9 @@ def read_sequences(args):
         records = zip(names, np.split(rows.bases, rows.offsets[1:-1]))
     else:
         data.check_file(path)
+        if given := [name for name, value in data.column_flags(args).items() if value]:
+            raise ValueError(f"--{given[0]}{'_column' * (given[0] != 'delimiter')}: {path} is a FASTA, not a "
+                             f"table; drop it")
         records = ((name, codes) for name, codes, _ in data.fasta_records(path))
     for name, codes in records:
         if window:
@@ -67,7 +71,10 @@ def read_blocks(sequences, size=1 << 24):
 
 
 def output(args, suffix):
-    """Returns --out; by default FILE's stem + suffix, in this folder."""
+    """Returns --out; by default FILE's stem + suffix, in this folder. ValueError for another ending."""
+    own, ending = (os.path.splitext(name)[1].lower() for name in (suffix, args.out or suffix))
+    if args.out and (args.out == "-" or args.out.endswith("/") or ending != own and ending in OTHER_ENDINGS):
+        raise ValueError(f"--out {args.out}: not the name of a {own} file; give one")
     return args.out or os.path.splitext(os.path.basename(args.file).removesuffix(".gz"))[0] + suffix
 
 

@@ -206,6 +206,7 @@ if __name__ == "__main__":
     add("--data_dir", type=folder_name, default="data", help="folder of the benchmark sets (%(default)s)")
     add("--fasta", type=file_name, nargs="+", help="genome of coordinate tables: one FASTA, or one a class")
     args = parser.parse_args()
+    training.outlive_streams()                               # ... | head
     status = 0
     with training.user_errors():
         if args.tasks[0] == "strands":
@@ -216,6 +217,9 @@ if __name__ == "__main__":
             report_tables(args)
         elif args.targets or args.multilabel:
             raise ValueError("--targets, --multilabel: belong to tables of your own; drop them")
+        elif any(data.column_flags(args).values()):
+            raise ValueError("--sequence_column, --label_column, --delimiter: belong to tables of your own; "
+                             "drop them")
         else:
             for name in data.task_names(args.tasks):
                 try:

@@ -71,6 +71,8 @@ def in_words(row):
 def read_runs(out, ids=None):
     """Reads runs of results.jsonl (with these ids). Where only the score differs, the last one counts."""
     path, runs = os.path.join(out, "results.jsonl"), {}
+    if os.path.isfile(out):
+        raise ValueError(f"{out}: a file; give the folder of results.jsonl")
     for row in finetune.read_rows(out):
         if ids is None or row["id"] in ids:
             run = in_words(row)
@@ -122,7 +124,8 @@ def in_text(flags):
 
 
 def name_versions(runs):
-    """Adds a fingerprint to --init where its checkpoint, or the table of a task, changed between runs."""
+    """Adds a fingerprint to --init where its checkpoint, or the table of a task, changed between runs; to the
+    name of an own table, as those of two projects may share one."""
     for part, same in (("weights", ("init",)), ("data", ("key", "seed"))):
         versions, label = {}, "" if part == "weights" else "data "
         for run in runs:
@@ -130,7 +133,9 @@ def name_versions(runs):
             versions.setdefault(tuple(run[field] for field in fields), set()).add(run[part])
         changed = {group[0] for group, found in versions.items() if len(found) > 1}    # in one seed: in all
         for run in runs:
-            if run[same[0]] in changed:
+            if run[same[0]] in changed and label and run["task"].startswith("csv/"):
+                run["key"] = run["key"]._replace(task=f"{run['task']} ({run[part]})")
+            elif run[same[0]] in changed:
                 run["init"] += f" ({label}{run[part]})"
     return runs
 
@@ -335,4 +340,5 @@ if __name__ == "__main__":
                         help="write our experiments' tables anew, after collecting the rows of these folders")
     with training.user_errors():
         args = parser.parse_args()
+        training.outlive_streams()                           # ... | head
         write_table(args.out) if args.results is None else evidence.write_results(args.results)

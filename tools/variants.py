@@ -323,7 +323,7 @@ def score_records(records, genome, score, args, counts):
 def write_scores(header, genome, score, args):
     """Writes all records, in their order, to --out; prints what became of them."""
     names, counts = {}, collections.Counter(records=0, scored=0)
-    out, text = output(args, ".variants.tsv"), excel_safe if args.excel_safe else str
+    out, text = args.out or output(args, ".variants.tsv"), excel_safe if args.excel_safe else str
     for _ in read_records(args.file, header, genome, names, args):
         pass                                                 # what is wrong shows before the first score
     if changed := [f"{name} is {contig}" for name, contig in names.items() if contig not in (None, name)]:

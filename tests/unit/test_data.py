@@ -9,6 +9,7 @@ import resource
 import shutil
 import signal
 import socket
+import tarfile
 import tempfile
 import zlib
 import time
@@ -556,6 +557,13 @@ def test_other_formats_are_named(case, tmp_path, monkeypatch, survived):
         survived()
     assert re.search(word, refusal(data.open_fasta, str(tmp_path / "case.fa")))
     survived()
+
+
+def test_an_archive_is_named(tmp_path):
+    (tmp_path / "a.fa").write_text(">a\nACGT\n")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "a.fa", "a.fa")
+    assert "line 1: this is a tar archive; unpack it" in refusal(data.Genome, tmp_path / "a.tar.gz")
 
 
 def test_a_fasta_under_another_name(tmp_path, monkeypatch):

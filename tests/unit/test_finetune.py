@@ -354,9 +354,10 @@ def test_model_takes_a_list_of_strings():
 
 
 def test_a_lost_model_of_a_run_done_before_is_named(tmp_path):
-    path = tmp_path / "cnn.pt"
-    assert f"its model {path} is gone; remove its row from o/results.jsonl to train again" in \
-        finetune.done_before({"model": str(path)}, "o")
+    """It is looked for in --out, as that folder may have moved since."""
+    path, row = tmp_path / "csv_t/cnn.pt", {"model": "old/o/csv_t/cnn.pt"}
+    assert "its model old/o/csv_t/cnn.pt is gone; remove its row from" in finetune.done_before(row, tmp_path)
+    path.parent.mkdir()
     path.touch()
-    for row in ({"model": str(path)}, {"model": None}, {}):
-        assert finetune.done_before(row, "o") == "done before, see o/results.jsonl"
+    for each in (row, {"model": None}, {}):
+        assert finetune.done_before(each, tmp_path) == f"done before, see {tmp_path}/results.jsonl"

@@ -167,9 +167,10 @@ def test_a_cnn_is_not_continued(monkeypatch, mode, said):
 
 
 def test_classes_that_look_alike_are_said(capsys):
-    data.say_confusing(("Pos", "neg", "pos", "caf\u00e9", "cafe\u0301"))
+    data.say_confusing(("Pos", "neg", "pos", "caf\u00e9", "cafe\u0301", "pos\xa0", "p\u200bos"))
     said = capsys.readouterr().out
-    assert "'Pos', 'pos' differ" in said and r"'caf\xe9', 'cafe\u0301' differ" in said and "neg" not in said
+    assert r"'Pos', 'pos', 'pos\xa0', 'p\u200bos' differ" in said and "neg" not in said
+    assert r"'caf\xe9', 'cafe\u0301' differ" in said
 
 
 def test_lists_of_labels_are_said(capsys):

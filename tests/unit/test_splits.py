@@ -146,10 +146,13 @@ def test_a_column_split_in_one_of_several_tables_is_refused(table):
     """Its dev and test rows would be trained on."""
     one = write(table.path, **table.columns, Split=["train", "train", "val", "test"] * 60)
     other = write(table.path.with_name("u.csv"), **table.columns, split=["test"] * 240)
-    for tables in ([one, other], [other, one], [other, other, one]):
-        with pytest.raises(ValueError, match="t.csv: column split: rows of several splits in one of"):
+    train = write(table.path.with_name("v.csv"), **table.columns, split=["Train"] * 240)
+    for tables, place, name in (
+            ([one, other], "t.csv: line 4", "train"), ([train, one], "t.csv: line 2", "test"),
+            ([train, other, one], "u.csv: line 2", "dev"), ([other, train], "u.csv: line 2", "train")):
+        with pytest.raises(ValueError, match=f"{place}: column split: .* in table {name} of train"):
             split(None, csv=tables)
-    assert {*split(None, csv=[other, other])} == {"train", "test"}               # of one split is fine
+    assert {*split(None, csv=[train, other])} == {"train", "test"}               # each in its place
     assert {*split(None, csv=[one, one], label_column="split")} == {"train", "test"}       # these are labels
     assert {name: len(texts) for name, texts in split(one, label_column="split").items()} == {
         "train": 192, "dev": 24, "test": 24}

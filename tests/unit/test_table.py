@@ -115,6 +115,16 @@ def test_changed_weights_and_tables_are_columns_of_their_own(table):
             {"a (data d1)", "a (data d2)"} if given else {"a"})
 
 
+def test_two_tables_of_one_name_are_rows_of_their_own(table):
+    """As the train.csv of two projects: nothing is compared with what it was not tested on."""
+    runs = ("kmer", 0.5, "d1"), ("kmer", 0.25, "d2"), ("cnn", 0.75, "d2")
+    text = table([results_row(task="csv/train", init=init, score=score, seed=42, metric="mcc", data=digest)
+                  for init, score, digest in runs])
+    assert cells(text, "csv/train (d1)")["kmer"] == "50.00 (1 seed)"
+    two = cells(text, "csv/train (d2)")
+    assert [two[name].strip("*")[:5] for name in ("kmer", "cnn")] == ["25.00", "75.00"]
+
+
 def test_dtypes_are_setups_of_their_own(table):
     text = table([run("emp/H3", "a", 0.5, dtype="float32"), run("emp/H3", "a", 0.25, dtype="bfloat16")])
     assert cells(text, "emp/H3")["a, dtype bfloat16"] == "25.00 (1 seed)"

@@ -43,6 +43,25 @@ def texts_and_args(lengths, **more):
     return texts, args
 
 
+@pytest.mark.parametrize("name, fits", [("x.tsv", True), ("x.txt", True), ("run.v1", True), ("-", False),
+                                        ("there/", False), ("x.tsv.gz", False), ("x.csv", False),
+                                        ("x.npz", False)])
+def test_an_output_is_what_its_name_says(name, fits):
+    args = argparse.Namespace(file="a/new.fa.gz", out=name)
+    if fits:
+        assert predict.output(args, ".predictions.tsv") == name
+    else:
+        with pytest.raises(ValueError, match="not the name of a .tsv file"):
+            predict.output(args, ".predictions.tsv")
+    assert predict.output(argparse.Namespace(file="a/new.fa.gz", out=None), ".npz") == "new.npz"
+
+
+def test_column_flags_are_for_tables(model):
+    _, args = texts_and_args([30, 33], sequence_column="x")
+    with pytest.raises(ValueError, match="--sequence_column: t.fa is a FASTA, not a table; drop it"):
+        predict.predict(model, args)
+
+
 def test_predictions_of_several_blocks(model, capsys):
     texts, args = texts_and_args([30, 33, 40, 50, 21, 34, 35])
     model.net.out.bias.data -= torch.from_numpy(model.apply([*texts.values()]).mean(0))

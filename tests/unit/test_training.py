@@ -232,3 +232,22 @@ def test_shares_take_both_ends():
             training.share(text)
     with pytest.raises(argparse.ArgumentTypeError, match=r"1 is outside \[0, 1\)$"):
         training.number(float, 0, 1)("1")
+
+
+def test_a_list_is_given_once(capsys):
+    """argparse would forget the first of two; of a single value the last counts, as usual."""
+    parser = training.make_parser("")
+    parser.add_argument("--genome", nargs="+", default=["hg38"])
+    parser.add_argument("--lr", type=float, default=1.0)
+    for _ in range(2):                                       # a parser parses several times
+        assert vars(parser.parse_args(["--genome", "a", "b", "--lr", "2", "--lr", "3"])) == {
+            "genome": ["a", "b"], "lr": 3}
+        assert parser.parse_args([]).genome == ["hg38"]
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["--genome", "a", "--genome", "b"])
+    assert "argument --genome: given twice; give all its values after one --genome" in capsys.readouterr().err
+
+
+def test_a_folder_is_no_checkpoint(tmp_path):
+    with pytest.raises(ValueError, match=f"{tmp_path}: a folder; give {tmp_path}/last.pt, or hf:{tmp_path}"):
+        training.load(tmp_path)
