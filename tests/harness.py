@@ -148,6 +148,15 @@ def equal(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+def changed(flags, by):
+    """These flags and values without those that `by` gives, then `by`: a flag of a list may be given once."""
+    kept, drop = [], False
+    for word in map(str, flags):
+        drop = word in by if word.startswith("--") else drop
+        kept += [] if drop else [word]
+    return [*kept, *by]
+
+
 def log_rows(out):
     """Reads log.jsonl; drops the timing."""
     rows = map(json.loads, (out / "log.jsonl").read_text().splitlines())

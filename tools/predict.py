@@ -72,9 +72,9 @@ def read_blocks(sequences, size=1 << 24):
 
 def output(args, suffix):
     """Returns --out; by default FILE's stem + suffix, in this folder. ValueError for another ending."""
-    own, ending = (os.path.splitext(name)[1].lower() for name in (suffix, args.out or suffix))
-    if args.out and (args.out == "-" or args.out.endswith("/") or ending != own and ending in OTHER_ENDINGS):
-        raise ValueError(f"--out {args.out}: not the name of a {own} file; give one")
+    own, out = suffix[suffix.rindex("."):], args.out or suffix
+    if out == "-" or out.endswith(("/", *OTHER_ENDINGS)) and not out.endswith(own):
+        raise ValueError(f"--out {out}: not the name of a {own} file; give one")
     return args.out or os.path.splitext(os.path.basename(args.file).removesuffix(".gz"))[0] + suffix
 
 

@@ -32,7 +32,8 @@ import torch
 
 import finetune                                              # noqa: F401, its imports take long
 import training
-from harness import (ROOT, at_call, cases, contents, die, fork, log_rows, refused, run, wait, wait_rows)
+from harness import (ROOT, at_call, cases, changed, contents, die, fork, log_rows, refused, run, wait,
+                     wait_rows)
 from methods import (METHODS, PRETRAINING, STEPS, begin, begin_slowly, bits, check_ending, check_goes_on,
                      each, fault, flags_of, fresh, go, in_save, run_folder, whole)   # noqa: F401, fixtures
 
@@ -102,7 +103,8 @@ def test_wrong_flags(fresh, tmp_path, method, case):
     names = {"whole": fresh(method) / "out/last.pt", "tmp": tmp_path, "fasta": "genome.fa"}
     flags = case["args"].split() if isinstance(case["args"], str) else case["args"]
     before = os.listdir()
-    result = run([*flags_of(method), *(flag.format(**names) for flag in flags)], script=f"{method}.py")
+    flags = [flag.format(**names) for flag in flags]
+    result = run(changed(flags_of(method), flags), script=f"{method}.py")
     assert case["word"].format(**names) in refused(result) and result.out == "" and os.listdir() == before
 
 

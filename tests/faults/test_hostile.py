@@ -24,7 +24,7 @@ import torch
 import finetune                                              # noqa: F401, its imports take long
 import models
 import training
-from harness import ROOT, at_call, contents, die, fork, random_dna, refused, run, wait, write_fasta
+from harness import ROOT, at_call, changed, contents, die, fork, random_dna, refused, run, wait, write_fasta
 
 EVIL = "open('executed', 'w').close()"                       # what each payload runs
 DEEP = 100_000
@@ -353,7 +353,7 @@ def test_escapes_do_not_reach_the_terminal(here, case):
     (here / path).write_text(text)
     script, *args = command.split()
     tiny = flags(script) if script in FLAGS and "--task" not in args else []
-    result = run([*tiny, *args], script=f"{script}.py")
+    result = run(changed(tiny, args), script=f"{script}.py")
     printed = result.out + result.err
     assert result.code == 2 and printed.replace("\n", "").isprintable()
     assert "\\x1b" in printed and max(map(len, printed.splitlines())) < 900, printed

@@ -380,8 +380,9 @@ def test_predict_and_export(here):
         pooled = torch.stack([theirs.bert(**x).pooler_output for x in inputs]).mean(0)
         want = theirs.classifier(pooled).softmax(-1)[0].detach().numpy()
         assert np.float64(row[4:]) == pytest.approx(want, abs=1e-5)
-    for tool in ("predict", "embed"):
-        flags = ["t.fa", "--init", MODEL, "--out", "t.fa.tsv"]
+    Path("t.npz").touch()
+    for tool, out in (("predict", "t.fa.tsv"), ("embed", "t.npz")):
+        flags = ["t.fa", "--init", MODEL, "--out", out]
         assert "exists" in refused(run(flags, script=f"tools.{tool}"))
     assert np.allclose(finetune.load_model(Path(MODEL)).predict(texts), p, atol=1e-5)
 
@@ -535,7 +536,7 @@ def test_embed(here, stride):
 def test_nothing_is_half_written(here, monkeypatch):
     write_fasta(here / "t.fa", {"a": "ACGT" * 9, "b": "ACGT" * 9, "c": "ACGU"})
     model, seen, before = finetune.load_model(str(MODEL)), [], sorted(os.listdir())
-    args = SimpleNamespace(file="t.fa", out="t.tsv", window=None, step=None, per_base=False, layer=-1,
+    args = SimpleNamespace(file="t.fa", out="t.out", window=None, step=None, per_base=False, layer=-1,
                            empty=False, excel_safe=False)
     blocks = functools.partial(predict.read_blocks, size=40)
     apply = finetune.apply
@@ -545,7 +546,7 @@ def test_nothing_is_half_written(here, monkeypatch):
         with pytest.raises(ValueError, match="t.fa: line 6"):
             function(model, args)
         assert sorted(os.listdir()) == before              # the first block was done
-        assert any(re.fullmatch(r"t.tsv.\w{8}.tmp", name) for name in seen)
+        assert any(re.fullmatch(r"t.out.\w{8}.tmp", name) for name in seen)
         seen.clear()
 
 

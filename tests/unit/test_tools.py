@@ -53,7 +53,8 @@ def test_an_output_is_what_its_name_says(name, fits):
     else:
         with pytest.raises(ValueError, match="not the name of a .tsv file"):
             predict.output(args, ".predictions.tsv")
-    assert predict.output(argparse.Namespace(file="a/new.fa.gz", out=None), ".npz") == "new.npz"
+    for out, want in ((None, "new.npz"), ("e.npz", "e.npz")):
+        assert predict.output(argparse.Namespace(file="a/new.fa.gz", out=out), ".npz") == want
 
 
 def test_column_flags_are_for_tables(model):
