@@ -306,6 +306,16 @@ MUTANTS += mutants("randommask.py", [UNIT["before"]], {
     "480,000 steps of every genome": ("if reached is None and (args.genome", "if (args.genome"),
     "passes over another genome": ("2_937_639_113", "3_088_269_832"),
     "fewer steps of longer windows": ("((512 - 3) * stride + k)", "(512 - 3 + k)")})
+MUTANTS += mutants("finetune.py", [UNIT["splits"], "-k", "column_split"], {
+    "tables in another order than their column split": (
+        "text != splits[0] or data.SPLITS.get(text.lower(), data.SPLITS[name]) != data.SPLITS[name]",
+        "text != splits[0]")})
+MUTANTS += mutants("training.py", [UNIT["training"], "-k", "list"], {
+    "the second of two lists counts": ("if isinstance(values, list) and getattr", "if False and getattr")})
+MUTANTS += mutants("tools/predict.py", [UNIT["tools"], "-k", "output"], {
+    "a table named .csv": ("(\"/\", *OTHER_ENDINGS)", "\"/\"")})
+MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "one_name"], {
+    "two tables of one name are one": ('and label and run["task"].startswith("csv/")', "and False")})
 MUTANTS += mutants("models.py", ["tests/unit/test_findna_heads.py", "-k", "float32"], {
     "bases are added up in bfloat16": ("    x = x.float()\n    sums", "    sums")})
 MUTANTS += mutants("finetune.py", ["tests/unit/test_findna_heads.py", "-k", "float32"], {
@@ -335,7 +345,7 @@ MUTANTS += mutants("tools/table.py", [UNIT["table"], "-k", "columns_of_their_own
 MUTANTS += mutants("tools/predict.py", [UNIT["tools"], "-k", "regression"], {
     "six digits of a regression": ("'.9g' if spec['regression'] else '.6g'", "'.6g'")})
 MUTANTS += mutants("finetune.py", ["tests/unit/test_splits.py", "-k", "several_tables"], {
-    "a column split is passed over": ("if len(set(splits or ())) > 1:", "if False:")})
+    "a column split is passed over": ("if text != splits[0] or data", "if False and data")})
 MUTANTS += mutants("data.py", ["tests/unit/test_columns.py", "-k", "second_of"], {
     "a second sequence is paired with itself": ('if wanted["sequence"] == ["sequence_2"]:', "if False:")})
 MUTANTS += mutants("models.py", [UNIT["models"], "-k", "where_transformers"], {
