@@ -25,7 +25,6 @@ import errno
 import functools
 import glob
 import importlib
-import io
 import itertools
 import json
 import math
@@ -53,12 +52,12 @@ if os.path.dirname(SCRIPT) in (HERE, os.path.join(HERE, "tools")):             #
 
     signal.signal(signal.SIGTERM, leave)
     if sys.stdout:                                           # None where it is closed from the start
-        if isinstance(sys.stdout, io.TextIOWrapper):         # an ASCII terminal shows escapes, too
-            sys.stdout.reconfigure(errors="backslashreplace")
-
-        def safe(text, write=sys.stdout.write):
-            """Writes text without the terminal escapes that names in other people's files may hold."""
-            return write("".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text))
+        def safe(text, write=sys.stdout.write, code=sys.stdout.encoding or "utf-8"):
+            """Writes text without the terminal escapes that names in other people's files may hold, and
+            without what the terminal's code lacks."""
+            text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+            errors = "replace" if sys.stdout.errors == "replace" else "backslashreplace"
+            return write(text.encode(code, errors).decode(code))
         sys.stdout.write = safe
 
 import numpy as np

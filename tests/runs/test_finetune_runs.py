@@ -8,6 +8,8 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +22,7 @@ import data
 import finetune
 import models
 import training
-from harness import (SHARED, at_call, cases, contents, die, expand, log_rows, random_dna, refused, run,
+from harness import (ROOT, SHARED, at_call, cases, contents, die, expand, log_rows, random_dna, refused, run,
                      slow, start, wait, wait_rows, write_fasta)
 from tools import embed, predict
 
@@ -581,3 +583,13 @@ def test_the_most_likely_mistakes_in_tables(here, survived):
         path.write_bytes(expand(case["text"]).encode(case.get("encoding", "latin-1")))
         assert re.search(f"t.csv: .*({case['word']})", refused(tune(csv=path))) and not Path("out").exists()
         survived()
+
+
+def test_a_terminal_that_lacks_a_letter(here):
+    """The letter is shown as an escape; the run goes on."""
+    rng = np.random.default_rng(0)
+    rows = [f"{random_dna(40, rng)},{label}\n" for label in ("\u00b5-exon", "b") * 30]
+    Path("mu.csv").write_text("".join(["sequence,label\n", *rows]), encoding="utf-8")
+    result = subprocess.run([sys.executable, ROOT / "finetune.py", "--csv", "mu.csv", "--init", "kmer"],
+                            env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True)
+    assert result.returncode == 0 and rb"'\xb5-exon'" in result.stdout, result
