@@ -1691,12 +1691,11 @@ def find(folder, *names):
     return next(filter(os.path.exists, paths), None)
 
 
-def how_to_get(task, folder):
-    """Returns the end of a message on files that are missing in (a folder in) the task's folder."""
+def how_to_get(task, data_dir):
+    """Returns the end of a message on files that are missing in --data_dir."""
     if task.suite == "own":
         return f"({task.name}); check --data_dir and the task's row in data.py"
-    data_dir = folder.rpartition(task.folder)[0].rstrip("/")
-    where = "" if data_dir == "data" else f" --data_dir {shlex.quote(data_dir)}"
+    where = "" if str(data_dir) == "data" else f" --data_dir {shlex.quote(str(data_dir))}"
     return f"({task.name}); run python -m tools.download {task.name}{where}, or get it from {task.source}"
 
 
@@ -1706,7 +1705,7 @@ def find_files(task, data_dir, wanted):
     found = {names[0]: find(folder, *names) for names in wanted}
     missing = [name for name, path in found.items() if not path]
     if missing:
-        raise ValueError(f"{folder}: no {', '.join(missing)} {how_to_get(task, folder)}")
+        raise ValueError(f"{folder}: no {', '.join(missing)} {how_to_get(task, data_dir)}")
     for name, path in found.items():
         if not find(folder, name):
             print(f"{task.name}: {name} is not there, {path} stands in for it", flush=True)
@@ -1720,13 +1719,13 @@ def read_tables(task, data_dir, wanted):
     return {split: rows_from(*read_table(path, ids, targets)) for split, path in zip(wanted, paths)}
 
 
-def class_paths(task, folder, suffix=""):
+def class_paths(task, data_dir, folder, suffix=""):
     """Returns the class files or folders of one split in the order of the ids, not of the directory."""
     entries = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     names = {name.removesuffix(".gz").removesuffix(suffix): name for name in entries if name[0] != "."}
     if set(names) != set(task.classes):
         raise ValueError(f"{folder}: holds {', '.join(names)[:80] or 'nothing'}, not the classes "
-                         f"{', '.join(task.classes)} {how_to_get(task, folder)}")
+                         f"{', '.join(task.classes)} {how_to_get(task, data_dir)}")
     return [os.path.join(folder, names[name]) for name in task.classes]
 
 
@@ -1810,10 +1809,10 @@ def coordinate_folder(task, data_dir):
     return folder or os.path.join(data_dir, task.folder)
 
 
-def read_classes(task, folder, fastas):
+def read_classes(task, data_dir, folder, fastas):
     """Reads a split that has one coordinate table per class (with fastas), or one folder per class."""
     texts, labels, places = [], [], []
-    for label, path in enumerate(class_paths(task, folder, ".csv" if fastas else "")):
+    for label, path in enumerate(class_paths(task, data_dir, folder, ".csv" if fastas else "")):
         sequences, where = cut_intervals(path, fastas[label]) if fastas else read_texts(path)
         texts += sequences
         labels += [label] * len(sequences)
@@ -1835,7 +1834,8 @@ def read_genomic(task, data_dir, fastas):
         folder = coordinate_folder(task, data_dir)
     elif not any(os.path.isdir(os.path.join(folder, "train", name)) for name in task.classes):
         return read_tables(task, data_dir, {"train": ["train.csv"], "test": ["test.csv"]})
-    return {split: read_classes(task, os.path.join(folder, split), fastas) for split in ("train", "test")}
+    folders = {split: os.path.join(folder, split) for split in ("train", "test")}
+    return {split: read_classes(task, data_dir, folder, fastas) for split, folder in folders.items()}
 
 
 def read_deepstarr(task, data_dir):

@@ -214,16 +214,15 @@ def idle(args):
 def parse_args():
     parser, positive = training.new_parser(__doc__, strands=False), number(int, 1)      # but R in --views
     positive_float = number(float, 1e-9)
-    # length: the paper; n_layer, track_size, hidden: its code; n_head, n_embd: ours
-    add = parser.add_argument_group("model").add_argument
+    add = parser.add_argument_group("model").add_argument    # length: the paper; sizes: its code
     add("--length", type=number(int, EDIT + 1), default=1000, help="bases of a window (%(default)s)")
     add("--backbone", choices=("chordmixer", "transformer"), default="chordmixer",
         help="network (%(default)s)")
     add("--n_layer", type=positive, default=4, help="layers (%(default)s)")
     add("--track_size", type=positive, default=28, help="chordmixer: channels of a track (%(default)s)")
     add("--hidden", type=positive, default=512, help="chordmixer: width of its MLPs (%(default)s)")
-    add("--n_head", type=positive, default=8, help="transformer: attention heads (%(default)s)")
-    add("--n_embd", type=positive, default=320, help="transformer: width (%(default)s)")
+    add("--n_head", type=positive, default=8, help="transformer: attention heads (%(default)s)")   # ours
+    add("--n_embd", type=positive, default=320, help="transformer: width (%(default)s)")            # ours
     add("--dropout", type=number(float, 0, 1), default=0.0, help="dropout (%(default)s)")
     add("--init", type=file_name, help="start from these weights: a checkpoint, or findna:FILE")
     add = parser.add_argument_group("method").add_argument
@@ -253,8 +252,7 @@ def parse_args():
     add("--flip", type=share, default=FLIP, help="probability of the other strand (%(default)s)")
     add("--translocation", type=number(int, 0), default=EDIT, metavar="SHIFT",
         help="largest shift of a translocation; --length: any breakpoint (%(default)s)")
-    # warm-up, epochs: the paper; clipping: ours; else the released code
-    add = training.add_optimization_flags(
+    add = training.add_optimization_flags(                   # warm-up, epochs: paper; clip: ours; else: code
         parser, batch_size=64, micro_batch_size=None, lr=3e-4, warmup="30 %%", weight_decay=3e-4)
     add("--epochs", type=positive, default=50, help="passes over the windows (%(default)s)")
     add("--steps", type=positive, help="steps, instead of --epochs")

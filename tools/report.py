@@ -27,12 +27,12 @@ def published(n, task, split):
     return f"{n:,} (published {known:,}: {'OK' if n == known else 'differs'})" if known else f"{n:,}"
 
 
-def report_intervals(task, folder):
+def report_intervals(task, data_dir, folder):
     """Prints the sizes, repeats and leak of the coordinate tables of a GenomicBenchmarks set."""
     train = set()
     for split in ("train", "test"):
         intervals = []
-        for path in data.class_paths(task, os.path.join(folder, split), ".csv"):
+        for path in data.class_paths(task, data_dir, os.path.join(folder, split), ".csv"):
             intervals += [interval[:3] for interval in data.read_intervals(path)[0]]   # without strand
         n, repeats = len(intervals), len(intervals) - len(set(intervals))
         line = f"  {split} table: {published(n, task, split)} intervals, {repeats:,} repeats"
@@ -185,7 +185,7 @@ def report_task(task, data_dir, fasta):
           f"  from {task.source}; licence: {task.licence}")
     folder = data.coordinate_folder(task, data_dir)
     if data.find(folder, f"train/{task.classes[0]}.csv"):
-        report_intervals(task, folder)
+        report_intervals(task, data_dir, folder)
     splits = data.read_task(task.name, data_dir, fasta=fasta)
     if task.suite == "few-shot":                             # all its train files, and a dev file not for use
         files = {f"train/{n}": data.FEW_SHOT[task.name][0].format(n) for n in (10, 50, 100, 500, 1000)}

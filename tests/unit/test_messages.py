@@ -233,10 +233,18 @@ def test_report_counts_intervals_and_rows(tmp_path, capsys):
         for name, n in (("negative", 0), ("positive", 10)):
             text = [line.replace(",1,", f",{1 - n // 10},") for line in lines]
             (tmp_path / split / f"{name}.csv").write_text("\n".join(["region,start,end,strand", *text]))
-    report.report_intervals(task, str(tmp_path))
+    report.report_intervals(task, "data", str(tmp_path))
     train, test = capsys.readouterr().out.splitlines()
     assert train.endswith("train table: 6 (published 20,843: differs) intervals, 3 repeats")
     assert test.endswith("6 (published 6,948: differs) intervals, 0 repeats, 2 (33.3%) are training "
                          "intervals")
     report.report_rows(task, "dev", data.rows_from(["ACG", "ACGT", "A" * 50], [0, 1, 1]))
     assert "  dev: 3 rows; bases min 3, median 4, max 50; 0:1, 1:2; sound" in capsys.readouterr().out
+
+
+def test_a_download_goes_where_the_files_are_looked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for data_dir, flag in (("data", ""), ("my data", " --data_dir 'my data'")):
+        for name in ("emp/H3", "gb/human_nontata_promoters"):
+            said = refusal(data.read_task, name, data_dir)
+            assert f"({name}); run python -m tools.download {name}{flag}, or get it from" in said
